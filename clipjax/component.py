@@ -98,3 +98,18 @@ def _find_class(name: Any) -> type[Component]:
     if not (isinstance(cls, type) and issubclass(cls, Component)):
         raise ClipjaxError(f"the configuration names {name!r}, which is no clipjax.Component")
     return cls
+
+
+def did_you_mean_field(class_name: str, field: str) -> str:
+    """`did_you_mean` among the fields of the component called `class_name`, if one is known by that name."""
+    for cls in _descendants(Component):
+        if cls.__name__ == class_name and dataclasses.is_dataclass(cls):
+            return did_you_mean(field, [f.name for f in dataclasses.fields(cls)])
+    return ""
+
+
+def _descendants(cls: type) -> list[type]:
+    found = []
+    for child in cls.__subclasses__():
+        found += [child, *_descendants(child)]
+    return found

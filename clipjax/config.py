@@ -1,0 +1,159 @@
+"""Run: the whole experiment as one tree of frozen dataclasses.
+
+A config file is Python with `def config() -> Run`. The command line overrides fields by dotted path. The tree is
+saved as JSON with every checkpoint, so a checkpoint opens without the file it came from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from clipjax.checkpoint import Checkpointing
+from clipjax.component import Component, did_you_mean_field
+from clipjax.data import Data
+from clipjax.errors import ClipjaxError
+from clipjax.evals.base import Evaluator
+from clipjax.mesh import MeshShape
+from clipjax.models.base import Model
+from clipjax.objectives.base import Objective
+from clipjax.objectives.pairs import AllGather, Exchange
+from clipjax.optim import Duration, Ema, Optimizer
+from clipjax.sharding import Sharding
+from clipjax.train.tracking import Wandb
+
+
+@dataclasses.dataclass(frozen=True)
+class Run(Component):
+    """One experiment."""
+
+    model: Model
+    objective: Objective
+    data: Data
+    optimizer: Optimizer
+    duration: Duration
+    """Length of training."""
+    evals: tuple[Evaluator, ...] = ()
+    mesh: MeshShape = MeshShape()
+    sharding: Sharding = Sharding()
+    exchange: Exchange = AllGather()
+    """How embeddings travel for the objective."""
+    accumulate: int = 1
+    """Micro-batches per step; the result equals the big batch."""
+    ema: Ema | None = None
+    checkpoint: Checkpointing = Checkpointing()
+    wandb: Wandb | None = None
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+    seed: int = 0
+    """Initialization, data order, augmentation and dropout all follow from it."""
+    max_bad_steps: int = 10
+    """Non-finite steps in a row that end the run."""
+
+    def __post_init__(self) -> None:
+        if self.log_every < 1:
+            raise ClipjaxError(f"log_every={self.log_every}: must be at least 1")
+        if self.max_bad_steps < 1:
+            raise ClipjaxError(f"max_bad_steps={self.max_bad_steps}: must be at least 1")
+
+
+def load_module(path: Path) -> ModuleType:
+    """Imports a user's Python file under its stem, so that its components can be named in JSON.
+
+    Raises:
+      ClipjaxError: the file is missing or does not import.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ClipjaxError(f"{path}: no such file")
+    name = path.stem
+    loaded = sys.modules.get(name)
+    if loaded is not None:
+        if Path(getattr(loaded, "__file__", None) or "").absolute() == path.absolute():
+            return loaded
+        raise ClipjaxError(f"{path}: a module called {name!r} is already imported; rename the file")
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ClipjaxError(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise _explain(path, error) from error
+    return module
+
+
+def load_config(path: Path) -> Run:
+    """The run that a config file describes.
+
+    Args:
+      path: a Python file with `def config() -> Run`, or a `run.json`.
+
+    Raises:
+      ClipjaxError: the file is missing, does not run, or returns something else.
+    """
+    path = Path(path)
+    if path.suffix == ".json":
+        return load_run(path)
+    module = load_module(path)
+    if not callable(getattr(module, "config", None)):
+        raise ClipjaxError(f"{path}: a config file defines `def config() -> Run`")
+    try:
+        run = module.config()
+    except Exception as error:
+        raise _explain(path, error) from error
+    if not isinstance(run, Run):
+        raise ClipjaxError(f"{path}: config() returned {type(run).__name__}, not a clipjax.Run")
+    return run
+
+
+def _explain(path: Path, error: Exception) -> ClipjaxError:
+    """One message for an exception that a config file raised; unknown fields get the nearest names."""
+    if isinstance(error, ClipjaxError):
+        return ClipjaxError(f"{path}: {error}")
+    match = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if match:
+        cls, field = match.groups()
+        return ClipjaxError(f"{path}: {cls} has no field {field!r}{did_you_mean_field(cls, field)}")
+    return ClipjaxError(f"{path}: {type(error).__name__}: {error}")
+
+
+def load_run(path: Path) -> Run:
+    """The run saved as JSON at `path`."""
+    import json
+
+    from clipjax.component import from_json
+
+    try:
+        run = from_json(json.loads(Path(path).read_text()))
+    except OSError as error:
+        raise ClipjaxError(f"{path}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise ClipjaxError(f"{path}: not JSON ({error})") from error
+    if not isinstance(run, Run):
+        raise ClipjaxError(f"{path}: holds a {type(run).__name__}, not a run")
+    return run
+
+
+def override(run: Run, options: Sequence[str], prog: str) -> Run:
+    """`run` with command-line options (`--data.batch_size 512`) applied.
+
+    Misspelt options are refused with the nearest names (SystemExit 2, the message on stderr).
+    """
+    import tyro
+
+    return tyro.cli(
+        Run,
+        default=run,
+        args=list(options),
+        prog=prog,
+        use_underscores=True,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
