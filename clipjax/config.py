@@ -25,7 +25,7 @@ from clipjax.objectives.base import Objective
 from clipjax.objectives.pairs import AllGather, Exchange
 from clipjax.optim import Duration, Ema, Optimizer
 from clipjax.sharding import Sharding
-from clipjax.train.tracking import Wandb
+from clipjax.tracking import TensorBoard, Tracker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Run(Component):
     """Micro-batches per step; the result equals the big batch."""
     ema: Ema | None = None
     checkpoint: Checkpointing = Checkpointing()
-    wandb: Wandb | None = None
+    trackers: tuple[Tracker, ...] = (TensorBoard(),)
+    """Where figures go besides `metrics.jsonl`."""
     log_every: int = 10
     """Steps between two lines of metrics."""
     seed: int = 0

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from clipjax.objectives.base import Objective
 from clipjax.optim import Ema, Optimizer, Scale
-from clipjax.params import merge, split
+from clipjax.params import join, merge, select, split
 from clipjax.sharding import Sharding
 
 
@@ -42,18 +42,6 @@ class TrainState:
     key: jax.Array
     bad_steps: jax.Array
     bad_streak: jax.Array
-
-
-def select(mask: Any, params: Any) -> tuple[Any, Any]:
-    """(leaves where `mask`, leaves where not): two trees like `params` with None in the gaps."""
-    chosen = jax.tree.map(lambda m, p: p if m else None, mask, params)
-    others = jax.tree.map(lambda m, p: None if m else p, mask, params)
-    return chosen, others
-
-
-def join(chosen: Any, others: Any) -> Any:
-    """The inverse of `select`."""
-    return jax.tree.map(lambda c, o: o if c is None else c, chosen, others, is_leaf=lambda x: x is None)
 
 
 @dataclasses.dataclass(frozen=True)

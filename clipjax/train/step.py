@@ -21,8 +21,8 @@ from clipjax.mesh import BATCH_AXES, batch_shards
 from clipjax.objectives.base import Metrics, Objective
 from clipjax.objectives.pairs import PairEngine
 from clipjax.optim import Ema
-from clipjax.params import split
-from clipjax.train.state import Blueprint, TrainState, join, select
+from clipjax.params import join, select, split
+from clipjax.train.state import Blueprint, TrainState
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Runs the same command on every worker of a TPU slice: launch/tpu_vm.sh NAME ZONE configs/my_run.py --workdir /shared/runs/my_run
+# The tree must already be on the workers (gcloud compute tpus tpu-vm scp, or a start-up script) with `make`'s .venv.
+set -euo pipefail
+if [ $# -lt 3 ]; then
+  echo "usage: launch/tpu_vm.sh TPU_NAME ZONE CONFIG [OPTIONS...]" >&2
+  exit 2
+fi
+name=$1 zone=$2
+shift 2
+printf -v options ' %q' "$@"
+gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --worker=all \
+  --command "cd clipjax && .venv/bin/clipjax train$options"
