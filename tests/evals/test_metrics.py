@@ -1,0 +1,170 @@
+import math
+
+import numpy as np
+import pytest
+
+from clipjax.errors import ClipjaxError
+from clipjax.evals import metrics
+
+
+def unit(rng, *shape):
+    x = rng.normal(size=shape)
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def ranks_by_sorting(image, text, owner):
+    """Both directions from the full float64 matrix, a query at a time, wrong ones first on ties."""
+    score = image.astype(np.float64) @ text.astype(np.float64).T
+    i2t, t2i = [], []
+    for i in range(len(image)):
+        wrong = owner != i
+        order = sorted(range(len(text)), key=lambda j: (-score[i, j], not wrong[j]))
+        i2t.append(1 + next(p for p, j in enumerate(order) if not wrong[j]))
+    for j in range(len(text)):
+        order = sorted(range(len(image)), key=lambda i: (-score[i, j], i == owner[j]))
+        t2i.append(1 + order.index(owner[j]))
+    return np.array(i2t), np.array(t2i)
+
+
+def test_hand_made_matrix():
+    # Rows are images, columns captions; captions 0 and 1 belong to image 0, caption 2 to image 1.
+    # With text = identity, the embeddings of the images are the rows of scores.
+    score = np.array([[0.1, 0.5, 0.9], [0.7, 0.2, 0.6]], np.float32)
+    ranks = metrics.retrieval_ranks(score, np.eye(3, dtype=np.float32), np.array([0, 0, 1]))
+    # Image 0: its best caption (.5) is behind .9 only. Image 1: .6 is behind .7.
+    assert ranks.image_to_text.tolist() == [2, 2]
+    # Caption 0: .1 against .7; caption 1: .5 against .2; caption 2: .6 against .9.
+    assert ranks.text_to_image.tolist() == [2, 1, 2]
+
+
+@pytest.mark.parametrize("tile", [1, 3, 7, 64])
+def test_ranks_agree_with_sorting_the_full_matrix(tile):
+    rng = np.random.default_rng(0)
+    image, text = unit(rng, 23, 16), unit(rng, 51, 16)
+    owner = np.concatenate([np.arange(23), rng.integers(0, 23, 28)])
+    text += 0.4 * image[owner]
+    ranks = metrics.retrieval_ranks(image, text, owner, tile=tile)
+    i2t, t2i = ranks_by_sorting(image, text, owner)
+    np.testing.assert_array_equal(ranks.image_to_text, i2t)
+    np.testing.assert_array_equal(ranks.text_to_image, t2i)
+    assert 1 < np.median(i2t) < 23  # the case is neither solved nor hopeless
+
+
+@pytest.mark.parametrize("tile", [1, 5, 13, 100])
+def test_ties_count_against_the_model_at_any_tile_size(tile):
+    # Image 3 is a copy of image 0 and caption 5 of caption 0. Width 257 and odd tiles make an
+    # ordinary matrix product round the copies differently.
+    rng = np.random.default_rng(1)
+    image = unit(rng, 37, 257)
+    image[3] = image[0]
+    text = image.copy()
+    text[5] = text[0]
+    ranks = metrics.retrieval_ranks(image, text, np.arange(37), tile=tile)
+    # Image 0 sees captions 0, 3 and 5 alike; image 3 the same; image 5 prefers three others or so.
+    assert ranks.image_to_text[0] == 3 and ranks.image_to_text[3] == 3
+    assert ranks.text_to_image[0] == 2 and ranks.text_to_image[3] == 2
+    clean = np.setdiff1d(np.arange(37), [0, 3, 5])
+    assert (ranks.image_to_text[clean] == 1).all() and (ranks.text_to_image[clean] == 1).all()
+
+
+def test_scores_do_not_depend_on_how_the_product_is_cut_up():
+    rng = np.random.default_rng(2)
+    u = metrics._fixed_point("u", unit(rng, 64, 768))
+    v = metrics._fixed_point("v", unit(rng, 64, 768))
+    whole = u @ v.T
+    pieces = np.stack([[np.dot(a[::-1], b[::-1]) for b in v] for a in u])
+    np.testing.assert_array_equal(whole, pieces)
+    exact = np.array([[math.fsum(a * b) for b in v[:4]] for a in u[:4]])
+    np.testing.assert_array_equal(whole[:4, :4], exact)
+
+
+def test_fixed_point_moves_a_score_less_than_float32_would():
+    rng = np.random.default_rng(3)
+    a, b = unit(rng, 200, 512), unit(rng, 200, 512)
+    exact = a.astype(np.float64) @ b.astype(np.float64).T
+    moved = metrics._fixed_point("a", a) @ metrics._fixed_point("b", b).T
+    assert np.abs(moved - exact).max() < 1e-7
+
+
+def test_scale_of_the_embeddings_does_not_matter():
+    rng = np.random.default_rng(4)
+    image, text = unit(rng, 20, 8), unit(rng, 20, 8)
+    ranks = metrics.retrieval_ranks(image, text, np.arange(20))
+    scaled = metrics.retrieval_ranks(37.0 * image, 1e-3 * text, np.arange(20))
+    np.testing.assert_array_equal(ranks.image_to_text, scaled.image_to_text)
+    np.testing.assert_array_equal(ranks.text_to_image, scaled.text_to_image)
+
+
+def test_a_collapsed_model_scores_nothing():
+    same = np.ones((6, 4), np.float32) / 2
+    ranks = metrics.retrieval_ranks(same, same, np.arange(6))
+    assert ranks.image_to_text.tolist() == [6] * 6 and ranks.text_to_image.tolist() == [6] * 6
+    zero = metrics.retrieval_ranks(np.zeros((3, 2)), np.zeros((3, 2)), np.arange(3))
+    assert zero.image_to_text.tolist() == [3] * 3
+
+
+def test_own_captions_that_tie_do_not_compete_with_each_other():
+    image = np.eye(2, dtype=np.float32)
+    text = np.array([[1, 0], [1, 0], [0.5, 1]], np.float32)
+    ranks = metrics.retrieval_ranks(image, text, np.array([0, 0, 1]))
+    assert ranks.image_to_text.tolist() == [1, 1]
+
+
+def test_summary_of_known_ranks():
+    summary = metrics.summarize_ranks(np.array([1, 2, 5, 10, 100]))
+    assert summary["R@1"] == 0.2 and summary["R@5"] == 0.6 and summary["R@10"] == 0.8
+    assert summary["median_rank"] == 5.0
+    assert summary["mean_reciprocal_rank"] == pytest.approx((1 + 0.5 + 0.2 + 0.1 + 0.01) / 5)
+
+
+@pytest.mark.parametrize("tile", [1, 4, 50])
+def test_class_ranks_and_accuracies(tile):
+    rng = np.random.default_rng(5)
+    image, classes, label = unit(rng, 30, 6), unit(rng, 9, 6), rng.integers(0, 8, 30)
+    score = image.astype(np.float64) @ classes.astype(np.float64).T
+    expected = 1 + (score > score[np.arange(30), label][:, None]).sum(axis=1)
+    ranks = metrics.class_ranks(image, classes, label, tile=tile)
+    np.testing.assert_array_equal(ranks, expected)
+    per_class = [np.mean(score[label == c].argmax(axis=1) == c) for c in sorted(set(label))]
+    assert metrics.mean_per_class_accuracy(ranks, label) == pytest.approx(np.mean(per_class))
+    assert metrics.recall_at(ranks, 1) == np.mean(score.argmax(axis=1) == label)
+    assert metrics.recall_at(ranks, 9) == 1.0
+
+
+def test_mean_per_class_weighs_classes_alike_and_skips_absent_ones():
+    ranks, label = np.array([1, 1, 1, 2]), np.array([0, 0, 0, 2])
+    assert metrics.mean_per_class_accuracy(ranks, label) == 0.5
+    assert metrics.recall_at(ranks, 1) == 0.75
+
+
+def test_top_k_returns_the_best_first_with_their_scores():
+    candidates = np.eye(4, dtype=np.float32)
+    index, score = metrics.top_k(np.array([[0.1, 0.4, 0.3, 0.4]], np.float32), candidates, 3)
+    assert index.tolist() == [[1, 3, 2]]
+    np.testing.assert_allclose(score, [[0.4, 0.4, 0.3]], atol=1e-7)
+    assert metrics.top_k(candidates[:1], candidates, 9)[0].shape == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("k", "candidates", "right"), [(1, 395, 1), (5, 20, 3), (10, 8, 2), (3, 5, 4)]
+)
+def test_chance_is_the_hypergeometric_one(k, candidates, right):
+    k_drawn = min(k, candidates)
+    expected = 1 - math.comb(candidates - right, k_drawn) / math.comb(candidates, k_drawn)
+    assert metrics.recall_by_chance(k, candidates, right) == pytest.approx(expected)
+
+
+def test_bad_input_is_refused_by_name():
+    eye = np.eye(3, dtype=np.float32)
+    broken = eye.copy()
+    broken[1, 1] = np.nan
+    with pytest.raises(ClipjaxError, match=r"1 of 3 text embeddings are not finite.*number 1"):
+        metrics.retrieval_ranks(eye, broken, np.arange(3))
+    with pytest.raises(ClipjaxError, match="1 images have none"):
+        metrics.retrieval_ranks(eye, eye, np.array([0, 0, 1]))
+    with pytest.raises(ClipjaxError, match="owner has shape"):
+        metrics.retrieval_ranks(eye, eye, np.arange(2))
+    with pytest.raises(ClipjaxError, match="one width"):
+        metrics.retrieval_ranks(eye, eye[:, :2], np.arange(3))
+    with pytest.raises(ClipjaxError, match="labels run from 0 to 3, but there are 3 classes"):
+        metrics.class_ranks(eye, eye, np.array([0, 1, 3]))
