@@ -1,0 +1,242 @@
+"""Augmentation on the host: uint8 in, uint8 out, every choice drawn from the generator given.
+
+Applied in the order listed in the run, each `augmentation(image, size, rng)`. Whatever comes out
+of the last one at another size than the run's is squashed to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import numpy as np
+
+from clipjax.component import Component
+from clipjax.data.images import resize
+from clipjax.errors import ClipjaxError
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation(Component):
+    """A change of the picture that keeps its meaning."""
+
+    def __call__(self, image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+        """Changes one picture.
+
+        Args:
+          image: uint8 [H, W, 3]; not written to.
+          size: height and width the run asks for, in pixels.
+          rng: the only source of randomness.
+
+        Returns:
+          uint8 [H', W', 3].
+        """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Resize(Augmentation):
+    """To the run's size, bicubic. Draws nothing: this is also how evaluation sees pictures."""
+
+    mode: Literal["squash", "crop"] = "squash"
+    """"squash" ignores the aspect ratio; "crop" keeps it and cuts the center out."""
+
+    def __post_init__(self):
+        if self.mode not in ("squash", "crop"):
+            raise ClipjaxError(f"Resize: mode={self.mode!r} is neither 'squash' nor 'crop'")
+
+    def __call__(self, image, size, rng=None):
+        height, width = image.shape[:2]
+        if self.mode == "squash" or height == width:
+            return resize(image, (size, size))
+        side = min(height, width)
+        left, top = (width - side) / 2, (height - side) / 2
+        return resize(image, (size, size), (left, top, left + side, top + side))
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomResizedCrop(Augmentation):
+    """A random box of random area and aspect ratio, resized to the run's size.
+
+    Area is uniform in `scale`, log aspect uniform in `ratio`, as in Szegedy et al. 2015
+    (arXiv:1409.4842); after ten boxes that do not fit, the largest centered box that does.
+    """
+
+    scale: tuple[float, float] = (0.9, 1.0)
+    """Least and greatest share of the picture's area."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Least and greatest width / height of the box."""
+
+    def __post_init__(self):
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ClipjaxError(
+                f"RandomResizedCrop: scale={self.scale} must be 0 < low <= high <= 1"
+            )
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ClipjaxError(f"RandomResizedCrop: ratio={self.ratio} must be 0 < low <= high")
+
+    def __call__(self, image, size, rng):
+        return resize(image, (size, size), self._box(image.shape[0], image.shape[1], rng))
+
+    def _box(self, height: int, width: int, rng) -> tuple[float, float, float, float]:
+        log_low, log_high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for _ in range(10):
+            area = height * width * rng.uniform(*self.scale)
+            ratio = math.exp(rng.uniform(log_low, log_high))
+            w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+            if w <= width and h <= height:
+                left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+                return left, top, left + w, top + h
+        ratio = min(max(width / height, self.ratio[0]), self.ratio[1])
+        w, h = min(width, height * ratio), min(height, width / ratio)
+        left, top = (width - w) / 2, (height - h) / 2
+        return left, top, left + w, top + h
+
+
+@dataclasses.dataclass(frozen=True)
+class Flip(Augmentation):
+    """Mirrors left and right. Wrong for captions that speak of left and right, or hold text."""
+
+    probability: float = 0.5
+    """Share of pictures that are mirrored."""
+
+    def __post_init__(self):
+        if not 0 <= self.probability <= 1:
+            raise ClipjaxError(f"Flip: probability={self.probability} must be in [0, 1]")
+
+    def __call__(self, image, size, rng):
+        return image[:, ::-1] if rng.random() < self.probability else image
+
+
+@dataclasses.dataclass(frozen=True)
+class Shift(Augmentation):
+    """Moves the picture by a random whole number of pixels, at the run's size."""
+
+    pixels: int = 4
+    """Greatest shift in each direction, in pixels of the run's size."""
+    fill: Literal["white", "edge"] = "white"
+    """What comes in at the border: white, or the picture's last row and column repeated."""
+
+    def __post_init__(self):
+        if self.pixels < 0:
+            raise ClipjaxError(f"Shift: pixels={self.pixels} must be >= 0")
+        if self.fill not in ("white", "edge"):
+            raise ClipjaxError(f"Shift: fill={self.fill!r} is neither 'white' nor 'edge'")
+
+    def __call__(self, image, size, rng):
+        if self.pixels >= size:
+            raise ClipjaxError(f"Shift: pixels={self.pixels} moves a picture of {size} out of view")
+        image = resize(image, (size, size))
+        down, right = rng.integers(-self.pixels, self.pixels + 1, size=2)
+        if self.fill == "edge":
+            rows = np.clip(np.arange(size) - down, 0, size - 1)
+            columns = np.clip(np.arange(size) - right, 0, size - 1)
+            return image[rows[:, None], columns]
+        moved = np.full_like(image, 255)
+        moved[max(down, 0) : size + min(down, 0), max(right, 0) : size + min(right, 0)] = image[
+            max(-down, 0) : size + min(-down, 0), max(-right, 0) : size + min(-right, 0)
+        ]
+        return moved
+
+
+@dataclasses.dataclass(frozen=True)
+class ColorJitter(Augmentation):
+    """Random brightness, contrast, saturation and hue, in random order.
+
+    A strength s blends with black, with the mean gray, with the gray picture by a factor uniform in
+    [max(0, 1 - s), 1 + s]; hue turns by a share of the color circle uniform in [-hue, hue].
+    """
+
+    brightness: float = 0.2
+    """Strength; 0 is off."""
+    contrast: float = 0.2
+    """Strength; 0 is off."""
+    saturation: float = 0.2
+    """Strength; 0 is off."""
+    hue: float = 0.0
+    """Greatest turn, in turns of the color circle, at most 0.5; 0 is off."""
+
+    def __post_init__(self):
+        for name in ("brightness", "contrast", "saturation", "hue"):
+            if getattr(self, name) < 0:
+                raise ClipjaxError(f"ColorJitter: {name}={getattr(self, name)} must be >= 0")
+        if self.hue > 0.5:
+            raise ClipjaxError(f"ColorJitter: hue={self.hue} must be <= 0.5, half a turn")
+
+    def __call__(self, image, size, rng):
+        from PIL import Image, ImageEnhance
+
+        enhancers = {
+            "brightness": ImageEnhance.Brightness,
+            "contrast": ImageEnhance.Contrast,
+            "saturation": ImageEnhance.Color,
+        }
+        picture = Image.fromarray(image)
+        for name in rng.permutation(["brightness", "contrast", "saturation", "hue"]):
+            strength = getattr(self, name)
+            if not strength:
+                continue
+            if name == "hue":
+                picture = _turn_hue(picture, rng.uniform(-strength, strength))
+            else:
+                factor = rng.uniform(max(0.0, 1 - strength), 1 + strength)
+                picture = enhancers[name](picture).enhance(factor)
+        return np.asarray(picture)
+
+
+def _turn_hue(picture, turn: float):
+    from PIL import Image
+
+    hue, saturation, value = picture.convert("HSV").split()
+    offset = round(turn * 255)
+    hue = hue.point([(i + offset) % 256 for i in range(256)])
+    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionChoice(Component):
+    """Which of a record's captions a training example shows. Empty captions never count."""
+
+    languages: tuple[str, ...] = ()
+    """Codes of the languages to choose from; () is every caption."""
+    weights: tuple[float, ...] = ()
+    """Share of each language, in any unit; () gives every caption the same chance."""
+    pick: Literal["random", "first"] = "random"
+    """"random", anew each epoch, or always the "first" in the order of `languages`."""
+
+    def __post_init__(self):
+        if self.pick not in ("random", "first"):
+            raise ClipjaxError(f"CaptionChoice: pick={self.pick!r} is neither 'random' nor 'first'")
+        if self.weights and self.pick == "first":
+            raise ClipjaxError("CaptionChoice: weights mean nothing with pick='first'; drop one")
+        if self.weights and len(self.weights) != len(self.languages):
+            raise ClipjaxError(
+                f"CaptionChoice: {len(self.weights)} weights for {len(self.languages)} languages; "
+                "give one each"
+            )
+        if any(not w > 0 for w in self.weights):
+            raise ClipjaxError(f"CaptionChoice: weights={self.weights} must all be > 0")
+
+    def candidates(self, record) -> list[tuple[str, float]]:
+        """The captions that may be shown, each with its weight, the first one first."""
+        captions = [caption.strip() for caption in record["captions"]]
+        if not self.languages:
+            return [(caption, 1.0) for caption in captions if caption]
+        spoken = record.get("languages") or ()
+        found = []
+        for i, language in enumerate(self.languages):
+            texts = [c for c, code in zip(captions, spoken, strict=False) if code == language and c]
+            weight = self.weights[i] / len(texts) if self.weights and texts else 1.0
+            found += [(text, weight) for text in texts]
+        return found
+
+    def __call__(self, record, rng: np.random.Generator) -> str | None:
+        """One caption, or None when the record has none to show."""
+        found = self.candidates(record)
+        if len(found) <= 1 or self.pick == "first":
+            return found[0][0] if found else None
+        edges = np.cumsum([weight for _, weight in found])
+        # Not searchsorted(edges, total): float error may leave the draw at the very end.
+        chosen = int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))
+        return found[min(chosen, len(found) - 1)][0]

@@ -1,0 +1,122 @@
+"""Decoding: bytes, a path or pixels in; uint8 RGB out, or one error that names the record."""
+
+from __future__ import annotations
+
+import io
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from clipjax.data.sources import UnreadableRecord
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_PIXELS = 64_000_000
+"""Pictures with more pixels than this are refused unread: a small file can hold a huge picture."""
+
+
+def decode(
+    image: bytes | str | os.PathLike[str] | np.ndarray,
+    name: str = "image",
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
+    """Decodes one picture to RGB.
+
+    Transparency is composited on white, palettes and gray are expanded, CMYK is converted, and the
+    EXIF orientation is applied. Of an animation, the first frame counts.
+
+    Args:
+      image: encoded bytes, a path, or pixels: uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+      name: what to call the picture in an error.
+      max_pixels: largest width x height accepted.
+
+    Returns:
+      uint8 [H, W, 3].
+
+    Raises:
+      UnreadableRecord: it is missing, damaged, not a picture, or too large.
+    """
+    from PIL import Image
+
+    if isinstance(image, np.ndarray):
+        return _from_pixels(image, name)
+    if isinstance(image, bytes):
+        file: Any = io.BytesIO(image)
+    elif isinstance(image, (str, os.PathLike)):
+        file = image
+    else:
+        raise UnreadableRecord(
+            f"{name}: an image must be bytes, a path or a uint8 array, not {type(image).__name__}"
+        )
+    try:
+        with Image.open(file) as picture:
+            if picture.width * picture.height > max_pixels:
+                raise UnreadableRecord(
+                    f"{name}: {picture.width} x {picture.height} pixels exceed the limit of "
+                    f"{max_pixels:,}"
+                )
+            return np.asarray(_to_rgb(picture))
+    except FileNotFoundError as error:
+        raise UnreadableRecord(f"{name}: there is no file {os.fspath(file)!r}") from error
+    except UnreadableRecord:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise UnreadableRecord(f"{name}: not an image in a format that Pillow knows") from error
+    except Exception as error:  # Pillow's plugins raise almost anything on damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableRecord(f"{name}: the image does not decode ({reason})") from error
+
+
+def resize(
+    image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
+) -> np.ndarray:
+    """Bicubic, antialiased resize of a picture, or of a box in it.
+
+    Args:
+      image: uint8 [H, W, 3].
+      size: (height, width) of the result.
+      box: (left, top, right, bottom) in pixels of `image`; None is all of it.
+
+    Returns:
+      uint8 [height, width, 3].
+    """
+    from PIL import Image
+
+    height, width = size
+    if box is None and image.shape[:2] == (height, width):
+        return image
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(resized)
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    from PIL import Image, ImageOps
+
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "RGB" and "transparency" not in picture.info:
+        return picture
+    if picture.mode.startswith("I;16"):  # Pillow would clip 16-bit gray at 255
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        rgba = picture.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _from_pixels(image: np.ndarray, name: str) -> np.ndarray:
+    from PIL import Image
+
+    gray = image.ndim == 2
+    if image.dtype != np.uint8 or not (gray or (image.ndim == 3 and image.shape[2] in (1, 3, 4))):
+        raise UnreadableRecord(
+            f"{name}: pixels must be uint8 [H, W, 3] (or gray, or with alpha), not "
+            f"{image.dtype} {list(image.shape)}"
+        )
+    if gray or image.shape[2] == 1:
+        return np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
+    if image.shape[2] == 4:
+        return np.asarray(_to_rgb(Image.fromarray(image, "RGBA")))
+    return image

@@ -1,0 +1,319 @@
+"""Sources: random access to records of pictures with captions.
+
+A source is a component whose `open()` gives an object with `__len__` and `__getitem__`. Order,
+decoding, augmentation and batching belong to the loader, so a source of one's own is short:
+
+    @dataclasses.dataclass(frozen=True)
+    class Mine(Source):
+        folder: str
+
+        def open(self):
+            return [{"image": path, "captions": (name(path),), "id": i, "key": path} for ...]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import Any, NotRequired, Protocol, TypedDict
+
+import numpy as np
+
+from clipjax.component import Component
+from clipjax.errors import ClipjaxError, did_you_mean
+
+
+class Record(TypedDict):
+    """One picture with its captions.
+
+    Attributes:
+      image: encoded bytes, a path, or decoded pixels, uint8 [H, W, 3].
+      captions: any number of captions; the first is the main one.
+      languages: one code per caption (`"en"`), or empty where they are unknown.
+      id: identity of the picture; records with equal ids are positives of each other.
+      key: a name for messages and reports.
+      label: class index, in data sets that have one; -1 is unknown.
+    """
+
+    image: bytes | str | os.PathLike[str] | np.ndarray
+    captions: tuple[str, ...]
+    languages: NotRequired[tuple[str, ...]]
+    id: int
+    key: str
+    label: NotRequired[int]
+
+
+class UnreadableRecord(ClipjaxError):
+    """A record that cannot be used; the message names it. The loader skips, counts and logs it."""
+
+
+class RandomAccess(Protocol):
+    """An opened source. Called from several threads at once.
+
+    It may also have `class_names: tuple[str, ...]`, the names behind `label`.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Record:
+        """The record at `index`, or `UnreadableRecord` raised."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Source(Component):
+    """Where records come from."""
+
+    def open(self) -> RandomAccess:
+        """Opens the source.
+
+        Raises:
+          ClipjaxError: it is not there, or is not what the fields say.
+        """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Tfds(Source):
+    """A TensorFlow Datasets data set prepared as array_record; TensorFlow is not needed.
+
+    The data set `twemoji` comes with clipjax and is built when it is not there yet. Any other must
+    have been prepared (`download_and_prepare` with `file_format="array_record"`).
+    """
+
+    name: str
+    """Data set, as in "twemoji", "my_data/my_config" or "my_data:1.0.0"."""
+    split: str = "train"
+    """Split, in TFDS's notation: "train", "train[:10%]", "train+test"."""
+    data_dir: str | None = None
+    """Folder of prepared data sets; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    image_key: str = "image"
+    """Feature that holds the picture."""
+    caption_key: str | None = None
+    """Feature that holds a caption or a sequence of them ("captions/text" for a nested one);
+    default: the first of captions/text, captions, caption, text that is there."""
+    language_key: str | None = None
+    """Feature that holds one language code per caption; default: captions/language if there."""
+    label_key: str | None = None
+    """Feature that holds the class; default: label, else group, if there."""
+    id_key: str | None = None
+    """Feature with the picture's identity, a number; default: id or image/id, else the index."""
+    languages: tuple[str, ...] = ()
+    """Keep the captions in these languages, in this order; () keeps all."""
+
+    def open(self) -> RandomAccess:
+        return _OpenTfds(self)
+
+
+class _OpenTfds:
+    def __init__(self, config: Tfds):
+        import tensorflow_datasets as tfds
+
+        self.config = config
+        builder = tfds.builder_from_directory(_prepared_folder(config))
+        _check_split(builder, config)
+        features = builder.info.features
+        self.caption_path = _feature(
+            features, config.caption_key, "captions/text", "captions", "caption", "text"
+        )
+        self.language_path = _feature(features, config.language_key, "captions/language")
+        self.label_path = _feature(features, config.label_key, "label", "group")
+        self.id_path = _feature(features, config.id_key, "id", "image/id")
+        self.image_path = _feature(features, config.image_key)
+        self.key_path = _feature(features, None, "key", "image/filename", "file_name")
+        if config.languages and self.language_path is None:
+            raise ClipjaxError(
+                f"Tfds({config.name!r}): languages={config.languages} is set, but the data set "
+                "says no caption's language; name the feature with language_key, or leave "
+                "languages empty"
+            )
+        self.class_names = _class_names(features, self.label_path)
+        self._records = builder.as_data_source(
+            config.split, decoders={config.image_key: tfds.decode.SkipDecoding()}
+        )
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        example = self._records[index]
+        name = f"{self.config.name}/{self.config.split}[{index}]"
+        captions, languages = self._captions(example)
+        identity = _at(example, self.id_path)
+        record = Record(
+            image=_at(example, self.image_path),
+            captions=captions,
+            languages=languages,
+            id=int(identity) if isinstance(identity, (int, np.integer)) else index,
+            key=_text(_at(example, self.key_path)) or name,
+        )
+        if self.label_path is not None:
+            record["label"] = int(_at(example, self.label_path))
+        return record
+
+    def _captions(self, example) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        captions = _texts(_at(example, self.caption_path))
+        languages = _texts(_at(example, self.language_path))
+        wanted = self.config.languages
+        if not wanted:
+            return captions, languages
+        pairs = [
+            (text, code)
+            for language in wanted
+            for text, code in zip(captions, languages, strict=True)
+            if code == language
+        ]
+        return tuple(t for t, _ in pairs), tuple(c for _, c in pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture(Source):
+    """Several sources as one, in given proportions.
+
+    One epoch shows every record of every source at least once; a source that the weights favor is
+    repeated within the epoch. Ids stay distinct across sources.
+    """
+
+    sources: tuple[Source, ...]
+    """What to mix."""
+    weights: tuple[float, ...] = ()
+    """Share of each source, in any unit; () is in proportion to their sizes."""
+
+    def __post_init__(self):
+        if not self.sources:
+            raise ClipjaxError("Mixture: sources is empty; name at least one")
+        if self.weights and len(self.weights) != len(self.sources):
+            raise ClipjaxError(
+                f"Mixture: {len(self.weights)} weights for {len(self.sources)} sources; "
+                "give one each"
+            )
+        if any(not w > 0 for w in self.weights):
+            raise ClipjaxError(f"Mixture: weights={self.weights} must all be > 0")
+
+    def open(self) -> RandomAccess:
+        opened = [source.open() for source in self.sources]
+        for source, records in zip(self.sources, opened, strict=True):
+            if len(records) == 0:
+                raise ClipjaxError(f"Mixture: {source} has no records")
+        return _OpenMixture(opened, self.weights or tuple(float(len(o)) for o in opened))
+
+
+class _OpenMixture:
+    def __init__(self, opened: list[RandomAccess], weights: tuple[float, ...]):
+        self._opened = opened
+        # The shortest epoch that truncates no source. Rounded before the ceiling, so that a ratio
+        # such as 3 / (1/3) does not gain a record from float error.
+        scale = max(len(o) / w for o, w in zip(opened, weights, strict=True))
+        self._ends = np.cumsum([math.ceil(round(scale * w, 6)) for w in weights])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Record:
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        start = int(self._ends[which - 1]) if which else 0
+        records = self._opened[which]
+        record = records[(index - start) % len(records)]
+        return record | {"id": record["id"] * len(self._opened) + which}  # type: ignore[return-value]
+
+
+def default_data_dir() -> Path:
+    """Where TFDS keeps prepared data sets: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def _prepared_folder(config: Tfds) -> Path:
+    data_dir = Path(config.data_dir).expanduser() if config.data_dir else default_data_dir()
+    name, _, version = config.name.partition(":")
+    if name == "twemoji":
+        from clipjax.data import twemoji
+
+        return twemoji.prepare(data_dir)
+    folder = data_dir / name
+    versions = sorted(
+        (p.parent for p in folder.glob("*/dataset_info.json")), key=lambda p: _version(p.name)
+    )
+    chosen = [p for p in versions if p.name == version] if version else versions
+    if not chosen:
+        there = ", ".join(sorted(p.name for p in data_dir.iterdir())) if data_dir.is_dir() else ""
+        raise ClipjaxError(
+            f"the data set {config.name!r} is not in {str(data_dir)!r}"
+            + (f" (there: {there})" if there else " (no such folder, or empty)")
+            + "; set data_dir or TFDS_DATA_DIR to where it is, or prepare it: "
+            f"tfds.builder({name!r}, data_dir={str(data_dir)!r}, file_format='array_record')"
+            ".download_and_prepare()"
+        )
+    return chosen[-1]
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) if part.isdigit() else -1 for part in text.split("."))
+
+
+def _check_split(builder: Any, config: Tfds) -> None:
+    known = list(builder.info.splits)
+    for part in config.split.split("+"):
+        name = part.split("[")[0].strip()
+        if name not in known:
+            raise ClipjaxError(
+                f"the data set {config.name!r} has no split {name!r}{did_you_mean(name, known)}"
+            )
+    file_format = builder.info.file_format
+    if file_format is not None and file_format.value not in ("array_record", "riegeli"):
+        raise ClipjaxError(
+            f"the data set {config.name!r} in {str(builder.data_path)!r} is stored as "
+            f"{file_format.value}, which has no random access: prepare it again with "
+            "file_format='array_record'"
+        )
+
+
+def _feature(features: Any, asked: str | None, *defaults: str) -> str | None:
+    """The path `asked` for, which must exist, or the first default that does."""
+    for path in [asked] if asked else defaults:
+        node = features
+        for part in path.split("/"):
+            # A Sequence of a dict answers to the keys of the dict inside.
+            node = getattr(node, "feature", node)
+            node = node[part] if hasattr(node, "keys") and part in node else None
+            if node is None:
+                break
+        if node is not None and (asked or not _is_dict(node)):
+            return path
+    if asked:
+        known = list(features.keys())
+        raise ClipjaxError(f"the data set has no feature {asked!r}{did_you_mean(asked, known)}")
+    return None
+
+
+def _is_dict(feature: Any) -> bool:
+    return hasattr(getattr(feature, "feature", feature), "keys")
+
+
+def _class_names(features: Any, path: str | None) -> tuple[str, ...] | None:
+    if path is None:
+        return None
+    node = features
+    for part in path.split("/"):
+        node = node[part]
+    names = getattr(node, "names", None)
+    return tuple(names) if names else None
+
+
+def _at(example: Any, path: str | None) -> Any:
+    if path is None:
+        return None
+    for part in path.split("/"):
+        example = example[part]
+    return example
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else ("" if value is None else str(value))
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    return (_text(value),) if isinstance(value, (bytes, str)) else tuple(_text(v) for v in value)

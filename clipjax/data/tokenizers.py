@@ -1,0 +1,312 @@
+"""Tokenizers: a byte-level BPE trained on the run's captions, or a vocabulary from a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import string
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from clipjax.component import Component
+from clipjax.errors import ClipjaxError, did_you_mean
+
+_FACTS_FILE = "tokenizer_facts.json"
+_VOCABULARY_FILES = {"tokenizers": "tokenizer.json", "sentencepiece": "tokenizer.model"}
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+Clean = Literal["keep", "lower", "canonical"]
+
+
+class TokenizerModel:
+    """A vocabulary, ready to encode.
+
+    Attributes:
+      vocab_size: number of token ids; every id is below it.
+      pad_id: fills up rows.
+      bos_id: stands first in every row, or None for a vocabulary without one.
+      eos_id: ends every row, also a truncated one.
+    """
+
+    def __init__(
+        self,
+        kind: Literal["tokenizers", "sentencepiece"],
+        vocabulary: Any,
+        pad_id: int,
+        bos_id: int | None,
+        eos_id: int,
+        clean: Clean = "keep",
+    ):
+        self._kind, self._vocabulary, self._clean = kind, vocabulary, clean
+        self.pad_id, self.bos_id, self.eos_id = pad_id, bos_id, eos_id
+        if kind == "tokenizers":
+            self.vocab_size: int = vocabulary.get_vocab_size()
+            # A caption that holds the text "<eos>" is text: it must not end its row.
+            vocabulary.encode_special_tokens = True
+        else:
+            self.vocab_size = vocabulary.vocab_size()
+
+    def encode(self, texts: Sequence[str], context_length: int) -> np.ndarray:
+        """Encodes texts as rows `bos, tokens..., eos, pad...`; a long text loses its end, not eos.
+
+        Args:
+          texts: n texts.
+          context_length: L, the length of a row, special tokens counted.
+
+        Returns:
+          int32 [n, L].
+        """
+        fixed = 1 if self.bos_id is None else 2
+        if context_length <= fixed:
+            raise ClipjaxError(
+                f"context_length={context_length} leaves no room for text beside {fixed} special "
+                "tokens; raise it"
+            )
+        room = context_length - fixed
+        rows = np.full((len(texts), context_length), self.pad_id, np.int32)
+        start = fixed - 1
+        if self.bos_id is not None:
+            rows[:, 0] = self.bos_id
+        for row, ids in zip(rows, self._ids([self._cleaned(t) for t in texts]), strict=True):
+            ids = ids[:room]
+            row[start : start + len(ids)] = ids
+            row[start + len(ids)] = self.eos_id
+        return rows
+
+    def decode(self, ids: np.ndarray) -> list[str]:
+        """The texts of rows of ids, [n, L]: without bos, up to eos."""
+        texts = []
+        for row in np.asarray(ids):
+            kept = list(itertools.takewhile(lambda i: i != self.eos_id, map(int, row)))
+            kept = [i for i in kept if i not in (self.bos_id, self.pad_id)]
+            texts.append(self._vocabulary.decode(kept))
+        return texts
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer into `folder`, which is made if need be."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / _VOCABULARY_FILES[self._kind]
+        if self._kind == "tokenizers":
+            self._vocabulary.save(str(file))
+        else:
+            file.write_bytes(self._vocabulary.serialized_model_proto())
+        facts = {
+            "kind": self._kind,
+            "pad_id": self.pad_id,
+            "bos_id": self.bos_id,
+            "eos_id": self.eos_id,
+            "clean": self._clean,
+        }
+        (folder / _FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if self._kind == "sentencepiece":
+            return self._vocabulary.encode(texts)
+        return [e.ids for e in self._vocabulary.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _cleaned(self, text: str) -> str:
+        if self._clean == "keep":
+            return text
+        text = text.lower()
+        if self._clean == "canonical":
+            text = text.translate(_PUNCTUATION)
+        return " ".join(text.split())
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer(Component):
+    """Where the vocabulary comes from."""
+
+    def build(self, captions: Iterable[str]) -> TokenizerModel:
+        """Makes the tokenizer; `captions` are read only by one that must be trained."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class BPE(Tokenizer):
+    """Byte-level BPE trained on the run's captions (Sennrich et al. 2016, arXiv:1508.07909).
+
+    Deterministic. Any text has an encoding, since all 256 bytes are tokens.
+    Ids: pad 0, bos 1, eos 2.
+    """
+
+    vocab_size: int = 8192
+    """Greatest number of tokens; a small corpus may give fewer."""
+    lowercase: bool = True
+    """Whether upper and lower case are the same."""
+    max_captions: int = 1_000_000
+    """Train on the first so many captions."""
+
+    def __post_init__(self):
+        if self.vocab_size < 259:
+            raise ClipjaxError(
+                f"BPE: vocab_size={self.vocab_size} must be at least 259: "
+                "256 bytes and pad, bos, eos"
+            )
+        if self.max_captions < 1:
+            raise ClipjaxError(f"BPE: max_captions={self.max_captions} must be >= 1")
+
+    def build(self, captions):
+        from tokenizers import Tokenizer as Vocabulary
+        from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+        vocabulary = Vocabulary(models.BPE())
+        steps = [normalizers.NFC()] + ([normalizers.Lowercase()] if self.lowercase else [])
+        vocabulary.normalizer = normalizers.Sequence(steps)
+        vocabulary.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        vocabulary.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.vocab_size,
+            special_tokens=["<pad>", "<bos>", "<eos>"],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        vocabulary.train_from_iterator(itertools.islice(captions, self.max_captions), trainer)
+        return TokenizerModel("tokenizers", vocabulary, 0, 1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerFile(Tokenizer):
+    """A `tokenizer.json`, as Hugging Face `tokenizers` writes it."""
+
+    path: str
+    """The file."""
+    pad: str | None = None
+    """Padding token; default: the file's own, or a token with a usual name."""
+    bos: str | None = None
+    """First token; "" is none; default: a token with a usual name, else none."""
+    eos: str | None = None
+    """Last token; default: a token with a usual name."""
+    clean: Clean = "keep"
+    """Before encoding: "lower", or "canonical" (lower case, no ASCII punctuation; SigLIP)."""
+
+    def build(self, captions=()):
+        from tokenizers import Tokenizer as Vocabulary
+
+        path = _existing(self.path)
+        try:
+            vocabulary = Vocabulary.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ClipjaxError(
+                f"{self.path!r} is not a tokenizer.json that tokenizers reads ({error})"
+            ) from error
+        own_pad = (vocabulary.padding or {}).get("pad_token")
+        vocabulary.no_padding()
+        vocabulary.no_truncation()
+        find = vocabulary.token_to_id
+        return TokenizerModel(
+            "tokenizers",
+            vocabulary,
+            pad_id=_special(self, "pad", find, [own_pad, *_PAD_NAMES]),
+            bos_id=_optional_special(self, "bos", find, _BOS_NAMES),
+            eos_id=_special(self, "eos", find, _EOS_NAMES),
+            clean=self.clean,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SentencePiece(Tokenizer):
+    """A SentencePiece `.model` file (Kudo and Richardson 2018, arXiv:1808.06226)."""
+
+    path: str
+    """The file."""
+    pad: str | None = None
+    """Padding piece; default: the file's own, or a piece with a usual name."""
+    bos: str | None = None
+    """First piece; "" is none; default: the file's own, else none."""
+    eos: str | None = None
+    """Last piece; default: the file's own, or a piece with a usual name."""
+    clean: Clean = "keep"
+    """Before encoding: "lower", or "canonical" (lower case, no ASCII punctuation; SigLIP)."""
+
+    def build(self, captions=()):
+        path = _existing(self.path)
+        try:
+            vocabulary = _sentencepiece(path)
+        except (OSError, RuntimeError) as error:
+            raise ClipjaxError(f"{self.path!r} is not a SentencePiece model ({error})") from error
+
+        def find(piece):
+            i = vocabulary.piece_to_id(piece)
+            return i if vocabulary.id_to_piece(i) == piece else None
+
+        def own(i):
+            return [vocabulary.id_to_piece(i)] if i >= 0 else []
+
+        return TokenizerModel(
+            "sentencepiece",
+            vocabulary,
+            pad_id=_special(self, "pad", find, own(vocabulary.pad_id()) + _PAD_NAMES),
+            bos_id=_optional_special(self, "bos", find, own(vocabulary.bos_id())),
+            eos_id=_special(self, "eos", find, own(vocabulary.eos_id()) + _EOS_NAMES),
+            clean=self.clean,
+        )
+
+
+def load_tokenizer(folder: str | Path) -> TokenizerModel:
+    """Opens what `TokenizerModel.save` wrote.
+
+    Raises:
+      ClipjaxError: `folder` holds no tokenizer of clipjax.
+    """
+    folder = Path(folder)
+    try:
+        facts = json.loads((folder / _FACTS_FILE).read_text())
+        file = _existing(str(folder / _VOCABULARY_FILES[facts.pop("kind")]))
+    except (OSError, ValueError, KeyError) as error:
+        raise ClipjaxError(f"{str(folder)!r} holds no saved tokenizer ({error})") from error
+    if file.name == _VOCABULARY_FILES["sentencepiece"]:
+        return TokenizerModel("sentencepiece", _sentencepiece(file), **facts)
+    from tokenizers import Tokenizer as Vocabulary
+
+    return TokenizerModel("tokenizers", Vocabulary.from_file(str(file)), **facts)
+
+
+_PAD_NAMES = ["<pad>", "[PAD]", "<|pad|>", "<|padding|>"]
+_BOS_NAMES = ["<bos>", "<s>", "[CLS]", "<|startoftext|>", "<start_of_text>", "[BOS]"]
+_EOS_NAMES = ["<eos>", "</s>", "[SEP]", "<|endoftext|>", "<end_of_text>", "[EOS]"]
+
+
+def _special(config: Any, role: str, find: Any, names: Sequence[str | None]) -> int:
+    """The id of the token the config names, or of the first of `names` that exists."""
+    asked = getattr(config, role)
+    for name in [asked] if asked else names:
+        found = find(name) if name else None
+        if found is not None:
+            return found
+    where = f"{type(config).__name__}({config.path!r})"
+    if asked:
+        raise ClipjaxError(f"{where}: there is no token {asked!r} to use as {role}")
+    usual = ", ".join(n for n in names if n)
+    raise ClipjaxError(
+        f"{where}: found no {role} token (looked for {usual}); name one of its tokens "
+        f"with {role}=..."
+    )
+
+
+def _optional_special(config: Any, role: str, find: Any, names: Sequence[str]) -> int | None:
+    asked = getattr(config, role)
+    if asked == "" or (asked is None and all(find(name) is None for name in names)):
+        return None
+    return _special(config, role, find, names)
+
+
+def _existing(path: str) -> Path:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        near = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
+        raise ClipjaxError(f"there is no file {path!r}{did_you_mean(file.name, near)}")
+    return file
+
+
+def _sentencepiece(path: Path) -> Any:
+    import sentencepiece
+
+    vocabulary = sentencepiece.SentencePieceProcessor()
+    vocabulary.load_from_serialized_proto(path.read_bytes())
+    return vocabulary
