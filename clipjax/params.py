@@ -1,8 +1,8 @@
 """A module as `(graphdef, params, model_state)`, and back.
 
 Inside a module, parameters are `nnx.Variable`s; outside, everything (train state, sharding rules,
-optimizers, checkpoints, importers) sees nested plain dicts of arrays with string keys. A leaf's path
-is its keys joined by `/`: `image/blocks/attn/q/kernel`.
+optimizers, checkpoints, importers) sees nested plain dicts of arrays with string keys. A leaf's
+path is its keys joined by `/`: `image/blocks/attn/q/kernel`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def paths(tree: Any) -> list[tuple[str, Any]]:
 
 
 def map_with_path(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """`function(path, leaf, *leaves of rest)` for every leaf; returns a tree of the same structure."""
+    """`function(path, leaf, *leaves of rest)` for every leaf, as a tree of the same structure."""
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: function(_join(path), *leaves), tree, *rest
     )
@@ -83,7 +83,9 @@ def select(mask: Any, params: Any) -> tuple[Any, Any]:
 
 def join(chosen: Any, others: Any) -> Any:
     """The inverse of `select`."""
-    return jax.tree.map(lambda c, o: o if c is None else c, chosen, others, is_leaf=lambda x: x is None)
+    return jax.tree.map(
+        lambda c, o: o if c is None else c, chosen, others, is_leaf=lambda x: x is None
+    )
 
 
 def _join(path: Any) -> str:

@@ -1,0 +1,66 @@
+"""Tower: what a dual encoder asks of whatever turns images or texts into vectors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from flax import nnx
+
+from clipjax.component import Component
+from clipjax.errors import ClipjaxError, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower(Component):
+    """Configuration of a tower; `build` makes the module.
+
+    The module is called as `module(inputs, *, key=None) -> (tokens [B, N, D], pooled [B, D])` and
+    has the attribute `width` (D). Image towers take uint8 or float [B, H, W, 3] (floats in 0..1) and
+    normalize by themselves; text towers take int32 [B, L].
+
+    `key` is a PRNG key in training and None in inference: that is the one switch for dropout, patch
+    dropout and batch statistics. Modules know nothing of meshes, keep no `nnx.Rngs`, and have
+    float32 parameters whatever they compute in. `clipjax.params.split` shows how they look from
+    outside.
+    """
+
+    def build(self, rngs: nnx.Rngs) -> Any:
+        """Makes the module, drawing its parameters from `rngs.params()`."""
+        raise NotImplementedError
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `ClipjaxError(message)` unless the condition holds."""
+    if not condition:
+        raise ClipjaxError(message)
+
+
+def require_choice(owner: object, field: str, choices: Iterable[str]) -> None:
+    """The string field must be one of `choices`."""
+    value = getattr(owner, field)
+    require(
+        value in choices,
+        f"{type(owner).__name__}.{field}={value!r} is unknown{did_you_mean(str(value), choices)}",
+    )
+
+
+def require_positive(owner: object, *fields: str) -> None:
+    """The integer fields must be at least 1."""
+    for field in fields:
+        value = getattr(owner, field)
+        require(
+            isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+            f"{type(owner).__name__}.{field}={value!r} must be a whole number of at least 1",
+        )
+
+
+def require_rate(owner: object, *fields: str) -> None:
+    """The fields must be probabilities below 1."""
+    for field in fields:
+        value = getattr(owner, field)
+        require(
+            isinstance(value, (int, float)) and 0.0 <= value < 1.0,
+            f"{type(owner).__name__}.{field}={value!r} must be at least 0 and below 1",
+        )

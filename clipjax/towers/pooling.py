@@ -1,0 +1,56 @@
+"""From tokens [B, N, D] to one vector [B, D]."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from clipjax.towers import layers
+from clipjax.towers.transformer import Attention, Mlp, TransformerTower
+
+
+def mean_pool(tokens: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+    """The mean over tokens, accumulated in float32.
+
+    Args:
+      tokens: [B, N, D].
+      valid: bool [B, N], False for padding; at least one True in every row.
+    """
+    if valid is None:
+        return tokens.mean(1, dtype=jnp.float32).astype(tokens.dtype)
+    weights = valid / valid.sum(1, keepdims=True)
+    return jnp.einsum("bnd,bn->bd", tokens, weights.astype(jnp.float32)).astype(tokens.dtype)
+
+
+def last_valid(valid: jax.Array) -> jax.Array:
+    """int32 [B]: the position of the last True of bool [B, N] (0 where there is none)."""
+    return jnp.max(jnp.where(valid, jnp.arange(valid.shape[1]), 0), axis=1)
+
+
+def take(tokens: jax.Array, position: jax.Array) -> jax.Array:
+    """tokens [B, N, D] at one position [B] per row -> [B, D]."""
+    return jnp.take_along_axis(tokens, position[:, None, None], axis=1)[:, 0]
+
+
+class AttentionPool(nnx.Module):
+    """Multi-head attention pooling ("MAP"): one learned query, then a residual MLP.
+
+    From Set Transformer (arXiv:1810.00825), in the form of "Scaling Vision Transformers"
+    (arXiv:2106.04560) and SigLIP (arXiv:2303.15343).
+    """
+
+    def __init__(self, config: TransformerTower, rngs: nnx.Rngs):
+        self.probe = layers.normal(rngs, (config.width,), config.width**-0.5)
+        self.attn = Attention(config, rngs)
+        self.norm = layers.Norm(config.norm, config.width, config.eps)
+        self.mlp = Mlp(config, rngs)
+
+    def __call__(self, tokens: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+        """[B, N, D] and bool [B, N] (False for padding) -> [B, D]."""
+        probe = jnp.broadcast_to(
+            self.probe[...].astype(tokens.dtype), (tokens.shape[0], 1, tokens.shape[2])
+        )
+        mask = None if valid is None else valid[:, None, None, :]
+        x = self.attn(probe, tokens, mask)
+        return (x + self.mlp(self.norm(x)))[:, 0]
