@@ -1,0 +1,52 @@
+"""Pairwise sigmoid loss."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from clipjax.errors import ClipjaxError
+from clipjax.objectives.base import Objective
+from clipjax.objectives.pairs import Sum
+
+
+@dataclasses.dataclass(frozen=True)
+class Sigmoid(Objective):
+    """Binary cross-entropy of every pair, summed over texts and averaged over images.
+
+    SigLIP (Zhai et al. 2023, arXiv 2303.15343): -1/N sum_ij log sigmoid(z_ij (scale x_i.y_j + bias)),
+    z = 1 for positives and -1 otherwise. The model must have a `logit_bias`.
+    """
+
+    positives_by_id: bool = False
+    """Pairs with equal `id` are positives too (several captions of one image), not only i = j."""
+
+    def __call__(self, encoded, batch, engine):
+        if encoded.logit_bias is None:
+            raise ClipjaxError(
+                "Sigmoid needs a model with a logit_bias: without one, the N - 1 negatives of each "
+                "row swamp the loss at the start (SigLIP starts at -10)"
+            )
+        rows, cols = {"image": encoded.logit_scale * encoded.image}, {"text": encoded.text}
+        key = "index"
+        if self.positives_by_id:
+            key = "id"
+            ids = batch_ids(batch, "Sigmoid(positives_by_id=True)")
+            rows, cols = rows | {"id": ids}, cols | {"id": ids}
+
+        def tile(row, col, bias):
+            logits = engine.dot(row["image"], col["text"]) + bias
+            positive = row[key][:, None] == col[key]
+            return {"loss": Sum(jax.nn.softplus(jnp.where(positive, -logits, logits)))}, {}
+
+        stats, _ = engine.reduce(tile, rows, cols, encoded.logit_bias)
+        return jnp.mean(stats["loss"]), {}
+
+
+def batch_ids(batch, objective: str) -> jax.Array:
+    """`batch["id"]`, or a refusal that names the objective that needs it."""
+    if "id" not in batch:
+        raise ClipjaxError(f"{objective} needs `id` in the batch to know positives; it has none")
+    return batch["id"]

@@ -1,0 +1,187 @@
+"""All pairs of R rows and C columns, one tile at a time, on one device: statistics and their gradient.
+
+The gradient does not differentiate the loop over tiles. Given the final shifts and the cotangents of
+the final sums (see `reductions.py`), each tile's share of the gradient stands alone: the tile is
+computed again, its sums are differentiated, and nothing but the inputs needs to be kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from clipjax.objectives.reductions import Reduction, State, empty, lift, merge
+
+Side = dict[str, jax.Array]
+Terms = dict[str, Reduction]
+Tile = Callable[[Side, Side, Any], tuple[Terms, Terms]]
+States = dict[str, State]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A pass over all tiles of `rows` x `cols`, the columns in the outer loop.
+
+    Attributes:
+      tile: `tile(row, col, shared) -> (row terms, column terms)`, given one tile's sides.
+      row_chunk: rows of a tile, at most.
+      col_chunk: columns of a tile, at most.
+    """
+
+    tile: Tile
+    row_chunk: int
+    col_chunk: int
+
+    def no_stats(self, rows: Side, cols: Side, shared: Any) -> tuple[States, States]:
+        """The statistics of these rows and of these columns before any pair was seen."""
+
+        def one_tile(rows, cols, shared):
+            row_terms, col_terms = self.tile(_wide(rows), _wide(cols), shared)
+            return _lift(row_terms, axis=1), _lift(col_terms, axis=0)
+
+        sample = _take(rows, 0, 1), _take(cols, 0, 1)
+        row_like, col_like = jax.eval_shape(one_tile, *sample, shared)
+        n, m = length(rows), length(cols)
+        return (
+            {k: empty(s, n) for k, s in row_like.items()},
+            {k: empty(s, m) for k, s in col_like.items()},
+        )
+
+    def stats(
+        self, rows: Side, cols: Side, shared: Any, row_states: States
+    ) -> tuple[States, States]:
+        """Merges these columns into the rows' statistics; returns them and the columns' own.
+
+        Args:
+          rows: sides [R, ...] of the rows.
+          cols: sides [C, ...] of the columns.
+          shared: arrays that every tile sees whole.
+          row_states: the rows' statistics over the columns seen before.
+        """
+
+        def one_column_chunk(carry, at, size):
+            row_states, col_states = carry
+            col = _wide(_take(cols, at, size))
+
+            def one_tile(carry, at, size):
+                row_states, chunk_states = carry
+                row_terms, col_terms = self.tile(_wide(_take(rows, at, size)), col, shared)
+                seen = _merge(_take(row_states, at, size), _lift(row_terms, axis=1))
+                return _put(row_states, seen, at), _merge(chunk_states, _lift(col_terms, axis=0))
+
+            carry = row_states, _take(col_states, at, size)
+            row_states, seen = _loop(length(rows), self.row_chunk, carry, one_tile)
+            return row_states, _put(col_states, seen, at)
+
+        carry = row_states, self.no_stats(rows, cols, shared)[1]
+        return _loop(length(cols), self.col_chunk, carry, one_column_chunk)
+
+    def grads(
+        self, rows: Side, cols: Side, shared: Any, row_cts: States, col_cts: States, carry: Any
+    ) -> tuple[tuple[Side, Any], Side]:
+        """Cotangents of the sides and of `shared`, of the pairs of these rows and columns.
+
+        Args:
+          rows: sides [R, ...] of the rows.
+          cols: sides [C, ...] of the columns.
+          shared: arrays that every tile sees whole.
+          row_cts: per row statistic, the final shift and the cotangents of the final sums.
+          col_cts: the same for the columns.
+          carry: cotangents (rows, shared) so far, from `no_grads`.
+
+        Returns:
+          `carry` with these pairs added, and the columns' cotangents. Float32; floating leaves only.
+        """
+
+        def one_column_chunk(carry, at, size):
+            row_and_shared, d_cols = carry
+            col, col_ct = _wide(_take(cols, at, size)), _take(col_cts, at, size)
+
+            def one_tile(carry, at, size):
+                (d_rows, d_shared), d_col = carry
+                row, row_ct = _wide(_take(rows, at, size)), _take(row_cts, at, size)
+                d = self._tile_grads(row, col, shared, row_ct, col_ct)
+                d_rows = _put(d_rows, _add(_take(d_rows, at, size), d[0]), at)
+                return (d_rows, _add(d_shared, d[2])), _add(d_col, d[1])
+
+            carry = row_and_shared, _zeros(_floats(col))
+            row_and_shared, d_col = _loop(length(rows), self.row_chunk, carry, one_tile)
+            return row_and_shared, _put(d_cols, d_col, at)
+
+        start = carry, _zeros(_floats(cols))
+        return _loop(length(cols), self.col_chunk, start, one_column_chunk)
+
+    def no_grads(self, rows: Side, shared: Any) -> tuple[Side, Any]:
+        """Zero cotangents of the rows' sides and of `shared`."""
+        return _zeros(_floats(rows)), _zeros(_floats(dict(enumerate(jax.tree.leaves(shared)))))
+
+    def _tile_grads(self, row, col, shared, row_cts, col_cts):
+        leaves, tree = jax.tree.flatten(shared)
+        whole = dict(enumerate(leaves))
+
+        def sums(row_floats, col_floats, shared_floats):
+            shared = jax.tree.unflatten(tree, (whole | shared_floats).values())
+            row_terms, col_terms = self.tile(row | row_floats, col | col_floats, shared)
+            return (
+                {k: t.sums(1, row_cts[k].shift) for k, t in row_terms.items()},
+                {k: t.sums(0, col_cts[k].shift) for k, t in col_terms.items()},
+            )
+
+        _, pullback = jax.vjp(sums, _floats(row), _floats(col), _floats(whole))
+        return pullback(tuple({k: s.sums for k, s in c.items()} for c in (row_cts, col_cts)))
+
+
+def length(side: Any) -> int:
+    """Rows of a side."""
+    return jax.tree.leaves(side)[0].shape[0]
+
+
+def _loop(n: int, size: int, carry: Any, body: Callable[[Any, Any, int], Any]) -> Any:
+    """`carry = body(carry, at, size)` over n rows in pieces of `size`, the last one smaller."""
+    size = min(size, n)
+    whole, rest = divmod(n, size)
+    if whole == 1:
+        carry = body(carry, 0, size)
+    else:
+        carry = lax.fori_loop(0, whole, lambda i, c: body(c, i * size, size), carry)
+    return body(carry, whole * size, rest) if rest else carry
+
+
+def _take(tree, at, size):
+    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, at, size), tree)
+
+
+def _put(tree, piece, at):
+    return jax.tree.map(
+        lambda a, p: lax.dynamic_update_slice_in_dim(a, p.astype(a.dtype), at, 0), tree, piece
+    )
+
+
+def _lift(terms, axis):
+    return {k: lift(t, axis) for k, t in terms.items()}
+
+
+def _merge(a, b):
+    return {k: merge(a[k], b[k]) for k in a}
+
+
+def _add(a, b):
+    return jax.tree.map(jnp.add, a, b)
+
+
+def _floats(side):
+    return {k: v for k, v in side.items() if jnp.issubdtype(v.dtype, jnp.inexact)}
+
+
+def _zeros(tree):
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), tree)
+
+
+def _wide(side):
+    """Sides as the tile sees them: narrow floats (they travel so) in float32, so cotangents are too."""
+    return {k: v.astype(jnp.float32) if v.dtype == jnp.bfloat16 else v for k, v in side.items()}
