@@ -358,7 +358,7 @@ def _finish(terms: dict[str, Reduction], states: States) -> dict[str, jax.Array]
     return {k: term.value(fixed(states[k])) for k, term in terms.items()}
 
 
-def _sample(side: Side) -> Side:
+def _sample(side: Side) -> Any:
     one = {k: jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype) for k, v in side.items()}
     return one | {"index": jax.ShapeDtypeStruct((1,), jnp.int32)}
 

@@ -1,9 +1,10 @@
 """What can be accumulated over the pairs of one row or column, tile by tile.
 
-Every reduction here is a set of sums under a shift: `shift` is a running maximum that keeps the sums
-in range and carries no gradient, `sums` simply add once they are brought to a common shift. So tiles,
-chunks and devices merge in any order, and the derivative of the finished value with respect to one
-tile needs only the final shift and the cotangents of the final sums, never the other tiles.
+Every reduction here is a set of sums under a shift: `shift` is a running maximum that keeps the
+sums in range and carries no gradient, `sums` simply add once they are brought to a common shift.
+So tiles, chunks and devices merge in any order, and the derivative of the finished value with
+respect to one tile needs only the final shift and the cotangents of the final sums, never the
+other tiles.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Reduction:
     """One quantity of a tile [R, C], to be reduced along its rows or its columns.
 
     A new reduction gives `sums` and `value`, and `shift` where its terms need one. `where` (bool,
-    broadcastable to [R, C]) leaves pairs out; what is left out contributes neither value nor gradient.
+    broadcastable to [R, C]) leaves pairs out: they contribute neither value nor gradient.
     """
 
     def shift(self, axis: int) -> jax.Array | None:
@@ -83,7 +84,7 @@ class LogSumExp(Reduction):
 
 @struct.dataclass
 class Expectation(Reduction):
-    """Mean of `values` [R, C] under the softmax of `logits` [R, C]; 0 where every pair is left out."""
+    """Mean of `values` [R, C] under the softmax of `logits` [R, C]; 0 without any pair."""
 
     logits: jax.Array
     values: jax.Array

@@ -16,8 +16,8 @@ from clipjax.objectives.pairs import Sum
 class Sigmoid(Objective):
     """Binary cross-entropy of every pair, summed over texts and averaged over images.
 
-    SigLIP (Zhai et al. 2023, arXiv 2303.15343): -1/N sum_ij log sigmoid(z_ij (scale x_i.y_j + bias)),
-    z = 1 for positives and -1 otherwise. The model must have a `logit_bias`.
+    SigLIP (Zhai et al. 2023, arXiv 2303.15343): -1/N sum_ij log sigmoid(z_ij (scale x_i.y_j +
+    bias)), z = 1 for positives and -1 otherwise. The model must have a `logit_bias`.
     """
 
     positives_by_id: bool = False

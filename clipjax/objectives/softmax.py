@@ -19,8 +19,8 @@ class Softmax(Objective):
     CLIP (Radford et al. 2021, arXiv 2103.00020); label smoothing as in ALIGN (Jia et al. 2021,
     arXiv 2102.05918), the direction weight as in ConVIRT (Zhang et al. 2020, arXiv 2010.00747).
 
-    Computed as softplus(log sum exp of the negatives - positive), which equals the cross-entropy and
-    stays exact, gradient included, when a batch is nearly solved.
+    Computed as softplus(log sum exp of the negatives - positive), which equals the cross-entropy
+    and stays exact, gradient included, when a batch is nearly solved.
     """
 
     label_smoothing: float = 0.0
@@ -49,7 +49,7 @@ class Softmax(Objective):
 
 
 def negatives(encoded, engine: PairEngine) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """log sum exp of each image's and each text's negative logits, and the positive logits, each [N]."""
+    """Per image and per text, log sum exp of the negative logits; the positive logits; each [N]."""
     image = encoded.logit_scale * encoded.image
 
     def tile(row, col, shared):
@@ -62,6 +62,6 @@ def negatives(encoded, engine: PairEngine) -> tuple[jax.Array, jax.Array, jax.Ar
 
 
 def mean_similarity(a: jax.Array, b: jax.Array, engine: PairEngine) -> jax.Array:
-    """Mean over b's rows (of the same block of the engine) of each a_i . b_j, [N], without any tile."""
+    """Mean of a_i . b_j over the rows j that row i meets, [N], by way of b's mean: no tile."""
     a, b = (v.reshape(engine.blocks, -1, v.shape[-1]) for v in (a, b))
     return jnp.einsum("gnd,gd->gn", a, b.mean(1), precision="highest").reshape(-1)

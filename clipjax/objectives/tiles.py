@@ -1,8 +1,8 @@
-"""All pairs of R rows and C columns, one tile at a time, on one device: statistics and their gradient.
+"""All pairs of R rows and C columns on one device, tile by tile: statistics and their gradient.
 
-The gradient does not differentiate the loop over tiles. Given the final shifts and the cotangents of
-the final sums (see `reductions.py`), each tile's share of the gradient stands alone: the tile is
-computed again, its sums are differentiated, and nothing but the inputs needs to be kept.
+The gradient does not differentiate the loop over tiles. Given the final shifts and the cotangents
+of the final sums (see `reductions.py`), each tile's share of the gradient stands alone: the tile
+is computed again, its sums are differentiated, and nothing but the inputs needs to be kept.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Sweep:
           carry: cotangents (rows, shared) so far, from `no_grads`.
 
         Returns:
-          `carry` with these pairs added, and the columns' cotangents. Float32; floating leaves only.
+          `carry` with these pairs added, and the columns' cotangents; float32, floating leaves.
         """
 
         def one_column_chunk(carry, at, size):
@@ -183,5 +183,5 @@ def _zeros(tree):
 
 
 def _wide(side):
-    """Sides as the tile sees them: narrow floats (they travel so) in float32, so cotangents are too."""
+    """Sides as the tile sees them: bfloat16 (they travel so) as float32, so that cotangents are."""
     return {k: v.astype(jnp.float32) if v.dtype == jnp.bfloat16 else v for k, v in side.items()}
