@@ -2,8 +2,10 @@
 
 Two rules make every figure reproducible.
 
-*Ties count against the model.* A rank is 1 + the number of wrong candidates that score at least as
-high as the right one. A collapsed model, whose candidates all tie, scores 0 and not 1.
+*Ties count against the model.* A rank is 1 + the number of wrong candidates that score as high as
+the right one, less `TIE`. A collapsed model, whose candidates all tie, scores 0 and not 1. `TIE` is
+several times what float32 rounding does to a score, so that pictures or captions that are the same
+tie on every mesh and at every batch size.
 
 *Scores are exact.* A tie is only a tie if equal embeddings give equal scores, and a floating-point
 dot product does not promise that: its rounding depends on how the matrix product is cut up. So
@@ -20,7 +22,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from clipjax.errors import ClipjaxError
+from clipjax.errors import ClipjaxError, RunFailed
+
+TIE = 2.0**-20
+"""Cosine similarities closer than this (about 1e-6) count as equal."""
 
 _STEP = 2.0**-26
 
@@ -69,17 +74,19 @@ def retrieval_ranks(
     best = np.full(len(u), -np.inf)
     np.maximum.at(best, owner, own)
 
-    # Candidates at or above the right answer, itself included; the image's own captions that reach
-    # `best` (they equal it) are not competitors and are taken off at the end.
+    best, own_to_beat = best - TIE, own - TIE
+
+    # Candidates that reach the right answer, itself included; those of the image's own captions
+    # that do are no competitors of its best one, and are taken off at the end.
     above_best = np.zeros(len(u), np.int64)
     above_own = np.zeros(len(v), np.int64)
     for rows in _tiles(len(u), tile):
         for cols in _tiles(len(v), tile):
             score = u[rows] @ v[cols].T
             above_best[rows] += (score >= best[rows, None]).sum(axis=1)
-            above_own[cols] += (score >= own[None, cols]).sum(axis=0)
-    own_at_best = np.bincount(owner, weights=own == best[owner], minlength=len(u)).astype(np.int64)
-    return RetrievalRanks(image_to_text=above_best - own_at_best + 1, text_to_image=above_own)
+            above_own[cols] += (score >= own_to_beat[None, cols]).sum(axis=0)
+    own_above = np.bincount(owner, weights=own >= best[owner], minlength=len(u)).astype(np.int64)
+    return RetrievalRanks(image_to_text=above_best - own_above + 1, text_to_image=above_own)
 
 
 def class_ranks(
@@ -105,12 +112,24 @@ def class_ranks(
             f"labels run from {label.min()} to {label.max()}, but there are {len(classes)} classes"
         )
     u, v = _fixed_point("image", image), _fixed_point("classes", classes)
-    own = _own_scores(v, u, label, tile)
+    to_beat = _own_scores(v, u, label, tile) - TIE
     above = np.zeros(len(u), np.int64)
     for rows in _tiles(len(u), tile):
         for cols in _tiles(len(v), tile):
-            above[rows] += (u[rows] @ v[cols].T >= own[rows, None]).sum(axis=1)
+            above[rows] += (u[rows] @ v[cols].T >= to_beat[rows, None]).sum(axis=1)
     return above
+
+
+def rank_of_best(query: np.ndarray, candidates: np.ndarray, right: np.ndarray) -> int:
+    """The rank, from 1, of the best right candidate among the wrong ones, for a single query.
+
+    Args:
+      query: [E] embedding.
+      candidates: [m, E] embeddings.
+      right: [m] bool, at least one of them true.
+    """
+    score = (_fixed_point("query", query[None]) @ _fixed_point("candidates", candidates).T)[0]
+    return 1 + int((score[~right] >= score[right].max() - TIE).sum())
 
 
 def top_k(query: np.ndarray, candidates: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -184,7 +203,7 @@ def _fixed_point(name: str, x: np.ndarray) -> np.ndarray:
     x = np.asarray(x, np.float64)
     finite = np.isfinite(x).all(axis=1)
     if not finite.all():
-        raise ClipjaxError(
+        raise RunFailed(
             f"{int((~finite).sum())} of {len(x)} {name} embeddings are not finite (the first is "
             f"number {int(np.argmin(finite))}): the model has diverged, or its input is broken"
         )

@@ -103,6 +103,25 @@ def test_a_collapsed_model_scores_nothing():
     assert zero.image_to_text.tolist() == [3] * 3
 
 
+def test_rounding_noise_does_not_break_ties():
+    rng = np.random.default_rng(6)
+    image, owner = unit(rng, 8, 64), np.arange(12) % 8
+    image[4:] = image[:4]
+    text = image[owner]
+    clean = metrics.retrieval_ranks(image, text, owner)
+    assert clean.image_to_text.tolist() == [2, 2, 2, 2, 3, 3, 3, 3]
+    assert clean.text_to_image.tolist() == [2] * 12
+    for _ in range(5):
+        noise = [rng.normal(scale=1e-8, size=x.shape) for x in (image, text)]
+        noisy = metrics.retrieval_ranks(image + noise[0], text + noise[1], owner)
+        np.testing.assert_array_equal(noisy.image_to_text, clean.image_to_text)
+        np.testing.assert_array_equal(noisy.text_to_image, clean.text_to_image)
+        ranks = metrics.class_ranks(image + noise[0], image + noise[0], np.arange(8))
+        assert ranks.tolist() == [2] * 8
+        right = owner == 0
+        assert metrics.rank_of_best(image[0] + noise[0][0], text + noise[1], right) == 2
+
+
 def test_own_captions_that_tie_do_not_compete_with_each_other():
     image = np.eye(2, dtype=np.float32)
     text = np.array([[1, 0], [1, 0], [0.5, 1]], np.float32)

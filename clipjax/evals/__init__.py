@@ -1,0 +1,7 @@
+"""Evaluators: retrieval, zero-shot classification, and the role for one's own."""
+
+from clipjax.evals.base import Evaluator, Every, Runner, build_runners
+from clipjax.evals.retrieval import Retrieval
+from clipjax.evals.zeroshot import ZeroShot
+
+__all__ = ["Evaluator", "Every", "Retrieval", "Runner", "ZeroShot", "build_runners"]

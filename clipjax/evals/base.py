@@ -1,0 +1,126 @@
+"""Evaluator: figures of a model that are not its loss, and how often to take them.
+
+An evaluator of one's own is one class:
+
+    @dataclasses.dataclass(frozen=True)
+    class Brightness(Evaluator):
+        source: Source
+
+        def run(self, predictor):
+            return {f"{self.name}/gap": ...predictor.encode_image(pictures)...}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from clipjax.component import Component
+from clipjax.errors import ClipjaxError
+from clipjax.predictor import Predictor
+
+
+@dataclasses.dataclass(frozen=True)
+class Every(Component):
+    """How often an evaluator runs during training."""
+
+    steps: int
+    """Training steps from one evaluation to the next; the end of training always evaluates."""
+    at_start: bool = False
+    """Evaluate the untrained model too, for a curve that starts at chance."""
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ClipjaxError(f"Every: steps={self.steps} must be at least 1")
+
+    def due(self, step: int) -> bool:
+        """Whether to evaluate after `step` finished steps (0: before the first)."""
+        return self.at_start if step == 0 else step % self.steps == 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluator(Component):
+    """Role: takes a `Predictor`, gives named figures.
+
+    A subclass has `run`. One that loads data has a `Runner` of its own besides, which `build` makes
+    and which keeps the data between evaluations.
+    """
+
+    every: Every | None = None
+    """When to run during training; None: only at the end."""
+
+    @property
+    def name(self) -> str:
+        """First part of the names of its figures; no two evaluators of a run share one.
+
+        The class's name in lower case. A subclass that may occur twice makes it a field instead.
+        """
+        return type(self).__name__.lower()
+
+    def run(self, predictor: Predictor) -> dict[str, float]:
+        """The figures, under names that begin with `{self.name}/`."""
+        raise NotImplementedError(f"{type(self).__name__} has neither run nor build")
+
+    def build(self) -> Runner:
+        """What evaluates again and again with `runner(predictor)`."""
+        return Runner(self)
+
+
+class Runner:
+    """An evaluator at work. Calls `evaluator.run`, unless a subclass says otherwise.
+
+    What comes out of `prepare` and `__call__` names the evaluator: a `ClipjaxError` keeps its kind
+    and gets the name put before its message; any other exception, a bug, gets it as a note.
+    """
+
+    def __init__(self, evaluator: Any):
+        self.evaluator = evaluator
+
+    def __call__(self, predictor: Predictor) -> dict[str, float]:
+        """The evaluator's figures."""
+        self.prepare(predictor)
+        with self._named():
+            return {name: float(value) for name, value in self.evaluate(predictor).items()}
+
+    def prepare(self, predictor: Predictor) -> None:
+        """Loads what is needed, once; a run does so before it trains, for faults to show early."""
+        with self._named():
+            self.load(predictor)
+
+    def load(self, predictor: Predictor) -> None:
+        """Loads what `evaluate` needs unless it is there; for subclasses."""
+
+    def evaluate(self, predictor: Predictor) -> dict[str, float]:
+        """The figures; for subclasses."""
+        return self.evaluator.run(predictor)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        name = self.evaluator.name
+        try:
+            yield
+        except ClipjaxError as error:
+            raise type(error)(f"evaluator {name!r}: {error}") from error
+        except Exception as error:
+            error.add_note(f"raised by the evaluator {name!r} ({type(self.evaluator).__name__})")
+            raise
+
+
+def build_runners(evaluators: Sequence[Evaluator]) -> list[tuple[Evaluator, Runner]]:
+    """Each evaluator with its runner, in the given order.
+
+    Raises:
+      ClipjaxError: a name is empty, holds a "/", or is used twice.
+    """
+    names = [evaluator.name for evaluator in evaluators]
+    for name in names:
+        if not name or "/" in name:
+            raise ClipjaxError(f"evaluator name {name!r}: give one that is not empty, without '/'")
+        if names.count(name) > 1:
+            raise ClipjaxError(
+                f"{names.count(name)} evaluators are named {name!r}: their figures would overwrite "
+                f"each other; give one of them another name, such as name={name + '_2'!r}"
+            )
+    return [(evaluator, evaluator.build()) for evaluator in evaluators]

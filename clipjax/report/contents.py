@@ -1,0 +1,53 @@
+"""What a report shows besides figures: examples of retrieval and a matrix of similarities."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Guess:
+    """A caption that a picture retrieved."""
+
+    caption: str
+    score: float
+    """Cosine similarity."""
+    right: bool
+    """Whether it is one of the picture's own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """The best captions for a picture, best first."""
+
+    language: str
+    """Code of the candidates' language; empty where unknown."""
+    guesses: tuple[Guess, ...]
+    rank: int
+    """Where the picture's best own caption stands among all candidates, from 1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A picture with what it retrieved."""
+
+    image: np.ndarray
+    """uint8 [H, W, 3]."""
+    caption: str
+    """Its own main caption."""
+    rankings: tuple[Ranking, ...]
+    """One for each language."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Similarities:
+    """Cosine similarities of n pictures with their n captions; the diagonal is right."""
+
+    scores: np.ndarray
+    """float [n, n], pictures by captions."""
+    images: np.ndarray
+    """uint8 [n, H, W, 3]."""
+    captions: tuple[str, ...]
+    """n captions."""

@@ -1,0 +1,71 @@
+import dataclasses
+
+import pytest
+
+from clipjax.component import from_json, to_json
+from clipjax.data import Tfds
+from clipjax.errors import ClipjaxError, RunFailed
+from clipjax.evals import Evaluator, Every, Retrieval, ZeroShot, build_runners
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant(Evaluator):
+    """A user's evaluator: one method."""
+
+    value: float
+
+    def run(self, predictor):
+        return {f"{self.name}/value": self.value * predictor}
+
+
+@dataclasses.dataclass(frozen=True)
+class Failing(Evaluator):
+    name: str = "failing"
+    kind: str = "user"
+
+    def run(self, predictor):
+        raise {"user": ClipjaxError, "run": RunFailed, "bug": KeyError}[self.kind]("the reason")
+
+
+def test_every_is_due_at_its_multiples():
+    every = Every(50)
+    assert [step for step in range(0, 201) if every.due(step)] == [50, 100, 150, 200]
+    assert Every(50, at_start=True).due(0)
+    with pytest.raises(ClipjaxError, match="steps=0"):
+        Every(0)
+
+
+def test_a_users_evaluator_needs_one_method():
+    evaluator = Constant(3.0, every=Every(10))
+    assert evaluator.name == "constant"
+    assert evaluator.build()(2) == {"constant/value": 6.0}
+    assert isinstance(evaluator.build()(2)["constant/value"], float)
+
+
+def test_an_error_names_the_evaluator_and_keeps_its_kind():
+    with pytest.raises(ClipjaxError, match=r"^evaluator 'failing': the reason$") as caught:
+        Failing().build()(None)
+    assert type(caught.value) is ClipjaxError
+    with pytest.raises(RunFailed, match="evaluator 'mine': the reason"):
+        Failing(name="mine", kind="run").build()(None)
+    with pytest.raises(KeyError) as bug:
+        Failing(kind="bug").build()(None)
+    assert bug.value.__notes__ == ["raised by the evaluator 'failing' (Failing)"]
+
+
+def test_names_must_be_distinct():
+    runners = build_runners([Constant(1.0), Failing()])
+    assert [evaluator.name for evaluator, _ in runners] == ["constant", "failing"]
+    with pytest.raises(ClipjaxError, match=r"2 evaluators are named 'constant'.*'constant_2'"):
+        build_runners([Constant(1.0), Constant(2.0)])
+    with pytest.raises(ClipjaxError, match="without '/'"):
+        build_runners([Failing(name="a/b")])
+
+
+def test_evaluators_survive_json():
+    source = Tfds("twemoji", "test")
+    for evaluator in (
+        Retrieval(source, every=Every(500), languages=("en", "zh")),
+        ZeroShot(source, name="z", class_names={"en": ("a", "b")}, templates=("a {}",)),
+    ):
+        assert from_json(to_json(evaluator)) == evaluator

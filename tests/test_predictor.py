@@ -1,0 +1,169 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from clipjax.batch import Encoded
+from clipjax.data import Resize
+from clipjax.errors import ClipjaxError
+from clipjax.mesh import MeshShape
+from clipjax.models.dual_encoder import DualEncoder
+from clipjax.params import split
+from clipjax.predictor import Predictor
+from clipjax.sharding import Sharding
+from clipjax.towers.text import TextTransformer
+from clipjax.towers.vit import ViT
+
+SIZE, LENGTH, VOCAB = 16, 8, 50
+
+
+class Bytes:
+    """A tokenizer of one token a character."""
+
+    def encode(self, texts, context_length):
+        rows = np.zeros((len(texts), context_length), np.int32)
+        for row, text in zip(rows, texts, strict=True):
+            ids = [1 + ord(c) % (VOCAB - 1) for c in text[:context_length]]
+            row[: len(ids)] = ids
+        return rows
+
+
+class Plain(nnx.Module):
+    """A user's model: pixels and token embeddings, averaged; counts how often it is traced."""
+
+    traces = 0
+
+    def __init__(self, rngs):
+        self.pixels = nnx.Param(jax.random.normal(rngs.params(), (3, 4)))
+        self.tokens = nnx.Param(jax.random.normal(rngs.params(), (VOCAB, 4)))
+        self.scale = nnx.Param(jnp.float32(2.0))
+
+    def encode_image(self, image, key=None):
+        Plain.traces += 1
+        return _unit((image / 255.0).mean((1, 2)) @ self.pixels[...])
+
+    def encode_text(self, text, key=None):
+        return _unit(self.tokens[...][text].mean(1))
+
+    def __call__(self, batch, key=None):
+        image, text = self.encode_image(batch["image"]), self.encode_text(batch["text"])
+        return Encoded(image, text, jnp.exp(self.scale[...]))
+
+
+def _unit(x):
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def plain(**settings):
+    settings = {"tokenizer": Bytes(), "context_length": LENGTH, "image_size": SIZE} | settings
+    return Predictor.from_module(Plain(nnx.Rngs(0)), **settings)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(0, 256, (21, SIZE, SIZE, 3), np.uint8)
+
+
+TEXTS = [f"text number {i}" for i in range(21)]
+
+
+def test_embeddings_agree_with_numpy_for_any_batch_size(images):
+    module = Plain(nnx.Rngs(0))
+    kernel = np.asarray(module.pixels[...], np.float64)
+    expected = (images / 255.0).mean((1, 2)) @ kernel
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    for batch_size in (1, 4, 7, 21, 64):
+        embedded = plain(batch_size=batch_size).encode_image(images)
+        assert embedded.dtype == np.float32 and embedded.shape == (21, 4)
+        np.testing.assert_allclose(embedded, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (1, 1, 8)])
+def test_real_towers_embed_alike_on_any_mesh(images, shape):
+    towers = {"width": 16, "heads": 2, "depth": 1}
+    model = DualEncoder(
+        image=ViT(patch_size=8, image_size=SIZE, **towers),
+        text=TextTransformer(vocab_size=VOCAB, context_length=LENGTH, **towers),
+        embed_dim=8,
+        logit_bias_init=-3.0,
+    )
+    settings = {"tokenizer": Bytes(), "context_length": LENGTH, "image_size": SIZE}
+    graphdef, params, state = split(model.build(nnx.Rngs(0)))
+    one = Predictor(graphdef, params, state, batch_size=21, **settings)
+    mesh = MeshShape(*shape).build()
+    spread = jax.device_put(params, Sharding(fsdp=True, min_size=1).apply(params, mesh))
+    # 6 is rounded up to the next multiple of the mesh's batch shards.
+    many = Predictor(graphdef, spread, state, mesh=mesh, batch_size=6, **settings)
+    assert many.batch_size == {8: 8, 4: 8, 1: 6}[shape[0] * shape[1]]
+    np.testing.assert_allclose(many.encode_image(images), one.encode_image(images), atol=2e-6)
+    np.testing.assert_allclose(many.encode_text(TEXTS), one.encode_text(TEXTS), atol=2e-6)
+    assert many.logit_scale == pytest.approx(1 / 0.07, rel=1e-6) and many.logit_bias == -3.0
+
+
+def test_other_weights_take_effect_without_compiling_again(images):
+    predictor = plain(batch_size=8)
+    before = predictor.encode_image(images)
+    traces = Plain.traces
+    params = split(Plain(nnx.Rngs(1)))[1]
+    other = predictor.with_params(params)
+    expected = plain(batch_size=8).with_params(params)
+    after = other.encode_image(images)
+    assert Plain.traces == traces
+    np.testing.assert_array_equal(after, expected.encode_image(images))
+    assert np.abs(after - before).max() > 0.1
+    np.testing.assert_array_equal(predictor.encode_image(images), before)
+
+
+def test_one_shape_is_compiled_whatever_the_number_of_inputs(images):
+    predictor = plain(batch_size=8)
+    traces = Plain.traces
+    for n in (1, 5, 8, 9, 21):
+        assert predictor.encode_image(images[:n]).shape == (n, 4)
+    assert Plain.traces == traces + 1
+
+
+def test_texts_and_their_tokens_embed_alike():
+    predictor = plain(batch_size=8)
+    tokens = predictor.tokenize(TEXTS)
+    assert tokens.dtype == np.int32 and tokens.shape == (21, LENGTH)
+    np.testing.assert_array_equal(predictor.encode_text(tokens), predictor.encode_text(TEXTS))
+
+
+def test_no_inputs_give_no_embeddings():
+    predictor = plain()
+    assert predictor.encode_image(np.zeros((0, SIZE, SIZE, 3), np.uint8)).shape == (0, 4)
+    assert predictor.encode_text([]).shape == (0, 4)
+
+
+def test_scale_of_a_model_without_bias():
+    predictor = plain()
+    assert predictor.logit_scale == pytest.approx(np.exp(2.0), rel=1e-6)
+    assert predictor.logit_bias is None
+
+
+def test_pictures_of_other_sizes_are_resized_as_in_evaluation():
+    rng = np.random.default_rng(1)
+    wide = rng.integers(0, 256, (20, 30, 3), np.uint8)
+    small = rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+    for resize in (Resize("squash"), Resize("crop")):
+        predictor = plain(resize=resize)
+        expected = predictor.encode_image(np.stack([resize(wide, SIZE), small]))
+        np.testing.assert_array_equal(predictor.encode_image([wide, small]), expected)
+        np.testing.assert_array_equal(predictor.encode_image(wide[None]), expected[:1])
+
+
+def test_bad_input_is_refused_by_name(images):
+    predictor = plain()
+    with pytest.raises(ClipjaxError, match=r"uint8 pixels.*not float32"):
+        predictor.encode_image(images.astype(np.float32))
+    with pytest.raises(ClipjaxError, match=r"number 1 is uint8 \[4, 4\]"):
+        predictor.encode_image([images[0], np.zeros((4, 4), np.uint8)])
+    with pytest.raises(ClipjaxError, match="a list of texts, not one string"):
+        predictor.encode_text("a cat")
+    with pytest.raises(ClipjaxError, match=r"int32 \[n, 8\], not int32 \[2, 5\]"):
+        predictor.encode_text(np.zeros((2, 5), np.int32))
+    with pytest.raises(ClipjaxError, match="no tokenizer"):
+        plain(tokenizer=None).encode_text(["a cat"])
+    with pytest.raises(ClipjaxError, match="batch_size=0"):
+        plain(batch_size=0)
