@@ -11,6 +11,7 @@ import base64
 import dataclasses
 import logging
 import math
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -201,17 +202,16 @@ def locate(path: Path) -> tuple[Path, int]:
     return path, step
 
 
-def pack_files(folder: Path) -> dict[str, str]:
-    """The files of a folder as JSON-able text (base64)."""
-    return {
-        file.name: base64.b64encode(file.read_bytes()).decode()
-        for file in sorted(Path(folder).iterdir())
-        if file.is_file()
-    }
+def pack_tokenizer(tokenizer: Any) -> dict[str, str]:
+    """The files that `tokenizer.save` writes, as JSON-able text (base64)."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        files = sorted(Path(folder).iterdir())
+        return {file.name: base64.b64encode(file.read_bytes()).decode() for file in files}
 
 
-def unpack_files(files: dict[str, str], folder: Path) -> None:
-    """Writes what `pack_files` packed.
+def unpack_tokenizer(files: dict[str, str], folder: Path) -> None:
+    """Writes what `pack_tokenizer` packed.
 
     Raises:
       ClipjaxError: a name that would leave the folder.

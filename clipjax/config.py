@@ -42,7 +42,11 @@ class Run(Component):
     mesh: MeshShape = MeshShape()
     sharding: Sharding = Sharding()
     exchange: Exchange = AllGather()
-    """How embeddings travel for the objective."""
+    """How embeddings reach the other devices for the objective."""
+    pair_chunk: int | None = None
+    """Rows and columns of a tile of similarities, at most; None chooses."""
+    pair_dtype: str = "float32"
+    """Operands of the similarities, float32 or bfloat16; they accumulate in float32."""
     accumulate: int = 1
     """Micro-batches per step; the result equals the big batch."""
     ema: Ema | None = None

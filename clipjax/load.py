@@ -1,0 +1,108 @@
+"""Opening a run: its configuration and its model, from a checkpoint alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from clipjax.checkpoint import FORMAT, Checkpoints, locate, unpack_tokenizer
+from clipjax.component import from_json
+from clipjax.config import Run
+from clipjax.data import load_tokenizer
+from clipjax.errors import ClipjaxError
+from clipjax.evals.base import build_runners
+from clipjax.mesh import MeshShape
+from clipjax.params import abstract, join, select
+from clipjax.predictor import Predictor
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A run with its model as it was at one step."""
+
+    folder: Path
+    step: int
+    run: Run
+    predictor: Predictor
+
+    def evaluate(self) -> dict[str, float]:
+        """The figures of all of the run's evaluators, under the names that training gives them."""
+        results: dict[str, float] = {}
+        for _, runner in build_runners(self.run.evals):
+            results |= runner(self.predictor)
+        return results
+
+
+def open_run(path: str | Path, mesh: Mesh | None = None) -> Opened:
+    """Opens a run's latest checkpoint, or the one that `path` names.
+
+    Components of the user's own must have been imported first.
+
+    Args:
+      path: a run's folder, or one of its `checkpoints/<step>`.
+      mesh: where the model goes; default: all devices along the data axis.
+
+    Raises:
+      ClipjaxError: there is no checkpoint, or it names components that are unknown here.
+    """
+    folder, step = locate(Path(path))
+    checkpoints = Checkpoints(folder)
+    try:
+        meta = checkpoints.meta(step)
+        run = _read_run(meta, folder)
+        mesh = mesh or MeshShape().build()
+        graphdef, params, model_state = abstract(lambda: run.model.build(nnx.Rngs(0)))
+        target: dict[str, Any] = {"params": params}
+        if model_state:
+            target["model_state"] = model_state
+        averaged = run.ema is not None and run.ema.evaluate
+        mask = run.optimizer.trainable(params)
+        if averaged:
+            target["ema"] = select(mask, params)[0]
+        layout = run.sharding.apply(target, mesh)
+        state = checkpoints.restore_part(
+            step,
+            jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), target, layout),
+        )
+    finally:
+        checkpoints.close()
+    params = join(state["ema"], select(mask, state["params"])[1]) if averaged else state["params"]
+    with tempfile.TemporaryDirectory() as scratch:
+        unpack_tokenizer(meta["tokenizer"], Path(scratch))
+        tokenizer = load_tokenizer(scratch)
+    predictor = Predictor(
+        graphdef,
+        params,
+        state.get("model_state", {}),
+        tokenizer=tokenizer,
+        context_length=run.data.context_length,
+        image_size=run.data.image_size,
+        mesh=mesh,
+        resize=run.data.resize,
+    )
+    return Opened(folder, step, run, predictor)
+
+
+def load(path: str | Path, mesh: Mesh | None = None) -> Predictor:
+    """The model of a run, ready to embed pictures and texts: `clipjax.load("runs/quickstart")`.
+
+    Args and errors as in `open_run`.
+    """
+    return open_run(path, mesh).predictor
+
+
+def _read_run(meta: dict[str, Any], folder: Path) -> Run:
+    if meta.get("format") != FORMAT:
+        raise ClipjaxError(
+            f"{folder} was written in format {meta.get('format')}, and this clipjax reads format {FORMAT}"
+        )
+    run = from_json(meta["run"])
+    if not isinstance(run, Run):
+        raise ClipjaxError(f"{folder}: its checkpoint describes a {type(run).__name__}, not a run")
+    return run
