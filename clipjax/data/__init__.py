@@ -10,6 +10,8 @@ from clipjax.data.augment import (
     Shift,
 )
 from clipjax.data.evalset import EvalSet, load_eval
+from clipjax.data.folder import ClassFolder, ImageFolder
+from clipjax.data.images import decode
 from clipjax.data.loader import Data, Loader
 from clipjax.data.sources import Mixture, RandomAccess, Record, Source, Tfds, UnreadableRecord
 from clipjax.data.tokenizers import (
@@ -20,15 +22,18 @@ from clipjax.data.tokenizers import (
     TokenizerModel,
     load_tokenizer,
 )
+from clipjax.data.webdataset import WebDataset
 
 __all__ = [
     "BPE",
     "Augmentation",
     "CaptionChoice",
+    "ClassFolder",
     "ColorJitter",
     "Data",
     "EvalSet",
     "Flip",
+    "ImageFolder",
     "Loader",
     "Mixture",
     "RandomAccess",
@@ -43,6 +48,8 @@ __all__ = [
     "TokenizerFile",
     "TokenizerModel",
     "UnreadableRecord",
+    "WebDataset",
+    "decode",
     "load_eval",
     "load_tokenizer",
 ]

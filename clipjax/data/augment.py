@@ -1,7 +1,7 @@
 """Augmentation on the host: uint8 in, uint8 out, every choice drawn from the generator given.
 
 Applied in the order listed in the run, each `augmentation(image, size, rng)`. Whatever comes out
-of the last one at another size than the run's is squashed to it.
+of the last one at another size than the run's is brought to it by the run's `resize`.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Flip(Augmentation):
 
 @dataclasses.dataclass(frozen=True)
 class Shift(Augmentation):
-    """Moves the picture by a random whole number of pixels, at the run's size."""
+    """Moves the picture by a random number of pixels, up or down and left or right."""
 
     pixels: int = 4
     """Greatest shift in each direction, in pixels of the run's size."""
@@ -127,15 +127,16 @@ class Shift(Augmentation):
     def __call__(self, image, size, rng):
         if self.pixels >= size:
             raise ClipjaxError(f"Shift: pixels={self.pixels} moves a picture of {size} out of view")
-        image = resize(image, (size, size))
-        down, right = rng.integers(-self.pixels, self.pixels + 1, size=2)
+        height, width = image.shape[:2]
+        draws = rng.integers(-self.pixels, self.pixels + 1, size=2)
+        down, right = round(draws[0] * height / size), round(draws[1] * width / size)
         if self.fill == "edge":
-            rows = np.clip(np.arange(size) - down, 0, size - 1)
-            columns = np.clip(np.arange(size) - right, 0, size - 1)
+            rows = np.clip(np.arange(height) - down, 0, height - 1)
+            columns = np.clip(np.arange(width) - right, 0, width - 1)
             return image[rows[:, None], columns]
         moved = np.full_like(image, 255)
-        moved[max(down, 0) : size + min(down, 0), max(right, 0) : size + min(right, 0)] = image[
-            max(-down, 0) : size + min(-down, 0), max(-right, 0) : size + min(-right, 0)
+        moved[max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)] = image[
+            max(-down, 0) : height + min(-down, 0), max(-right, 0) : width + min(-right, 0)
         ]
         return moved
 

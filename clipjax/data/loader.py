@@ -50,6 +50,8 @@ class Data(Component):
     """Tokens per caption, special tokens counted; a longer caption is cut."""
     augment: tuple[Augmentation, ...] = ()
     """Changes of the picture, in order."""
+    resize: Resize = dataclasses.field(default_factory=Resize)
+    """How pictures come to `image_size` where no augmentation has done it, and in evaluation."""
     captions: CaptionChoice = dataclasses.field(default_factory=CaptionChoice)
     """Which of a picture's captions is shown."""
     shuffle: bool = True
@@ -236,7 +238,7 @@ class Loader:
         for augmentation in self._data.augment:
             image = augmentation(image, self._data.image_size, rng)
         # The low 31 bits: ids may be hashes of 64 bits, and equal ones must stay equal.
-        return Resize()(image, self._data.image_size), caption, record["id"] & 0x7FFFFFFF
+        return self._data.resize(image, self._data.image_size), caption, record["id"] & 0x7FFFFFFF
 
     def _account(self, failures: list[str]) -> None:
         self.seen += self._rows + len(failures)

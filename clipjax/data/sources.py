@@ -115,24 +115,25 @@ class _OpenTfds:
         builder = tfds.builder_from_directory(_prepared_folder(config))
         _check_split(builder, config)
         features = builder.info.features
-        self.caption_path = _feature(
+        self._caption = _feature(
             features, config.caption_key, "captions/text", "captions", "caption", "text"
         )
-        self.language_path = _feature(features, config.language_key, "captions/language")
-        self.label_path = _feature(features, config.label_key, "label", "group")
-        self.id_path = _feature(features, config.id_key, "id", "image/id")
-        self.image_path = _feature(features, config.image_key)
-        self.key_path = _feature(features, None, "key", "image/filename", "file_name")
-        if config.languages and self.language_path is None:
+        self._language = _feature(features, config.language_key, "captions/language")
+        self._label = _feature(features, config.label_key, "label", "group")
+        self._id = _feature(features, config.id_key, "id", "image/id")
+        self._image = _feature(features, config.image_key)
+        self._key = _feature(features, None, "key", "image/filename", "file_name")
+        if config.languages and self._language is None:
             raise ClipjaxError(
                 f"Tfds({config.name!r}): languages={config.languages} is set, but the data set "
                 "says no caption's language; name the feature with language_key, or leave "
                 "languages empty"
             )
-        self.class_names = _class_names(features, self.label_path)
-        self._records = builder.as_data_source(
-            config.split, decoders={config.image_key: tfds.decode.SkipDecoding()}
-        )
+        self.class_names = _class_names(features, self._label)
+        decoders: Any = tfds.decode.SkipDecoding()  # the loader decodes
+        for key in reversed(self._image or ()):
+            decoders = {key: decoders}
+        self._records = builder.as_data_source(config.split, decoders=decoders)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -141,21 +142,21 @@ class _OpenTfds:
         example = self._records[index]
         name = f"{self.config.name}/{self.config.split}[{index}]"
         captions, languages = self._captions(example)
-        identity = _at(example, self.id_path)
+        identity = _at(example, self._id)
         record = Record(
-            image=_at(example, self.image_path),
+            image=_at(example, self._image),
             captions=captions,
             languages=languages,
             id=int(identity) if isinstance(identity, (int, np.integer)) else index,
-            key=_text(_at(example, self.key_path)) or name,
+            key=_text(_at(example, self._key)) or name,
         )
-        if self.label_path is not None:
-            record["label"] = int(_at(example, self.label_path))
+        if self._label is not None:
+            record["label"] = int(_at(example, self._label))
         return record
 
     def _captions(self, example) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        captions = _texts(_at(example, self.caption_path))
-        languages = _texts(_at(example, self.language_path))
+        captions = _texts(_at(example, self._caption))
+        languages = _texts(_at(example, self._language))
         wanted = self.config.languages
         if not wanted:
             return captions, languages
@@ -269,43 +270,39 @@ def _check_split(builder: Any, config: Tfds) -> None:
         )
 
 
-def _feature(features: Any, asked: str | None, *defaults: str) -> str | None:
-    """The path `asked` for, which must exist, or the first default that does."""
+def _feature(features: Any, asked: str | None, *defaults: str) -> tuple[str, ...] | None:
+    """The keys that lead to the feature `asked` for, which must exist, or to the first default."""
     for path in [asked] if asked else defaults:
-        node = features
-        for part in path.split("/"):
-            # A Sequence of a dict answers to the keys of the dict inside.
-            node = getattr(node, "feature", node)
-            node = node[part] if hasattr(node, "keys") and part in node else None
-            if node is None:
-                break
-        if node is not None and (asked or not _is_dict(node)):
-            return path
+        # Some data sets have a slash in a key (COCO: "image/id").
+        for keys in ((path,), tuple(path.split("/"))):
+            feature = _descend(features, keys)
+            if feature is not None and not hasattr(feature, "keys"):
+                return keys
     if asked:
         known = list(features.keys())
         raise ClipjaxError(f"the data set has no feature {asked!r}{did_you_mean(asked, known)}")
     return None
 
 
-def _is_dict(feature: Any) -> bool:
-    return hasattr(getattr(feature, "feature", feature), "keys")
+def _descend(features: Any, keys: tuple[str, ...]) -> Any:
+    for key in keys:
+        if not hasattr(features, "keys") or key not in features:
+            return None
+        # A Sequence of a dict answers to the keys of the dict inside.
+        features = getattr(features[key], "feature", features[key])
+    return features
 
 
-def _class_names(features: Any, path: str | None) -> tuple[str, ...] | None:
-    if path is None:
-        return None
-    node = features
-    for part in path.split("/"):
-        node = node[part]
-    names = getattr(node, "names", None)
+def _class_names(features: Any, keys: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    names = getattr(_descend(features, keys), "names", None) if keys else None
     return tuple(names) if names else None
 
 
-def _at(example: Any, path: str | None) -> Any:
-    if path is None:
+def _at(example: Any, keys: tuple[str, ...] | None) -> Any:
+    if keys is None:
         return None
-    for part in path.split("/"):
-        example = example[part]
+    for key in keys:
+        example = example[key]
     return example
 
 

@@ -166,7 +166,14 @@ class BPE(Tokenizer):
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        vocabulary.train_from_iterator(itertools.islice(captions, self.max_captions), trainer)
+        captions = itertools.islice(captions, self.max_captions)
+        first = next(captions, None)
+        if first is None:
+            raise ClipjaxError(
+                "BPE: there are no captions to train on; check the source's captions and the "
+                "languages that the run chooses"
+            )
+        vocabulary.train_from_iterator(itertools.chain([first], captions), trainer)
         return TokenizerModel("tokenizers", vocabulary, 0, 1, 2)
 
 

@@ -1,0 +1,161 @@
+"""Pictures in a folder: with a table of captions, or with one folder per class."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from clipjax.data.sources import RandomAccess, Record, Source
+from clipjax.errors import ClipjaxError, did_you_mean
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFolder(Source):
+    """Picture files, with captions in a .csv, .tsv or .jsonl table.
+
+    Rows that name the same picture are one record with several captions. The picture's identity is
+    its order of first appearance.
+    """
+
+    root: str
+    """Folder that the pictures' paths are relative to."""
+    table: str = "captions.csv"
+    """Table, relative to root: .csv or .tsv with a header line, or .jsonl."""
+    image_column: str = "image"
+    """Column with the picture's path."""
+    caption_columns: tuple[str, ...] = ("caption",)
+    """Columns with captions; in .jsonl a value may be a list of them."""
+    languages: tuple[str, ...] = ()
+    """Language code of each caption column, where known."""
+    label_column: str | None = None
+    """Column with the name of the picture's class."""
+
+    def __post_init__(self):
+        if self.languages and len(self.languages) != len(self.caption_columns):
+            raise ClipjaxError(
+                f"ImageFolder: {len(self.languages)} languages for {len(self.caption_columns)} "
+                "caption columns; give one each"
+            )
+
+    def open(self) -> RandomAccess:
+        root = Path(self.root).expanduser()
+        table = root / self.table
+        if not table.is_file():
+            near = [p.name for p in table.parent.iterdir()] if table.parent.is_dir() else []
+            raise ClipjaxError(f"there is no table {str(table)!r}{did_you_mean(table.name, near)}")
+        images: dict[str, dict[str, Any]] = {}
+        for line, row in _rows(table):
+            self._check_columns(table, line, row)
+            path = str(row[self.image_column])
+            image = images.setdefault(path, {"captions": [], "languages": [], "label": None})
+            for i, column in enumerate(self.caption_columns):
+                texts = _texts(row[column])
+                image["captions"] += texts
+                image["languages"] += [self.languages[i]] * len(texts) if self.languages else []
+            if self.label_column:
+                image["label"] = str(row[self.label_column])
+        if not images:
+            raise ClipjaxError(f"the table {str(table)!r} has no rows")
+        return _OpenFolder(root, images, labeled=self.label_column is not None)
+
+    def _check_columns(self, table: Path, line: int, row: dict[str, Any]) -> None:
+        label = [self.label_column] if self.label_column else []
+        for column in (self.image_column, *self.caption_columns, *label):
+            if column not in row:
+                raise ClipjaxError(
+                    f"{str(table)!r}, line {line}, has no column {column!r}"
+                    f"{did_you_mean(column, map(str, row))}"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassFolder(Source):
+    """Picture files in one folder per class; the caption of a picture is its class's name."""
+
+    root: str
+    """Folder that holds the classes' folders."""
+
+    def open(self) -> RandomAccess:
+        root = Path(self.root).expanduser()
+        if not root.is_dir():
+            raise ClipjaxError(f"there is no folder {self.root!r}")
+        images = {
+            str(path.relative_to(root)): {
+                "captions": [folder.name.replace("_", " ")],
+                "languages": [],
+                "label": folder.name,
+            }
+            for folder in sorted(p for p in root.iterdir() if p.is_dir())
+            for path in sorted(folder.rglob("*"))
+            if path.suffix.lower() in PICTURE_SUFFIXES
+        }
+        if not images:
+            raise ClipjaxError(f"no folder in {self.root!r} holds a picture")
+        return _OpenFolder(root, images, labeled=True)
+
+
+class _OpenFolder(Sequence):
+    def __init__(self, root: Path, images: dict[str, dict[str, Any]], labeled: bool):
+        self._root, self._images = root, list(images.items())
+        names = sorted({image["label"] for image in images.values()}) if labeled else []
+        self.class_names = tuple(names) or None
+        self._label_of = {name: i for i, name in enumerate(names)}
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index):
+        path, image = self._images[index]
+        record = Record(
+            image=self._root / path,
+            captions=tuple(image["captions"]),
+            languages=tuple(image["languages"]),
+            id=index,
+            key=path,
+        )
+        if self._label_of:
+            record["label"] = self._label_of[image["label"]]
+        return record
+
+
+def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, row) for each row of a table."""
+    if table.suffix not in (".csv", ".tsv", ".jsonl"):
+        raise ClipjaxError(f"{str(table)!r} is no table: its name must end in .csv, .tsv or .jsonl")
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as lines:
+            if table.suffix == ".jsonl":
+                yield from _json_rows(table, lines)
+            else:
+                reader = csv.DictReader(
+                    lines, dialect="excel-tab" if table.suffix == ".tsv" else "excel"
+                )
+                for row in reader:
+                    yield reader.line_num, row
+    except UnicodeDecodeError as error:
+        raise ClipjaxError(f"{str(table)!r} is not UTF-8 text ({error})") from error
+
+
+def _json_rows(table: Path, lines) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ClipjaxError(f"{str(table)!r}, line {number}, is not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise ClipjaxError(f"{str(table)!r}, line {number}, is not a JSON object")
+        yield number, row
+
+
+def _texts(value: Any) -> list[str]:
+    if value is None:
+        return [""]
+    return [str(v) for v in value] if isinstance(value, list) else [str(value)]

@@ -1,0 +1,166 @@
+import gzip
+import io
+import json
+import os
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from PIL import Image
+
+from clipjax.data import UnreadableRecord, WebDataset, decode
+from clipjax.data import webdataset as module
+from clipjax.errors import ClipjaxError
+
+
+def picture(i) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (3, 2), (i, 0, 0)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, content in files:
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+
+
+def sample(i, folder=""):
+    return [
+        (f"{folder}{i:04}.png", picture(i)),
+        (f"{folder}{i:04}.txt", f"caption {i}".encode()),
+        (f"{folder}{i:04}.json", json.dumps({"zh": f"标题 {i}", "nsfw": 0.1}).encode()),
+        (f"{folder}{i:04}.cls", str(i % 3).encode()),
+    ]
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Three tars of 5, 0 and 4 samples."""
+    for shard, numbers in enumerate((range(5), range(0), range(5, 9))):
+        files = [file for i in numbers for file in sample(i, "dir.v1/")]
+        write_tar(tmp_path / f"s-{shard:03}.tar", files)
+    return tmp_path
+
+
+def read(source):
+    opened = source.open()
+    return [opened[i] for i in range(len(opened))]
+
+
+def test_samples_in_order(shards):
+    source = WebDataset(
+        str(shards / "s-*.tar"),
+        caption_keys=("txt", "json:zh"),
+        languages=("en", "zh"),
+        label_key="cls",
+    )
+    found = read(source)
+    assert [decode(r["image"])[0, 0, 0] for r in found] == list(range(9))
+    assert [r["captions"] for r in found] == [(f"caption {i}", f"标题 {i}") for i in range(9)]
+    assert {r["languages"] for r in found} == {("en", "zh")}
+    assert [r["label"] for r in found] == [i % 3 for i in range(9)]
+    assert [r["id"] for r in found] == list(range(9))
+    assert found[7]["key"] == "s-002.tar:dir.v1/0007"
+
+
+def test_patterns(shards, tmp_path, monkeypatch):
+    everything = [str(shards / f"s-{i:03}.tar") for i in range(3)]
+    assert module.expand(str(shards / "s-{000..002}.tar")) == everything
+    assert module.expand(str(shards / "*.tar")) == everything
+    assert module.expand(everything[1]) == [everything[1]]
+    assert module.expand("a{8..11}") == ["a8", "a9", "a10", "a11"]
+
+
+def test_threads_read_at_once_and_files_are_reused(shards, monkeypatch):
+    monkeypatch.setattr(module, "OPEN_FILES", 1)  # every change of tar closes a file
+    opened = WebDataset(str(shards / "*.tar")).open()
+    descriptors = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    with ThreadPoolExecutor(4) as pool:
+        order = [i * 5 % 9 for i in range(900)]
+        found = list(pool.map(lambda i: decode(opened[i]["image"])[0, 0, 0], order))
+        if descriptors:
+            assert len(os.listdir("/proc/self/fd")) <= descriptors + 4
+    assert found == order
+
+
+def test_samples_without_picture_are_left_out_and_said(tmp_path, caplog):
+    files = [*sample(0), ("0001.txt", b"no picture"), ("0002.png", picture(2)), ("__meta", b"")]
+    write_tar(tmp_path / "a.tar", files)
+    found = read(WebDataset(str(tmp_path / "a.tar")))
+    assert [r["captions"] for r in found] == [("caption 0",), ()]
+    assert "2 samples have no picture" in caplog.text
+
+
+def test_the_first_of_the_image_keys_counts(tmp_path):
+    write_tar(tmp_path / "a.tar", [("x.seg.png", picture(9)), ("x.PNG", picture(1))])
+    assert decode(read(WebDataset(str(tmp_path / "a.tar")))[0]["image"])[0, 0, 0] == 1
+
+
+def test_the_index_is_kept_and_renewed_when_the_tar_changes(shards, tmp_path, monkeypatch):
+    source = WebDataset(str(shards / "s-*.tar"), index_dir=str(tmp_path / "index"))
+    before = read(source)
+    assert len(list((tmp_path / "index").iterdir())) == 3
+    scanned = []
+    scan = module._scan
+    monkeypatch.setattr(module, "_scan", lambda *a: scanned.append(a[0]) or scan(*a))
+    assert read(source) == before
+    assert scanned == []
+    write_tar(shards / "s-001.tar", sample(42))
+    assert len(read(source)) == 10
+    assert scanned == [str(shards / "s-001.tar")]
+
+
+def cut_short(path):
+    write_tar(path, [*sample(0), ("0001.png", picture(1) * 100)])
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def compressed(path):
+    write_tar(path, sample(0))
+    path.write_bytes(gzip.compress(path.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (cut_short, "a.tar' is cut short in '0001.png'"),
+        (compressed, "is not an uncompressed tar"),
+        (lambda path: path.write_bytes(b"nonsense" * 100), "is not an uncompressed tar"),
+        (lambda path: write_tar(path, [("a.txt", b"x")]), "no sample .* has a picture"),
+        (lambda path: None, "there is no file '.*a.tar'"),
+    ],
+)
+def test_bad_tars_are_named(tmp_path, make, message):
+    make(tmp_path / "a.tar")
+    with pytest.raises(ClipjaxError, match=message):
+        WebDataset(str(tmp_path / "a.tar")).open()
+
+
+def test_nothing_matches():
+    with pytest.raises(ClipjaxError, match=r"no file matches shards='nowhere/\*.tar'"):
+        WebDataset("nowhere/*.tar").open()
+    with pytest.raises(ClipjaxError, match="1 languages for 2 caption_keys"):
+        WebDataset("a.tar", caption_keys=("txt", "json:zh"), languages=("en",))
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "message"),
+    [
+        (("0.txt", b"\xff"), {}, "a.tar:0: the file .txt does not parse"),
+        (
+            ("0.json", b"{"),
+            {"caption_keys": ("json:zh",)},
+            "a.tar:0: the file .json does not parse",
+        ),
+        (("0.json", b"[]"), {"caption_keys": ("json:zh",)}, "a.tar:0: the file .json does not"),
+        (("0.cls", b"dog"), {"label_key": "cls"}, "a.tar:0: the class b'dog' is no number"),
+    ],
+)
+def test_bad_samples_are_skippable(tmp_path, file, fields, message):
+    write_tar(tmp_path / "a.tar", [("0.png", picture(0)), file])
+    opened = WebDataset(str(tmp_path / "a.tar"), **fields).open()
+    with pytest.raises(UnreadableRecord, match=message):
+        opened[0]
