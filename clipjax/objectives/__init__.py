@@ -1,19 +1,31 @@
 """What a run minimizes: objectives, and the pair engine under them."""
 
 from clipjax.objectives.base import Objective, Sum, Term
-from clipjax.objectives.pairs import AllGather, Grouped, Hierarchical, PairEngine, Ring
+from clipjax.objectives.decoupled import Decoupled
+from clipjax.objectives.diagnostics import Diagnostics
+from clipjax.objectives.multi_positive import DecoupledSoftmax, MultiPositive
+from clipjax.objectives.pairs import AllGather, Auto, Grouped, Hierarchical, PairEngine, Ring
 from clipjax.objectives.sigmoid import Sigmoid
+from clipjax.objectives.soft_target import SoftTarget
 from clipjax.objectives.softmax import Softmax
+from clipjax.objectives.weighted import Weighted
 
 __all__ = [
     "AllGather",
+    "Auto",
+    "Decoupled",
+    "DecoupledSoftmax",
+    "Diagnostics",
     "Grouped",
     "Hierarchical",
+    "MultiPositive",
     "Objective",
     "PairEngine",
     "Ring",
     "Sigmoid",
+    "SoftTarget",
     "Softmax",
     "Sum",
     "Term",
+    "Weighted",
 ]

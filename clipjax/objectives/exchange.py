@@ -20,6 +20,7 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 
 from clipjax.component import Component
+from clipjax.errors import ClipjaxError
 from clipjax.mesh import BATCH_AXES
 
 
@@ -37,6 +38,10 @@ class Exchange(Component):
     def route(self, mesh: Mesh) -> Route:
         """The mesh axes this exchange uses."""
         raise NotImplementedError
+
+    def resolve(self, mesh: Mesh, columns: int, numbers: int) -> Exchange:
+        """The exchange for columns of so many float32 numbers each; `Auto` chooses here."""
+        return self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +66,28 @@ class Hierarchical(Exchange):
 
     def route(self, mesh):
         return Route(("data",), ("group",))
+
+
+@dataclasses.dataclass(frozen=True)
+class Auto(Exchange):
+    """The exact exchange with the least traffic whose columns and their gradient fit in memory."""
+
+    memory_gb: float = 2.0
+    """Memory, in GB per device, that gathered columns and their gradient may take."""
+
+    def __post_init__(self):
+        if self.memory_gb <= 0:
+            raise ClipjaxError(f"Auto: memory_gb={self.memory_gb} must be positive")
+
+    def route(self, mesh):
+        return Route(BATCH_AXES, ())  # for what no size decides: every choice is exact
+
+    def resolve(self, mesh, columns, numbers):
+        needed = 2 * 4 * columns * numbers / 1e9
+        if needed <= self.memory_gb:
+            return AllGather()
+        groups = mesh.shape["group"]
+        return Hierarchical() if groups > 1 and needed / groups <= self.memory_gb else Ring()
 
 
 @dataclasses.dataclass(frozen=True)

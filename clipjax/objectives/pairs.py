@@ -32,6 +32,7 @@ from clipjax.errors import ClipjaxError
 from clipjax.mesh import BATCH_AXES, batch_shards
 from clipjax.objectives.exchange import (
     AllGather,
+    Auto,
     Exchange,
     Grouped,
     Hierarchical,
@@ -52,6 +53,7 @@ from clipjax.objectives.tiles import Side, States, Sweep, Tile, length
 
 __all__ = [
     "AllGather",
+    "Auto",
     "Exchange",
     "Expectation",
     "Grouped",
@@ -117,10 +119,39 @@ class PairEngine:
           ClipjaxError: rows and columns differ in number, or the devices do not divide them.
         """
         n = self._check(rows, cols)
-        sweep = Sweep(tile, *(min(self.chunk or _auto_chunk(), n) for _ in range(2)))
+        engine = self._resolved(n, sum(math.prod(v.shape[1:]) for v in cols.values()))
+        chunk = self.chunk or _auto_chunk()
+        sweep = Sweep(tile, chunk, chunk)
         row_terms, col_terms = jax.eval_shape(tile, _sample(rows), _sample(cols), shared)
-        row_states, col_states = _run(self, sweep, rows, cols, shared)
+        row_states, col_states = _run(engine, sweep, rows, cols, shared)
         return _finish(row_terms, row_states), _finish(col_terms, col_states)
+
+    def describe(self, batch_size: int, width: int) -> str:
+        """One line for a log: the exchange (chosen, if `Auto`), what it keeps and the tiles.
+
+        Args:
+          batch_size: global batch N.
+          width: embedding width E.
+        """
+        chunk = self.chunk or _auto_chunk()
+        if self.mesh is None:
+            return f"pairs: {batch_size} x {batch_size} on one device, tiles of {chunk}"
+        engine = self._resolved(batch_size, width)
+        route = engine.exchange.route(self.mesh)
+        columns = batch_size * _size(self.mesh, route.gather) // batch_shards(self.mesh)
+        asked = "Auto chose " if isinstance(self.exchange, Auto) else ""
+        return (
+            f"pairs: {asked}{type(engine.exchange).__name__}, {batch_shards(self.mesh)} devices, "
+            f"{columns} of {batch_size} columns at a time ({8e-9 * columns * width:.3g} GB with "
+            f"their gradient), {batch_size // engine.blocks} columns a row, tiles of {chunk}, "
+            f"{self.dtype}"
+        )
+
+    def _resolved(self, columns: int, numbers: int) -> PairEngine:
+        if self.mesh is None:
+            return self
+        exchange = self.exchange.resolve(self.mesh, columns, numbers)
+        return dataclasses.replace(self, exchange=exchange)
 
     @property
     def blocks(self) -> int:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from clipjax.errors import ClipjaxError
 from clipjax.objectives.base import Objective
+from clipjax.objectives.contrast import batch_ids
 from clipjax.objectives.pairs import Sum
 
 
@@ -43,10 +44,3 @@ class Sigmoid(Objective):
 
         stats, _ = engine.reduce(tile, rows, cols, encoded.logit_bias)
         return jnp.mean(stats["loss"]), {}
-
-
-def batch_ids(batch, objective: str) -> jax.Array:
-    """`batch["id"]`, or a refusal that names the objective that needs it."""
-    if "id" not in batch:
-        raise ClipjaxError(f"{objective} needs `id` in the batch to know positives; it has none")
-    return batch["id"]
