@@ -1,0 +1,120 @@
+"""Every objective, on every exchange and number of devices, against dense float64 NumPy."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clipjax.batch import Encoded
+from clipjax.mesh import MeshShape, batch_sharding, replicated
+from clipjax.objectives import (
+    AllGather,
+    Decoupled,
+    DecoupledSoftmax,
+    Grouped,
+    Hierarchical,
+    MultiPositive,
+    PairEngine,
+    Ring,
+    Sigmoid,
+    SoftTarget,
+    Softmax,
+    Weighted,
+)
+
+sys.path.insert(0, str(Path(__file__).parent))
+import oracles
+
+ROWS = 24
+
+# objective, its oracle, the oracle's options
+OBJECTIVES = {
+    "softmax": (Softmax(), oracles.softmax, {}),
+    "smoothed": (
+        Softmax(0.2, image_weight=0.75),
+        oracles.softmax,
+        {"smoothing": 0.2, "weight": 0.75},
+    ),
+    "sigmoid": (Sigmoid(), oracles.pairwise_sigmoid, {}),
+    "sigmoid by id": (Sigmoid(positives_by_id=True), oracles.pairwise_sigmoid, {"by_id": True}),
+    "dcl": (Decoupled(), oracles.decoupled, {}),
+    "dclw": (Decoupled(sigma=0.5), oracles.decoupled, {"sigma": 0.5}),
+    "multi": (MultiPositive(), oracles.multi_positive, {}),
+    "xmc": (DecoupledSoftmax(), oracles.decoupled_softmax, {}),
+    "cwcl": (Weighted(), oracles.weighted, {}),
+    "cwcl sharp": (
+        Weighted("text", sharpness=4.0, locked_weight=0.75),
+        oracles.weighted,
+        {"sharpness": 4.0, "locked": "text", "weight": 0.75},
+    ),
+    "albef": (SoftTarget(alpha=0.4, momentum=None), oracles.soft_target, {"alpha": 0.4}),
+}
+
+
+def relative(ours, reference):
+    """Largest absolute difference over the largest absolute reference value."""
+    reference = np.asarray(reference, np.float64)
+    difference = np.abs(np.asarray(ours, np.float64) - reference).max()
+    return difference / max(np.abs(reference).max(), 1e-30)
+
+
+def inputs(c, mesh=None):
+    encoded = {
+        "image": jnp.asarray(c["x"], jnp.float32),
+        "text": jnp.asarray(c["y"], jnp.float32),
+        "logit_scale": jnp.float32(c["s"]),
+        "logit_bias": jnp.float32(c["b"]),
+    }
+    batch = {
+        "id": jnp.asarray(c["ids"], jnp.int32),
+        "teacher_image": jnp.asarray(c["u"], jnp.float32),
+        "teacher_text": jnp.asarray(c["v"], jnp.float32),
+    }
+    if mesh is not None:
+        put = lambda a: jax.device_put(a, batch_sharding(mesh) if a.ndim else replicated(mesh))
+        encoded, batch = jax.tree.map(put, (encoded, batch))
+    return encoded, batch
+
+
+def loss_and_grads(objectives, engine, encoded, batch):
+    """{name: (loss, gradients)}, all objectives in one compiled program."""
+
+    def run(encoded, batch):
+        return {
+            name: jax.value_and_grad(lambda e, o=o: o(Encoded(**e), batch, engine)[0])(encoded)
+            for name, o in objectives.items()
+        }
+
+    return jax.device_get(jax.jit(run)(encoded, batch))
+
+
+def check(names, engine, c, tolerance=1e-5, groups=1):
+    objectives = {name: OBJECTIVES[name][0] for name in names}
+    results = loss_and_grads(objectives, engine, *inputs(c, engine.mesh))
+    for name in names:
+        _, oracle, options = OBJECTIVES[name]
+        loss, grads = oracles.grouped(oracle, c, groups, **options)
+        assert relative(results[name][0], loss) < tolerance, name
+        for key, grad in grads.items():
+            assert relative(results[name][1][key], grad) < tolerance, (name, key)
+
+
+@pytest.mark.parametrize("chunk", [7, None])
+def test_one_device(chunk):
+    check(OBJECTIVES, PairEngine(chunk=chunk), oracles.case(ROWS))
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("exchange", [AllGather(), Ring(), Hierarchical()], ids=str)
+def test_exact_on_any_mesh(exchange, devices):
+    mesh = MeshShape(group=min(2, devices)).build(jax.devices()[:devices])
+    check(OBJECTIVES, PairEngine(mesh, exchange, chunk=7), oracles.case(ROWS))
+
+
+@pytest.mark.parametrize("devices,groups", [(1, 1), (2, 2), (4, 2), (8, 2), (8, 4)])
+def test_grouped_is_block_diagonal(devices, groups):
+    mesh = MeshShape(group=groups).build(jax.devices()[:devices])
+    check(OBJECTIVES, PairEngine(mesh, Grouped(), chunk=5), oracles.case(ROWS), groups=groups)
