@@ -8,7 +8,7 @@ unit is an all-gather of one modality, (P-1)/P * N * E numbers sent per device.
 |---|---|---|---|---|---|
 | `AllGather` | group, data | - | N | 2 | exact |
 | `Ring` | - | group, data | b | 3 | exact |
-| `Hierarchical` | data | group | N / groups | 4, of which 3/data cross groups | exact |
+| `Hierarchical` | data | group | N / groups | 3, of which 3/data cross groups | exact |
 | `Grouped` | data | - | N / groups | 2 (g-1)/(P-1), g = P / groups | negatives of one group |
 """
 

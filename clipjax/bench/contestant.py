@@ -1,0 +1,158 @@
+"""One implementation in a process of its own: prints its added memory, then one time per line read.
+
+`contest` runs several side by side, taking turns, so that a busy machine is equally unkind to all.
+Run as a script, with plain Python and torch, for the torch side: it must not import clipjax.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def contest(contestants: dict[str, list[str]], rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds (the least of all rounds) and added bytes of each contestant.
+
+    Args:
+      contestants: name -> command that runs this file with its arguments.
+      rounds: how often each runs, in turns.
+
+    Returns:
+      name -> {"seconds", "bytes", ...}: the smallest time and what the contestant reported.
+    """
+    processes = {
+        name: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for name, command in contestants.items()
+    }
+    try:
+        results = {name: json.loads(_line(p, name)) for name, p in processes.items()}
+        for _ in range(rounds):
+            for name, process in processes.items():
+                assert process.stdin is not None
+                process.stdin.write("go\n")
+                process.stdin.flush()
+                seconds = float(_line(process, name))
+                results[name]["seconds"] = min(results[name].get("seconds", seconds), seconds)
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+    return results
+
+
+def command(python: str, **settings: object) -> list[str]:
+    """The command of one contestant."""
+    return [python, str(Path(__file__).resolve()), json.dumps(settings)]
+
+
+def _line(process: subprocess.Popen, name: str) -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(
+            f"the measurement of {name!r} ended without a result (its error is above)"
+        )
+    return line
+
+
+def _inputs(rows: int, width: int):
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    image = rng.standard_normal((rows, width), np.float32)
+    text = image + 3 * rng.standard_normal((rows, width), np.float32)
+    return [a / np.linalg.norm(a, axis=1, keepdims=True) for a in (image, text)]
+
+
+def _torch_step(objective: str, rows: int, width: int, **_) -> Callable[[], None]:
+    """OpenCLIP's ClipLoss and SigLipLoss formulas on one process, forward and backward."""
+    import torch
+    import torch.nn.functional as F
+
+    torch.set_num_threads(max(1, len(__import__("os").sched_getaffinity(0))))
+    image, text = (torch.from_numpy(a).requires_grad_() for a in _inputs(rows, width))
+    scale = torch.tensor(20.0, requires_grad=True)
+
+    def step() -> None:
+        image.grad = text.grad = scale.grad = None
+        if objective == "softmax":
+            per_image, per_text = scale * image @ text.T, scale * text @ image.T
+            labels = torch.arange(rows)
+            loss = (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
+        else:
+            logits = scale * image @ text.T - 10
+            labels = 2 * torch.eye(rows) - torch.ones(rows, rows)
+            loss = -F.logsigmoid(labels * logits).sum() / rows
+        loss.backward()
+
+    return step
+
+
+def _jax_step(
+    who: str, objective: str, rows: int, width: int, dtype: str, chunk: int | None
+) -> tuple[Callable[[], None], dict[str, float]]:
+    import jax
+    import jax.numpy as jnp
+
+    from clipjax.batch import Encoded
+    from clipjax.bench import formulas
+    from clipjax.bench.program import temporary_bytes
+    from clipjax.objectives import PairEngine, Sigmoid, Softmax
+
+    engine = PairEngine(chunk=chunk, dtype=dtype)
+    made: Softmax | Sigmoid = Softmax() if objective == "softmax" else Sigmoid()
+
+    def ours(image, text, scale):
+        return made(Encoded(image, text, scale, jnp.float32(-10)), {}, engine)[0]
+
+    loss = ours if who == "clipjax" else getattr(formulas, f"dense_{objective}")
+    arguments = *map(jnp.asarray, _inputs(rows, width)), jnp.float32(20)
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*arguments).compile()
+    return lambda: jax.block_until_ready(compiled(*arguments)), {"temp": temporary_bytes(compiled)}
+
+
+def _matmul_step(rows: int, width: int, dtype: str) -> Callable[[], None]:
+    """Four products as large as the loss's, table included: the rate that the machine has to give."""
+    import jax
+    import jax.numpy as jnp
+
+    a, b = (jnp.asarray(v, dtype) for v in _inputs(min(rows, 8192), width))
+    precision = "highest" if dtype == "float32" else None
+    product = jax.jit(lambda a, b: jnp.matmul(a, b.T, precision=precision)).lower(a, b).compile()
+    return lambda: jax.block_until_ready(product(a, b))
+
+
+def _memory(field: str) -> int:
+    """A line of /proc/self/status, in bytes (VmRSS: now; VmHWM: the peak)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}: memory is measured on Linux only")
+
+
+def main() -> None:
+    """Reports the added peak memory of one step, then the time of one step for every line read."""
+    settings = json.loads(sys.argv[1])
+    who, report = settings["who"], {}
+    if who == "torch":
+        step = _torch_step(**settings)
+    elif who == "matmul":
+        step = _matmul_step(settings["rows"], settings["width"], settings["dtype"])
+    else:
+        step, report = _jax_step(**settings)
+    before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    step()
+    print(json.dumps(report | {"bytes": _memory("VmHWM") - before}), flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        step()
+        print(time.perf_counter() - start, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""What a compiled program does: bytes it sends, matrix products, temporary memory.
+
+Read from the optimized HLO text. Loop bodies are counted as often as they run, which
+`compiled.cost_analysis()` does not do.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from typing import Any
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4}
+_BYTES |= {"f32": 4, "s64": 8, "u64": 8, "f64": 8}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\([^=]*?\)|\S+) ([\w\-]+)\((.*)$")
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
+_TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
+_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
+_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+_OPERAND = re.compile(r"%([\w.\-]+)")
+
+
+@dataclasses.dataclass
+class Work:
+    """Per device: bytes sent by kind of collective, and floating-point operations of products."""
+
+    sent: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    matmul_flops: float = 0.0
+
+    def add(self, other: Work, times: int = 1) -> None:
+        """Adds `other` as often as it runs."""
+        self.matmul_flops += times * other.matmul_flops
+        for kind, size in other.sent.items():
+            self.sent[kind] += times * size
+
+
+def work(compiled: Any, devices: int = 1) -> Work:
+    """Counts a compiled program.
+
+    Args:
+      compiled: what `jax.jit(f).lower(...).compile()` gives.
+      devices: devices of a collective that does not list its groups.
+    """
+    computations, entry = _parse(compiled.as_text())
+    counted: dict[str, Work] = {}
+
+    def count(name: str) -> Work:
+        if name not in counted:
+            counted[name] = total = Work()
+            shapes = {i[0]: i[1] for i in computations[name]}
+            for _, shape, kind, rest in computations[name]:
+                total.add(_own(shape, kind, rest, shapes, devices))
+                called = _CALLED.findall(rest)
+                trips = _TRIPS.search(rest) if kind == "while" else None
+                if kind == "while" and trips is None and any(_busy(count(c)) for c in called):
+                    raise ValueError(f"a loop of unknown length does countable work: {rest[:200]}")
+                for callee in called:
+                    total.add(count(callee), int(trips.group(1)) if trips else 1)
+        return counted[name]
+
+    return count(entry)
+
+
+def temporary_bytes(compiled: Any) -> int:
+    """Temporary memory of one device, in bytes, as the compiler planned it."""
+    return int(compiled.memory_analysis().temp_size_in_bytes)
+
+
+def _parse(text: str) -> tuple[dict[str, list[tuple[str, str, str, str]]], str]:
+    computations: dict[str, list[tuple[str, str, str, str]]] = {}
+    entry, current = "", None
+    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
+        if head := _COMPUTATION.match(line):
+            current = computations.setdefault(head.group(2), [])
+            if head.group(1):
+                entry = head.group(2)
+        elif current is not None and (found := _INSTRUCTION.match(line)):
+            name, shape, kind, rest = found.groups()
+            current.append((name, shape, kind, rest))
+    return computations, entry
+
+
+def _own(shape: str, kind: str, rest: str, shapes: dict[str, str], devices: int) -> Work:
+    if kind == "dot":
+        lhs = _OPERAND.search(rest)
+        inline = _SHAPE.match(rest)  # some dumps print the operand's shape in place
+        lhs_dims = _dims(inline.group(0) if inline or lhs is None else shapes[lhs.group(1)])
+        found = _CONTRACTED.search(rest)
+        axes = [int(a) for a in found.group(1).split(",") if a] if found else []
+        inner = math.prod(lhs_dims[a] for a in axes)
+        return Work(matmul_flops=2.0 * math.prod(_dims(shape)) * inner)
+    kind = kind.removesuffix("-start")
+    if kind not in (
+        "all-gather",
+        "reduce-scatter",
+        "all-reduce",
+        "all-to-all",
+        "collective-permute",
+    ):
+        return Work()
+    size = sum(
+        _BYTES[dtype] * math.prod(int(d) for d in dims.split(",") if d)
+        for dtype, dims in _SHAPE.findall(shape)
+        if dtype in _BYTES
+    )
+    g = _group_size(rest, devices)
+    # Bytes one device sends on a ring, from the size of what it holds afterwards.
+    factor = {
+        "all-gather": (g - 1) / g,
+        "reduce-scatter": g - 1,
+        "all-reduce": 2 * (g - 1) / g,
+        "all-to-all": (g - 1) / g,
+        "collective-permute": 1,
+    }[kind]
+    return Work(collections.Counter({kind: factor * size}))
+
+
+def _group_size(rest: str, devices: int) -> int:
+    if found := _GROUPS.search(rest):
+        return found.group(1).count(",") + 1
+    if found := _IOTA_GROUPS.search(rest):
+        return int(found.group(2))
+    if found := _MESH_GROUPS.search(rest):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found.group(1)))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'?([\w]+)'?", found.group(2)))
+    return devices
+
+
+def _dims(shape: str) -> list[int]:
+    found = _SHAPE.search(shape)
+    return [int(d) for d in found.group(2).split(",") if d] if found else []
+
+
+def _busy(w: Work) -> bool:
+    return bool(w.matmul_flops or w.sent)
