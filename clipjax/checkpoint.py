@@ -73,7 +73,9 @@ class Checkpoints:
         """Steps of all complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, meta: dict[str, Any], metrics: dict[str, float] | None) -> None:
+    def save(
+        self, step: int, state: Any, meta: dict[str, Any], metrics: dict[str, float] | None
+    ) -> None:
         """Starts an asynchronous save; returns once the state has been copied off the devices.
 
         Args:
@@ -86,10 +88,14 @@ class Checkpoints:
             return
         best = self._config.best if self._config else None
         if metrics and best and best not in metrics:
-            raise ClipjaxError(f"checkpoint.best={best!r} is no evaluation metric{did_you_mean(best, metrics)}")
+            raise ClipjaxError(
+                f"checkpoint.best={best!r} is no evaluation metric{did_you_mean(best, metrics)}"
+            )
         self._manager.save(
             step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+            ),
             metrics={best: metrics[best]} if metrics and best else None,
             force=True,
         )
@@ -115,7 +121,9 @@ class Checkpoints:
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
             )
         except (ValueError, OSError) as error:
-            raise ClipjaxError(f"checkpoint {self.folder / str(step)} cannot be read: {error}") from error
+            raise ClipjaxError(
+                f"checkpoint {self.folder / str(step)} cannot be read: {error}"
+            ) from error
         return restored["state"]
 
     def restore_part(self, step: int, target: dict[str, Any]) -> Any:
@@ -185,7 +193,9 @@ def locate(path: Path) -> tuple[Path, int]:
     """
     path = Path(path)
     if not path.is_dir():
-        raise ClipjaxError(f"{path} is no folder: give a run's folder or one of its checkpoints/<step>")
+        raise ClipjaxError(
+            f"{path} is no folder: give a run's folder or one of its checkpoints/<step>"
+        )
     if path.name.isdigit() and path.parent.name == FOLDER:
         if not (path / "state").is_dir():
             raise ClipjaxError(f"{path} holds no complete checkpoint")

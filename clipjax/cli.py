@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"clipjax: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # `clipjax config ... | head`
+        sys.stderr.close()
+        return 0
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -70,7 +73,9 @@ def _parser(verb: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _parse_run(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, Run]:
+def _parse_run(
+    parser: argparse.ArgumentParser, arguments: list[str]
+) -> tuple[argparse.Namespace, Run]:
     """Reads CONFIG and the overrides; `--help` after a config shows every option of that config."""
     from clipjax.config import load_config, load_module, override
 
@@ -85,7 +90,9 @@ def _parse_run(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[a
         load_module(file)
     source = namespace.config / "run.json" if namespace.config.is_dir() else namespace.config
     if namespace.config.is_dir() and not source.is_file():
-        raise ClipjaxError(f"{namespace.config} is a folder without a run.json: give a config file or a run's folder")
+        raise ClipjaxError(
+            f"{namespace.config} is a folder without a run.json: give a config file or a run's folder"
+        )
     if asks_help:
         parser.print_help()
     run = override(load_config(source), options + ["--help"] * asks_help, parser.prog)
@@ -94,7 +101,9 @@ def _parse_run(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[a
 
 def _train(arguments: list[str]) -> int:
     parser = _parser("train", "Train, or continue the run that the folder holds.")
-    parser.add_argument("config", type=Path, help="a Python config file, or the folder of a run to continue")
+    parser.add_argument(
+        "config", type=Path, help="a Python config file, or the folder of a run to continue"
+    )
     parser.add_argument(
         "--workdir", type=Path, help="the run's folder; default: runs/<name of the config file>"
     )
@@ -104,14 +113,18 @@ def _train(arguments: list[str]) -> int:
     start_processes()
     from clipjax.train.loop import train
 
-    default = namespace.config if namespace.config.is_dir() else Path("runs") / namespace.config.stem
+    default = (
+        namespace.config if namespace.config.is_dir() else Path("runs") / namespace.config.stem
+    )
     train(run, namespace.workdir or default)
     return 0
 
 
 def _config(arguments: list[str]) -> int:
     parser = _parser("config", "Print the resolved configuration as JSON.")
-    parser.add_argument("config", type=Path, help="a Python config file, a run.json, or a run's folder")
+    parser.add_argument(
+        "config", type=Path, help="a Python config file, a run.json, or a run's folder"
+    )
     _, run = _parse_run(parser, arguments)
     from clipjax.component import to_json
 
@@ -138,7 +151,9 @@ def _opened(verb: str, description: str, arguments: list[str], *flags: tuple[str
 
 def _eval(arguments: list[str]) -> int:
     flag = ("--json", "end with one JSON object on the last line")
-    namespace, opened = _opened("eval", "Run a run's evaluators on its checkpoint.", arguments, flag)
+    namespace, opened = _opened(
+        "eval", "Run a run's evaluators on its checkpoint.", arguments, flag
+    )
     from clipjax.tracking import print_results
 
     results = opened.evaluate()
@@ -149,7 +164,9 @@ def _eval(arguments: list[str]) -> int:
 
 
 def _report(arguments: list[str]) -> int:
-    _, opened = _opened("report", "Write the run's report.html again from its checkpoint.", arguments)
+    _, opened = _opened(
+        "report", "Write the run's report.html again from its checkpoint.", arguments
+    )
     print(opened.report())
     return 0
 

@@ -109,7 +109,8 @@ def did_you_mean_field(class_name: str, field: str) -> str:
 
 
 def _descendants(cls: type) -> list[type]:
-    found = []
+    found: list[type] = []
+    child: type
     for child in cls.__subclasses__():
         found += [child, *_descendants(child)]
     return found

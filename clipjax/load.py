@@ -12,14 +12,16 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from clipjax.checkpoint import FORMAT, Checkpoints, locate, unpack_tokenizer
-from clipjax.component import from_json
+from clipjax.component import from_json, to_json
 from clipjax.config import Run
 from clipjax.data import load_tokenizer
 from clipjax.errors import ClipjaxError
-from clipjax.evals.base import build_runners
+from clipjax.evals.base import Evaluator, Runner, build_runners
+from clipjax.evals.retrieval import RetrievalRunner
 from clipjax.mesh import MeshShape
 from clipjax.params import abstract, join, select
 from clipjax.predictor import Predictor
+from clipjax.report import environment, write_report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +32,35 @@ class Opened:
     step: int
     run: Run
     predictor: Predictor
+    runners: list[tuple[Evaluator, Runner]]
 
     def evaluate(self) -> dict[str, float]:
         """The figures of all of the run's evaluators, under the names that training gives them."""
         results: dict[str, float] = {}
-        for _, runner in build_runners(self.run.evals):
+        for _, runner in self.runners:
             results |= runner(self.predictor)
         return results
+
+    def report(self, results: dict[str, float] | None = None) -> Path:
+        """Writes `report.html` into the run's folder.
+
+        Args:
+          results: the model's figures; None evaluates.
+        """
+        results = self.evaluate() if results is None else results
+        retrieval = [r for _, r in self.runners if isinstance(r, RetrievalRunner)]
+        chance = {name: value for runner in retrieval for name, value in runner.chance().items()}
+        first = retrieval[0] if retrieval else None
+        return write_report(
+            self.folder,
+            results=results,
+            config=to_json(self.run),
+            environment=environment(),
+            chance=chance,
+            examples=first.examples(self.predictor) if first else (),
+            similarities=first.similarities(self.predictor) if first else None,
+            facts={"step": f"{self.step:,}"},
+        )
 
 
 def open_run(path: str | Path, mesh: Mesh | None = None) -> Opened:
@@ -68,7 +92,9 @@ def open_run(path: str | Path, mesh: Mesh | None = None) -> Opened:
         layout = run.sharding.apply(target, mesh)
         state = checkpoints.restore_part(
             step,
-            jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), target, layout),
+            jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), target, layout
+            ),
         )
     finally:
         checkpoints.close()
@@ -86,7 +112,7 @@ def open_run(path: str | Path, mesh: Mesh | None = None) -> Opened:
         mesh=mesh,
         resize=run.data.resize,
     )
-    return Opened(folder, step, run, predictor)
+    return Opened(folder, step, run, predictor, build_runners(run.evals))
 
 
 def load(path: str | Path, mesh: Mesh | None = None) -> Predictor:

@@ -62,7 +62,9 @@ class Sharding(Component):
         try:
             compiled = [(re.compile(rule.pattern), rule) for rule in self.rules]
         except re.error as error:
-            raise ClipjaxError(f"sharding.rules: {error.pattern!r} is no regular expression: {error}") from error
+            raise ClipjaxError(
+                f"sharding.rules: {error.pattern!r} is no regular expression: {error}"
+            ) from error
 
         def leaf_sharding(path, leaf):
             name = jax.tree_util.keystr(path, simple=True, separator="/")

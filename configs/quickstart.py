@@ -55,7 +55,9 @@ def config() -> Run:
         duration=Duration(150),
         evals=(
             Retrieval(source=Tfds("twemoji", split="test"), languages=LANGUAGES, every=Every(50)),
-            Retrieval(source=Tfds("twemoji", split="test_novel"), name="novel", languages=LANGUAGES),
+            Retrieval(
+                source=Tfds("twemoji", split="test_novel"), name="novel", languages=LANGUAGES
+            ),
         ),
         checkpoint=Checkpointing(every=Duration(50), best="retrieval/image_to_text/R@1"),
     )

@@ -34,19 +34,28 @@ def test_round_trip_is_equal(module):
     value = Mine(
         size=(2, 5),
         table={"a": 0.1},
-        inner=AdamW(lr=3e-4, schedule=Cosine(warmup=Duration(2, "epochs")), groups=(Group("^image/"),)),
+        inner=AdamW(
+            lr=3e-4, schedule=Cosine(warmup=Duration(2, "epochs")), groups=(Group("^image/"),)
+        ),
     )
     assert from_json(to_json(value)) == value
 
 
 def test_unknown_field_names_the_nearest():
     data = to_json(AdamW()) | {"weight_dacay": 0.1}
-    with pytest.raises(ClipjaxError, match="AdamW has no field 'weight_dacay'; did you mean 'weight_decay'"):
+    with pytest.raises(
+        ClipjaxError, match="AdamW has no field 'weight_dacay'; did you mean 'weight_decay'"
+    ):
         from_json(data)
 
 
 def test_classes_that_are_no_components_are_refused(module):
-    for name in ("my_towers:Plain", "clipjax.optim.duration:Scale", "clipjax.component:sys", "my_towers:nothing"):
+    for name in (
+        "my_towers:Plain",
+        "clipjax.optim.duration:Scale",
+        "clipjax.component:sys",
+        "my_towers:nothing",
+    ):
         with pytest.raises(ClipjaxError, match="no clipjax.Component"):
             from_json({"@type": name})
 

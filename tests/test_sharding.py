@@ -17,7 +17,10 @@ def leaf(*shape):
 TREE = {
     "params": {
         "blocks": {
-            "attn": {"q": {"kernel": leaf(8, 64, 64), "bias": leaf(8, 64)}, "out": {"kernel": leaf(8, 64, 64)}},
+            "attn": {
+                "q": {"kernel": leaf(8, 64, 64), "bias": leaf(8, 64)},
+                "out": {"kernel": leaf(8, 64, 64)},
+            },
             "mlp": {"fc1": {"kernel": leaf(8, 64, 256)}, "fc2": {"kernel": leaf(8, 256, 64)}},
         },
         "embedding": leaf(1000, 64),
@@ -68,12 +71,16 @@ def test_uncovered_leaf_is_named():
 
 def test_indivisible_tensor_split_is_reported_not_forced(caplog):
     tree = {"q": {"kernel": leaf(7, 9)}}
-    sharding = Sharding(rules=(Rule(r"q/kernel", tensor=-1),)).apply(tree, MeshShape(tensor=2).build())
+    sharding = Sharding(rules=(Rule(r"q/kernel", tensor=-1),)).apply(
+        tree, MeshShape(tensor=2).build()
+    )
     assert sharding["q"]["kernel"].spec == P(None, None)
     assert "q/kernel" in caplog.text
 
 
-@pytest.mark.parametrize("shape", [MeshShape(group=3), MeshShape(data=5), MeshShape(tensor=16), MeshShape(group=0)])
+@pytest.mark.parametrize(
+    "shape", [MeshShape(group=3), MeshShape(data=5), MeshShape(tensor=16), MeshShape(group=0)]
+)
 def test_meshes_that_do_not_fit_are_refused(shape):
     with pytest.raises(ClipjaxError, match="mesh"):
         shape.build()

@@ -35,7 +35,9 @@ class Duration(Component):
 
     def steps(self, scale: Scale) -> int:
         """The nearest whole number of steps; at least 1 for any amount above 0."""
-        examples = {"examples": 1, "epochs": scale.num_examples, "steps": scale.batch_size}[self.unit]
+        examples = {"examples": 1, "epochs": scale.num_examples, "steps": scale.batch_size}[
+            self.unit
+        ]
         if self.amount == 0:
             return 0
         return max(1, round(self.amount * examples / scale.batch_size))

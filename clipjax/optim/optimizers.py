@@ -57,9 +57,13 @@ class Optimizer(Component):
 
     def __post_init__(self) -> None:
         if self.lr < 0 or self.weight_decay < 0:
-            raise ClipjaxError(f"optimizer lr={self.lr}, weight_decay={self.weight_decay}: must not be negative")
+            raise ClipjaxError(
+                f"optimizer lr={self.lr}, weight_decay={self.weight_decay}: must not be negative"
+            )
         if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ClipjaxError(f"optimizer clip_norm={self.clip_norm}: must be positive, or None for no clipping")
+            raise ClipjaxError(
+                f"optimizer clip_norm={self.clip_norm}: must be positive, or None for no clipping"
+            )
 
     def rule(self, params: Any) -> optax.GradientTransformation:
         """Gradients -> direction of descent, before learning rate and decay."""
@@ -75,14 +79,19 @@ class Optimizer(Component):
         for group in self.groups:
             if not any(_regex(group.pattern).search(name) for name in names):
                 raise ClipjaxError(
-                    f"optimizer group {group.pattern!r} matches no parameter" + did_you_mean(group.pattern, names)
+                    f"optimizer group {group.pattern!r} matches no parameter"
+                    + did_you_mean(group.pattern, names)
                 )
         mask = map_with_path(lambda name, _: not self._group(name).frozen, params)
         if not any(jax.tree.leaves(mask)):
-            raise ClipjaxError("the optimizer's groups freeze every parameter: there is nothing to train")
+            raise ClipjaxError(
+                "the optimizer's groups freeze every parameter: there is nothing to train"
+            )
         return mask
 
-    def build(self, params: Any, total_steps: int, scale: Scale) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    def build(
+        self, params: Any, total_steps: int, scale: Scale
+    ) -> tuple[optax.GradientTransformation, optax.Schedule]:
         """The transformation for the trainable part of the parameters, and the learning rate by step.
 
         Args:
@@ -101,9 +110,13 @@ class Optimizer(Component):
             *([optax.clip_by_global_norm(self.clip_norm)] if self.clip_norm else []),
             self.rule(params),
             optax.stateless(
-                lambda updates, p: jax.tree.map(lambda u, w, d: u + d * w if d else u, updates, p, decay)
+                lambda updates, p: jax.tree.map(
+                    lambda u, w, d: u + d * w if d else u, updates, p, decay
+                )
             ),
-            optax.stateless(lambda updates, _: jax.tree.map(lambda u, m: u * m, updates, multiplier)),
+            optax.stateless(
+                lambda updates, _: jax.tree.map(lambda u, m: u * m, updates, multiplier)
+            ),
             optax.scale_by_learning_rate(learning_rate),
         )
         return transform, learning_rate
@@ -215,7 +228,10 @@ class Muon(Optimizer):
 
         def dimensions(tree):
             return jax.tree.map(
-                lambda p: contrib.MuonDimensionNumbers(reduction_axis=p.ndim - 2, output_axis=p.ndim - 1), tree
+                lambda p: contrib.MuonDimensionNumbers(
+                    reduction_axis=p.ndim - 2, output_axis=p.ndim - 1
+                ),
+                tree,
             )
 
         def match_adam(updates, _):
@@ -227,4 +243,6 @@ class Muon(Optimizer):
             ),
             optax.stateless(match_adam),
         )
-        return optax.partition({"muon": muon, "adam": optax.scale_by_adam(self.b1, self.b2, self.eps)}, labels)
+        return optax.partition(
+            {"muon": muon, "adam": optax.scale_by_adam(self.b1, self.b2, self.eps)}, labels
+        )

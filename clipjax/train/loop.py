@@ -22,6 +22,7 @@ from clipjax.checkpoint import Checkpointing
 from clipjax.config import Run
 from clipjax.data.placement import to_global
 from clipjax.errors import Preempted, RunFailed
+from clipjax.load import Opened
 from clipjax.optim import Scale
 from clipjax.tracking import Progress, Tracking
 from clipjax.train.setup import Session, replace_file, setup
@@ -29,7 +30,9 @@ from clipjax.train.signals import StopRequest
 from clipjax.train.state import TrainState
 
 log = logging.getLogger(__name__)
-IN_FLIGHT = 2  # steps dispatched ahead of the device; simulated devices deadlock when it is unbounded
+IN_FLIGHT = (
+    2  # steps dispatched ahead of the device; simulated devices deadlock when it is unbounded
+)
 
 
 def train(run: Run, workdir: Path) -> dict[str, float]:
@@ -52,7 +55,9 @@ def train(run: Run, workdir: Path) -> dict[str, float]:
         session.write_run_files()
         tracking = Tracking(session.workdir, run.trackers, session.meta["run"], resume_step=start)
         stack.enter_context(tracking)
-        progress = stack.enter_context(Progress(session.total_steps, run.data.batch_size, start or 0))
+        progress = stack.enter_context(
+            Progress(session.total_steps, run.data.batch_size, start or 0)
+        )
         state = steps(session, state, start or 0, tracking, progress, stop)
         results = session.evaluate(state, None)
         tracking.write(session.total_steps, results)
@@ -64,7 +69,12 @@ def train(run: Run, workdir: Path) -> dict[str, float]:
 
 
 def steps(
-    session: Session, state: TrainState, start: int, tracking: Tracking, progress: Progress, stop: StopRequest
+    session: Session,
+    state: TrainState,
+    start: int,
+    tracking: Tracking,
+    progress: Progress,
+    stop: StopRequest,
 ) -> TrainState:
     """The loop. Returns the state after the last step."""
     run, total = session.run, session.total_steps
@@ -93,7 +103,9 @@ def steps(
                 retire(0)
                 tracking.write(step, results)
                 progress.evaluated(step, results)
-            stopped_by = stop.signal_name or ("preemption" if session.checkpoints.preempted(step) else None)
+            stopped_by = stop.signal_name or (
+                "preemption" if session.checkpoints.preempted(step) else None
+            )
             if stopped_by or saving.due(step, may_ask=step % run.log_every == 0):
                 retire(0)
                 session.save(step, state, results)
@@ -120,7 +132,11 @@ class SaveClock:
         due = bool(self._every) and step % self._every == 0
         if not due and may_ask and self._seconds < math.inf:
             late = np.asarray(time.monotonic() - self._last >= self._seconds)
-            due = bool(multihost_utils.broadcast_one_to_all(late)) if jax.process_count() > 1 else bool(late)
+            due = (
+                bool(multihost_utils.broadcast_one_to_all(late))
+                if jax.process_count() > 1
+                else bool(late)
+            )
         if due:
             self._last = time.monotonic()
         return due
@@ -131,11 +147,17 @@ def stop_if_diverged(session: Session, step: int, metrics: dict[str, jax.Array])
     streak = int(metrics["bad_streak"])
     if streak < session.run.max_bad_steps:
         if streak:
-            log.warning("step %d: loss or gradient is not finite; skipped (%d in a row)", step, streak)
+            log.warning(
+                "step %d: loss or gradient is not finite; skipped (%d in a row)", step, streak
+            )
         return
     session.checkpoints.wait()
     last = session.checkpoints.latest()
-    good = f"the last good checkpoint is {session.checkpoints.folder / str(last)}" if last else "nothing was saved yet"
+    good = (
+        f"the last good checkpoint is {session.checkpoints.folder / str(last)}"
+        if last
+        else "nothing was saved yet"
+    )
     raise RunFailed(
         f"{streak} steps in a row up to step {step} had a loss or gradient that is not finite; {good}. "
         "Lower optimizer.lr, lengthen the warm-up, or set optimizer.clip_norm"
@@ -147,3 +169,7 @@ def finish(session: Session, state: TrainState, results: dict[str, float], secon
     if jax.process_index() == 0:
         summary = {"step": session.total_steps, "seconds": round(seconds, 1)} | results
         replace_file(session.workdir / "results.json", json.dumps(summary, indent=2))
+    if jax.process_count() == 1:
+        predictor = session.predictor_for(state)
+        opened = Opened(session.workdir, session.total_steps, session.run, predictor, session.evaluators)
+        log.info("wrote %s", opened.report(results))

@@ -57,8 +57,10 @@ class Session:
             for evaluator, runner in self.evaluators
             if step is None or (evaluator.every is not None and evaluator.every.due(step))
         ]
+        if not due:
+            return {}
+        predictor = self.predictor_for(state)
         results: dict[str, float] = {}
-        predictor = self.predictor_for(state) if due else None
         for runner in due:
             results |= runner(predictor)
         return results
@@ -102,15 +104,29 @@ def setup(run: Run, workdir: Path) -> tuple[Session, int | None]:
     mesh = run.mesh.build()
     check_batch(run.data.batch_size, mesh, run.accumulate)
     saved = workdir / TOKENIZER_FOLDER
-    tokenizer = load_tokenizer(saved) if saved.is_dir() else run.data.tokenizer.build(run.data.iter_captions())
+    tokenizer = (
+        load_tokenizer(saved)
+        if saved.is_dir()
+        else run.data.tokenizer.build(run.data.iter_captions())
+    )
     check_vocabulary(run, tokenizer)
     loader = run.data.build(tokenizer, run.seed, *process_rows(mesh))
     scale = Scale(run.data.batch_size, loader.num_examples)
     total_steps = run.duration.steps(scale)
     if total_steps < 1:
-        raise ClipjaxError(f"duration={run.duration.amount} {run.duration.unit}: there is nothing to train")
+        raise ClipjaxError(
+            f"duration={run.duration.amount} {run.duration.unit}: there is nothing to train"
+        )
     blueprint = Blueprint.draw(
-        run.model, run.objective, run.optimizer, run.ema, mesh, run.sharding, total_steps, scale, run.seed
+        run.model,
+        run.objective,
+        run.optimizer,
+        run.ema,
+        mesh,
+        run.sharding,
+        total_steps,
+        scale,
+        run.seed,
     )
     engine = PairEngine(mesh, run.exchange, run.pair_chunk, run.pair_dtype)
     step = make_step(blueprint, run.objective, engine, mesh, run.accumulate, run.ema)
@@ -162,7 +178,9 @@ def claim(run: Run, workdir: Path) -> None:
     try:
         before = json.loads(saved.read_text())
     except json.JSONDecodeError as error:
-        raise ClipjaxError(f"{saved} is not JSON ({error}): restore it, or give another --workdir") from error
+        raise ClipjaxError(
+            f"{saved} is not JSON ({error}): restore it, or give another --workdir"
+        ) from error
     for path, old, new in changes(before, to_json(run)):
         log.warning("continuing %s with %s = %s (was %s)", workdir, path, new, old)
 
@@ -171,7 +189,11 @@ def changes(before: Any, after: Any, path: str = "") -> list[tuple[str, Any, Any
     """(dotted path, old value, new value) for everything that differs between two runs as JSON."""
     if isinstance(before, dict) and isinstance(after, dict):
         names = list(dict.fromkeys([*before, *after]))
-        return [c for n in names for c in changes(before.get(n), after.get(n), f"{path}.{n}".lstrip("."))]
+        return [
+            c
+            for n in names
+            for c in changes(before.get(n), after.get(n), f"{path}.{n}".lstrip("."))
+        ]
     return [] if before == after else [(path, before, after)]
 
 
@@ -190,7 +212,9 @@ def check_vocabulary(run: Run, tokenizer: Any) -> None:
     for name in ("pad_id", "eos_id"):
         wanted, got = getattr(text, name, None), getattr(tokenizer, name)
         if wanted is not None and wanted != got:
-            raise ClipjaxError(f"model.text.{name}={wanted}, but the tokenizer's is {got}: make them equal")
+            raise ClipjaxError(
+                f"model.text.{name}={wanted}, but the tokenizer's is {got}: make them equal"
+            )
 
 
 def replace_file(path: Path, text: str) -> None:

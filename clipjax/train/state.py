@@ -89,7 +89,10 @@ class Blueprint:
             moving, _ = select(trainable, params)
             transform, learning_rate = optimizer.build(moving, total_steps, scale)
             static.update(
-                graphdef=graphdef, trainable=trainable, transform=transform, learning_rate=learning_rate
+                graphdef=graphdef,
+                trainable=trainable,
+                transform=transform,
+                learning_rate=learning_rate,
             )
             zero = jnp.zeros((), jnp.int32)
             return TrainState(
@@ -106,7 +109,12 @@ class Blueprint:
 
         abstract = jax.eval_shape(init)
         shardings = sharding.apply(abstract, mesh)
-        return cls(**static, abstract=abstract, shardings=shardings, init=jax.jit(init, out_shardings=shardings))
+        return cls(
+            **static,
+            abstract=abstract,
+            shardings=shardings,
+            init=jax.jit(init, out_shardings=shardings),
+        )
 
     def target(self) -> TrainState:
         """`abstract` with `shardings` attached: what a checkpoint is restored into."""

@@ -7,8 +7,8 @@ micro-batch at a time with the same dropout keys. It equals the big batch, in th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,12 +66,11 @@ def make_step(
             state.objective_state,
             state.params,
             batch,
-            lambda params, batch: _encode(forward, params, state.model_state, batch, mesh, accumulate),
+            lambda params, batch: _encode(
+                forward, params, state.model_state, batch, mesh, accumulate
+            ),
         )
-        if accumulate == 1:
-            loss_and_grads = _whole_batch
-        else:
-            loss_and_grads = _accumulated(mesh, accumulate)
+        loss_and_grads = _whole_batch if accumulate == 1 else _accumulated(mesh, accumulate)
         loss, grads, metrics, model_state = loss_and_grads(
             lambda moving, batch, key: forward(join(moving, frozen), state.model_state, batch, key),
             lambda encoded, batch: objective(encoded, batch, engine),
@@ -85,16 +84,27 @@ def make_step(
         moving = optax.apply_updates(moving, updates)
         average = ema.update(state.ema, moving, state.step) if ema else state.ema
 
-        new = (join(moving, frozen), model_state, opt_state, average, objective_state)
-        old = (state.params, state.model_state, state.opt_state, state.ema, state.objective_state)
-        kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        proposed = dataclasses.replace(
+            state,
+            params=join(moving, frozen),
+            model_state=model_state,
+            opt_state=opt_state,
+            ema=average,
+            objective_state=objective_state,
+        )
+        # What the optimizer's own counter says: skipped steps do not advance the schedule.
+        applied = state.step - state.bad_steps
+        metrics = {
+            "loss": loss,
+            **metrics,
+            "grad_norm": grad_norm,
+            "lr": blueprint.learning_rate(applied),
+        }
         bad = 1 - finite.astype(jnp.int32)
-        applied = state.step - state.bad_steps  # what the optimizer's own counter says
-        metrics = {"loss": loss, **metrics, "grad_norm": grad_norm, "lr": blueprint.learning_rate(applied)}
-        state = TrainState(
-            state.step + 1,
-            *kept,
-            key=state.key,
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, state)
+        state = dataclasses.replace(
+            kept,
+            step=state.step + 1,
             bad_steps=state.bad_steps + bad,
             bad_streak=(state.bad_streak + 1) * bad,
         )
@@ -134,7 +144,9 @@ def _accumulated(mesh: Mesh, k: int):
 
         def backward(grads, inputs):
             batch_i, key_i, cotangent_i = inputs
-            encoded, vjp, model_state = jax.vjp(lambda m: forward(m, batch_i, key_i), moving, has_aux=True)
+            _, vjp, model_state = jax.vjp(
+                lambda m: forward(m, batch_i, key_i), moving, has_aux=True
+            )
             (grads_i,) = vjp(cotangent_i)
             return jax.tree.map(jnp.add, grads, grads_i), model_state
 
@@ -151,7 +163,9 @@ def _encode(forward, params, model_state, batch, mesh, accumulate) -> Encoded:
     if accumulate == 1:
         return forward(params, model_state, batch, None)[0]
     micro = jax.tree.map(lambda x: _to_micro(x, mesh, accumulate), batch)
-    _, stacked = jax.lax.scan(lambda _, b: (None, forward(params, model_state, b, None)[0]), None, micro)
+    _, stacked = jax.lax.scan(
+        lambda _, b: (None, forward(params, model_state, b, None)[0]), None, micro
+    )
     return _join_micro(stacked, mesh, accumulate)
 
 
@@ -189,7 +203,9 @@ def _join_micro(stacked: Encoded, mesh: Mesh, k: int) -> Encoded:
 
 def _split_cotangent(cotangent: Encoded, mesh: Mesh, k: int) -> Encoded:
     return jax.tree.map(
-        lambda g: _to_micro(g, mesh, k) if _is_row_array(g, stacked=False) else jnp.full((k,), g / k),
+        lambda g: (
+            _to_micro(g, mesh, k) if _is_row_array(g, stacked=False) else jnp.full((k,), g / k)
+        ),
         cotangent,
     )
 
@@ -197,4 +213,6 @@ def _split_cotangent(cotangent: Encoded, mesh: Mesh, k: int) -> Encoded:
 def jit_step(step: Step, blueprint: Blueprint) -> Step:
     """`step` compiled with the state's layout fixed and its buffers donated."""
     layout = blueprint.shardings
-    return jax.jit(step, in_shardings=(layout, None), out_shardings=(layout, None), donate_argnums=0)
+    return jax.jit(
+        step, in_shardings=(layout, None), out_shardings=(layout, None), donate_argnums=0
+    )

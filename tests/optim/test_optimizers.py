@@ -88,9 +88,13 @@ def test_updates_follow_the_papers(optimizer, rule):
 
 
 def test_muon_orthogonalizes_every_layer_of_a_stack():
-    config = Muon(lr=1.0, weight_decay=0.0, clip_norm=None, momentum=0.0, nesterov=False, schedule=Constant())
+    config = Muon(
+        lr=1.0, weight_decay=0.0, clip_norm=None, momentum=0.0, nesterov=False, schedule=Constant()
+    )
     got, _ = run(config, steps=1)
-    update = make_params()["image"]["blocks"]["fc1"]["kernel"] - got["image"]["blocks"]["fc1"]["kernel"]
+    update = (
+        make_params()["image"]["blocks"]["fc1"]["kernel"] - got["image"]["blocks"]["fc1"]["kernel"]
+    )
     singular = np.linalg.svd(update / (0.2 * 6**0.5), compute_uv=False)
     assert singular.shape == (3, 4)
     assert ((singular > 0.5) & (singular < 1.4)).all()  # Newton-Schulz brings them near 1
@@ -123,7 +127,11 @@ def test_bfloat16_momentum(optimizer):
 def test_groups_scale_decay_and_freeze():
     base = dict(lr=0.01, weight_decay=0.0, clip_norm=None, schedule=Constant())
     plain, _ = run(SGD(**base))
-    groups = (Group("^text/", lr=0.5), Group("fc1/bias$", weight_decay=1.0), Group("^image/", frozen=True))
+    groups = (
+        Group("^text/", lr=0.5),
+        Group("fc1/bias$", weight_decay=1.0),
+        Group("^image/", frozen=True),
+    )
     got, state = run(SGD(**base, groups=groups))
     start = make_params()
     np.testing.assert_allclose(
@@ -133,7 +141,9 @@ def test_groups_scale_decay_and_freeze():
     )
     block = got["image"]["blocks"]["fc1"]
     np.testing.assert_array_equal(block["kernel"], start["image"]["blocks"]["fc1"]["kernel"])
-    assert not np.allclose(block["bias"], plain["image"]["blocks"]["fc1"]["bias"])  # first match wins
+    assert not np.allclose(
+        block["bias"], plain["image"]["blocks"]["fc1"]["bias"]
+    )  # first match wins
     assert all(x.ndim < 3 for x in jax.tree.leaves(state))  # nothing is kept for frozen leaves
 
 
@@ -141,7 +151,9 @@ def test_clipping_bounds_the_global_norm():
     config = SGD(lr=1.0, weight_decay=0.0, momentum=0.0, clip_norm=0.5, schedule=Constant())
     got, _ = run(config, steps=1)
     moved = jax.tree.map(lambda a, b: np.float64(a - b), got, make_params())
-    assert np.sqrt(sum((m**2).sum() for m in jax.tree.leaves(moved))) == pytest.approx(0.5, rel=1e-5)
+    assert np.sqrt(sum((m**2).sum() for m in jax.tree.leaves(moved))) == pytest.approx(
+        0.5, rel=1e-5
+    )
 
 
 def test_refusals_name_the_remedy():
