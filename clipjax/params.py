@@ -32,7 +32,8 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, Tree, Tree]:
     Raises:
       ClipjaxError: the module keeps random state, or has a name that no path can hold.
     """
-    graphdef, params, rngs, rest = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    graphdef, *states = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    params, rngs, rest = states
     if rngs:
         where = "/".join(str(k) for k in nnx.to_flat_state(rngs)[0][0])
         raise ClipjaxError(

@@ -7,6 +7,7 @@ Run as a script, with plain Python and torch, for the torch side: it must not im
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -25,7 +26,14 @@ def contest(contestants: dict[str, list[str]], rounds: int) -> dict[str, dict[st
       name -> {"seconds", "bytes", ...}: the smallest time and what the contestant reported.
     """
     processes = {
-        name: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        name: subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            # several share an accelerator: none may take its memory in advance
+            env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        )
         for name, command in contestants.items()
     }
     try:
@@ -73,7 +81,7 @@ def _torch_step(objective: str, rows: int, width: int, **_) -> Callable[[], None
     import torch
     import torch.nn.functional as F
 
-    torch.set_num_threads(max(1, len(__import__("os").sched_getaffinity(0))))
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # as many cores as JAX takes
     image, text = (torch.from_numpy(a).requires_grad_() for a in _inputs(rows, width))
     scale = torch.tensor(20.0, requires_grad=True)
 
@@ -115,12 +123,12 @@ def _jax_step(
     return lambda: jax.block_until_ready(compiled(*arguments)), {"temp": temporary_bytes(compiled)}
 
 
-def _matmul_step(rows: int, width: int, dtype: str) -> Callable[[], None]:
-    """Four products as large as the loss's, table included: the rate that the machine has to give."""
+def _matmul_step(size: int, dtype: str, **_) -> Callable[[], None]:
+    """A plain square product: the rate that the machine has to give."""
     import jax
     import jax.numpy as jnp
 
-    a, b = (jnp.asarray(v, dtype) for v in _inputs(min(rows, 8192), width))
+    a, b = (jnp.asarray(v, dtype) for v in _inputs(size, size))
     precision = "highest" if dtype == "float32" else None
     product = jax.jit(lambda a, b: jnp.matmul(a, b.T, precision=precision)).lower(a, b).compile()
     return lambda: jax.block_until_ready(product(a, b))
@@ -134,20 +142,34 @@ def _memory(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}: memory is measured on Linux only")
 
 
-def main() -> None:
-    """Reports the added peak memory of one step, then the time of one step for every line read."""
-    settings = json.loads(sys.argv[1])
-    who, report = settings["who"], {}
-    if who == "torch":
-        step = _torch_step(**settings)
-    elif who == "matmul":
-        step = _matmul_step(settings["rows"], settings["width"], settings["dtype"])
-    else:
-        step, report = _jax_step(**settings)
+def _added_peak(step: Callable[[], None], who: str) -> int:
+    """Bytes by which one step raises the peak, of the accelerator's memory if there is one."""
+    if who != "torch":
+        import jax
+
+        device = jax.devices()[0]
+        if device.platform != "cpu":
+            before = device.memory_stats()["bytes_in_use"]
+            step()
+            return device.memory_stats()["peak_bytes_in_use"] - before
     before = _memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     step()
-    print(json.dumps(report | {"bytes": _memory("VmHWM") - before}), flush=True)
+    return _memory("VmHWM") - before
+
+
+def main() -> None:
+    """Reports the added peak memory of one step, then the time of one step for every line read."""
+    settings = json.loads(sys.argv[1])
+    who = settings.pop("who")
+    report: dict[str, float] = {}
+    if who == "torch":
+        step = _torch_step(**settings)
+    elif who == "matmul":
+        step = _matmul_step(**settings)
+    else:
+        step, report = _jax_step(who, **settings)
+    print(json.dumps(report | {"bytes": _added_peak(step, who)}), flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         step()

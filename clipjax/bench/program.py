@@ -58,11 +58,9 @@ def work(compiled: Any, devices: int = 1) -> Work:
             for _, shape, kind, rest in computations[name]:
                 total.add(_own(shape, kind, rest, shapes, devices))
                 called = _CALLED.findall(rest)
-                trips = _TRIPS.search(rest) if kind == "while" else None
-                if kind == "while" and trips is None and any(_busy(count(c)) for c in called):
-                    raise ValueError(f"a loop of unknown length does countable work: {rest[:200]}")
+                times = _times(kind, rest, [count(callee) for callee in called])
                 for callee in called:
-                    total.add(count(callee), int(trips.group(1)) if trips else 1)
+                    total.add(count(callee), times)
         return counted[name]
 
     return count(entry)
@@ -89,9 +87,8 @@ def _parse(text: str) -> tuple[dict[str, list[tuple[str, str, str, str]]], str]:
 
 def _own(shape: str, kind: str, rest: str, shapes: dict[str, str], devices: int) -> Work:
     if kind == "dot":
-        lhs = _OPERAND.search(rest)
-        inline = _SHAPE.match(rest)  # some dumps print the operand's shape in place
-        lhs_dims = _dims(inline.group(0) if inline or lhs is None else shapes[lhs.group(1)])
+        inline = _SHAPE.match(rest)  # some versions print the operand's shape in place
+        lhs_dims = _dims(inline.group(0) if inline else shapes[_OPERAND.findall(rest)[0]])
         found = _CONTRACTED.search(rest)
         axes = [int(a) for a in found.group(1).split(",") if a] if found else []
         inner = math.prod(lhs_dims[a] for a in axes)
@@ -138,5 +135,12 @@ def _dims(shape: str) -> list[int]:
     return [int(d) for d in found.group(2).split(",") if d] if found else []
 
 
-def _busy(w: Work) -> bool:
-    return bool(w.matmul_flops or w.sent)
+def _times(kind: str, rest: str, called: list[Work]) -> int:
+    """How often an instruction runs what it calls."""
+    if kind != "while":
+        return 1
+    if found := _TRIPS.search(rest):
+        return int(found.group(1))
+    if any(w.matmul_flops or w.sent for w in called):
+        raise ValueError(f"a loop of unknown length does countable work: {rest[:200]}")
+    return 0

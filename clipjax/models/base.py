@@ -14,8 +14,8 @@ from clipjax.component import Component
 class Model(Component):
     """Configuration of a model; `build` makes the module.
 
-    The module has `encode_image(image, key=None) -> [B, E]`, `encode_text(text, key=None) -> [B, E]`
-    (float32, unit norm) and `__call__(batch, key=None) -> Encoded`. `key` is a PRNG key in training
+    The module has `encode_image(image, key=None) -> [B, E]`, `encode_text(text, key=None)` the same
+    (float32, unit norm), and `__call__(batch, key=None) -> Encoded`. `key` is a PRNG key in training
     and None in inference.
     """
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from clipjax.batch import Batch, Encoded
 from clipjax.component import Component
@@ -77,7 +78,8 @@ class Sum(Objective):
     terms: tuple[Term, ...]
 
     def __call__(self, encoded, batch, engine):
-        total, metrics = 0.0, {}
+        total = jnp.zeros((), jnp.float32)
+        metrics: Metrics = {}
         for name, term in self._named():
             loss, scalars = term.objective(encoded, batch, engine)
             total = total + term.weight * loss

@@ -148,13 +148,13 @@ class PairEngine:
         )
 
     def _chunk(self, batch_size: int) -> int:
-        """Tiles that stay near a CPU's cache, or that fill an accelerator's matrix units."""
+        """Tiles that fill an accelerator's matrix units; on a CPU, small beside the rows."""
         if self.chunk is not None:
             return self.chunk
         if jax.default_backend() != "cpu":
             return 4096
         rows = batch_size if self.mesh is None else batch_size // batch_shards(self.mesh)
-        return 1024 if rows >= 4096 else 512  # measured: docs/benchmarks.md
+        return min(max(2 ** int(math.log2(max(rows // 4, 1))), 256), 1024)
 
     def _resolved(self, columns: int, numbers: int) -> PairEngine:
         if self.mesh is None:

@@ -17,7 +17,7 @@ class Tower(Component):
     """Configuration of a tower; `build` makes the module.
 
     The module is called as `module(inputs, *, key=None) -> (tokens [B, N, D], pooled [B, D])` and
-    has the attribute `width` (D). Image towers take uint8 or float [B, H, W, 3] (floats in 0..1) and
+    has the attribute `width` (D). Image towers take uint8 [B, H, W, 3], or float in 0..1, and
     normalize by themselves; text towers take int32 [B, L].
 
     `key` is a PRNG key in training and None in inference: that is the one switch for dropout, patch

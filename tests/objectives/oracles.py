@@ -52,7 +52,7 @@ def finish(loss, g, c, bias=0.0):
 
 
 def cross_entropy(c, row_target, col_target, weight=0.5):
-    """Both directions' cross-entropies with given targets (rows of one sum to 1, columns of the other)."""
+    """Both directions against targets: rows of the one sum to 1, columns of the other."""
     n, logits = len(c["x"]), c["s"] * c["x"] @ c["y"].T
     loss, g = 0.0, 0.0
     for axis, target, w in ((1, row_target, weight), (0, col_target, 1 - weight)):

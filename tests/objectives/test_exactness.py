@@ -20,18 +20,16 @@ from clipjax.objectives import (
     PairEngine,
     Ring,
     Sigmoid,
-    SoftTarget,
     Softmax,
+    SoftTarget,
     Weighted,
 )
 
 sys.path.insert(0, str(Path(__file__).parent))
 import oracles
+from fast import jit
 
 ROWS = 24
-
-# tiny arrays: compiling is all the time there is
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 # objective, its oracle, the oracle's options
 OBJECTIVES = {
@@ -77,8 +75,10 @@ def inputs(c, mesh=None):
         "teacher_text": jnp.asarray(c["v"], jnp.float32),
     }
     if mesh is not None:
-        put = lambda a: jax.device_put(a, batch_sharding(mesh) if a.ndim else replicated(mesh))
-        encoded, batch = jax.tree.map(put, (encoded, batch))
+        split, whole = batch_sharding(mesh), replicated(mesh)
+        encoded, batch = jax.tree.map(
+            lambda a: jax.device_put(a, split if a.ndim else whole), (encoded, batch)
+        )
     return encoded, batch
 
 
@@ -91,7 +91,7 @@ def loss_and_grads(objectives, engine, encoded, batch):
             for name, o in objectives.items()
         }
 
-    return jax.device_get(jax.jit(run, compiler_options=FAST_COMPILE)(encoded, batch))
+    return jax.device_get(jit(run)(encoded, batch))
 
 
 def check(names, engine, c, tolerance=1e-5, groups=1):

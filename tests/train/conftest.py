@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from clipjax.cli import main
@@ -13,7 +14,12 @@ from clipjax.cli import main
 TINY = Path(__file__).parent / "tiny.py"
 
 
-def read_metrics(workdir, name="loss"):
+@pytest.fixture
+def read_metrics():
+    return _read_metrics
+
+
+def _read_metrics(workdir, name="loss"):
     """Step -> value of a metric, from `metrics.jsonl`; a step that is logged twice is an error."""
     values = {}
     for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines():
@@ -25,10 +31,15 @@ def read_metrics(workdir, name="loss"):
 
 
 @pytest.fixture
-def clipjax(tmp_path):
-    """`clipjax("train", options...)`: the command line inside this process, on the tiny run in `tmp_path/run`."""
+def clipjax(tmp_path, monkeypatch):
+    """`clipjax("train", options...)`: the command line inside this process, on the tiny run in `tmp_path/run`.
 
-    def run(verb, *options, workdir=tmp_path / "run", config=TINY):
+    `devices` is how many of the simulated devices it sees.
+    """
+    everything = jax.devices()
+
+    def run(verb, *options, workdir=tmp_path / "run", config=TINY, devices=1):
+        monkeypatch.setattr("clipjax.mesh.jax.devices", lambda: everything[:devices])
         place = ["--workdir", str(workdir)] if verb == "train" else []
         target = str(config) if verb in ("train", "config") else str(workdir)
         return main([verb, target, *place, *map(str, options)])

@@ -3,12 +3,9 @@
 import json
 
 import numpy as np
-from conftest import read_metrics
-
-ONE = ("--mesh.data", "1")
 
 
-def test_it_learns_and_leaves_the_whole_folder(clipjax):
+def test_it_learns_and_leaves_the_whole_folder(clipjax, read_metrics):
     assert clipjax("train", "--duration.amount", 60, "--evals.0.every.steps", 30) == 0
     loss = read_metrics(clipjax.workdir)
     assert sorted(loss) == list(range(1, 61))

@@ -1,0 +1,13 @@
+"""`jit` for tests: the arrays are tiny, compiling is all the time there is."""
+
+import functools
+
+import jax
+
+jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)

@@ -1,0 +1,252 @@
+"""Closed forms that the objectives must meet."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clipjax.batch import Encoded
+from clipjax.errors import ClipjaxError
+from clipjax.mesh import MeshShape
+from clipjax.objectives import (
+    Decoupled,
+    DecoupledSoftmax,
+    Diagnostics,
+    Grouped,
+    MultiPositive,
+    PairEngine,
+    Sigmoid,
+    Softmax,
+    SoftTarget,
+    Sum,
+    Weighted,
+)
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fast import jit
+
+ENGINE = PairEngine(chunk=5)
+N, SCALE = 8, 3.0
+
+
+def unit(a):
+    return a / np.linalg.norm(a, axis=-1, keepdims=True)
+
+
+def random_pair(n=N, width=12, seed=0):
+    rng = np.random.default_rng(seed)
+    x = unit(rng.normal(size=(n, width)))
+    return jnp.float32(x), jnp.float32(unit(x + 0.7 * rng.normal(size=x.shape)))
+
+
+def orthonormal(scale=SCALE, bias=None):
+    return Encoded(jnp.eye(N), jnp.eye(N), jnp.float32(scale), bias)
+
+
+def value(objective, encoded, batch=None, engine=ENGINE):
+    return float(jit(lambda e, b: objective(e, b, engine)[0])(encoded, batch or {}))
+
+
+def grads(objective, x, y, scale, batch=None):
+    def loss(x, y, scale):
+        return objective(Encoded(x, y, scale), batch or {}, ENGINE)[0]
+
+    return jit(jax.grad(loss, (0, 1, 2)))(x, y, jnp.float32(scale))
+
+
+def test_orthonormal_pairs():
+    own = np.log(1 + (N - 1) * np.exp(-SCALE))
+    assert value(Softmax(), orthonormal()) == pytest.approx(own, rel=1e-6)
+    assert value(Softmax(image_weight=1), orthonormal()) == pytest.approx(own, rel=1e-6)
+    assert value(Decoupled(), orthonormal()) == pytest.approx(np.log(N - 1) - SCALE, rel=1e-6)
+    sigmoid = np.log1p(np.exp(-(SCALE - 2))) + (N - 1) * np.log1p(np.exp(-2))
+    assert value(Sigmoid(), orthonormal(bias=-2.0)) == pytest.approx(sigmoid, rel=1e-6)
+
+
+def test_grouped_orthonormal_pairs_meet_their_group_only():
+    mesh = MeshShape(group=4).build()
+    engine = PairEngine(mesh, Grouped())
+    expected = np.log(1 + (N / 4 - 1) * np.exp(-SCALE))
+    assert value(Softmax(), orthonormal(), engine=engine) == pytest.approx(expected, rel=1e-6)
+
+
+def test_smoothed_loss_is_least_at_a_finite_scale():
+    smoothing = 0.1
+    best = np.log(1 + N * (1 - smoothing) / smoothing)
+    eye = jnp.eye(N)
+    assert abs(grads(Softmax(smoothing), eye, eye, best)[2]) < 1e-6
+    assert grads(Softmax(smoothing), eye, eye, best + 0.5)[2] > 1e-3
+    assert grads(Softmax(smoothing), eye, eye, best - 0.5)[2] < -1e-3
+
+
+def test_a_solved_batch_keeps_its_digits():
+    """log(1 + 7 e^-40) = 3e-17: the dense float32 formula gives 0, and no gradient."""
+    encoded = orthonormal(scale=40.0)
+    expected = (N - 1) * np.exp(-40.0)
+    assert value(Softmax(), encoded) == pytest.approx(expected, rel=1e-5)
+    d_scale = grads(Softmax(), jnp.eye(N), jnp.eye(N), 40.0)[2]
+    assert float(d_scale) == pytest.approx(-expected, rel=1e-5)
+
+
+def test_unique_ids_make_multi_positive_losses_plain():
+    x, y = random_pair()
+    batch = {"id": jnp.arange(N)}
+    plain = grads(Softmax(), x, y, 5.0)
+    for objective in (MultiPositive(), DecoupledSoftmax()):
+        for ours, reference in zip(grads(objective, x, y, 5.0, batch), plain, strict=True):
+            np.testing.assert_allclose(ours, reference, atol=2e-6)
+
+
+def test_decoupled_softmax_lets_a_strong_positive_be():
+    """Two positives, one at logit 20: plain softmax pushes it down, decoupled does not."""
+    x = jnp.eye(4)
+    y = jnp.eye(4)
+    batch = {"id": jnp.array([0, 0, 2, 3])}
+    d_plain = grads(MultiPositive(1.0), x, y, 20.0, batch)[0][0]
+    d_decoupled = grads(DecoupledSoftmax(1.0), x, y, 20.0, batch)[0][0]
+    # gradient of row 0 with respect to its own logit, over scale / N
+    assert float(d_plain[0]) * 4 / 20 == pytest.approx(0.5, abs=1e-3)
+    assert abs(float(d_decoupled[0])) * 4 / 20 < 1e-6
+
+
+def test_equal_teachers_make_weighted_targets_uniform():
+    x, y = random_pair()
+    batch = {"teacher_image": jnp.tile(jnp.eye(3)[:1], (N, 1))}
+    weighted = value(Weighted(locked_weight=1.0), Encoded(x, y, jnp.float32(5.0)), batch)
+    uniform = value(Softmax(label_smoothing=1.0, image_weight=1.0), Encoded(x, y, jnp.float32(5.0)))
+    assert weighted == pytest.approx(uniform, rel=1e-6)
+
+
+def test_weighted_sends_no_gradient_through_its_weights():
+    x, y = random_pair()
+    implicit = grads(Weighted(sharpness=2.0), x, y, 5.0)
+    explicit = grads(Weighted(sharpness=2.0), x, y, 5.0, {"teacher_image": x})
+    for a, b in zip(implicit, explicit, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_soft_target_with_the_student_as_teacher():
+    x, y = random_pair()
+    batch = {"teacher_image": x, "teacher_text": y}
+    zero = grads(SoftTarget(alpha=1.0, momentum=None), x, y, 5.0, batch)
+    assert all(float(jnp.abs(g).max()) < 1e-6 for g in zero)
+    hard = grads(SoftTarget(alpha=0.0, momentum=None), x, y, 5.0, batch)
+    mixed = grads(SoftTarget(alpha=0.4, momentum=None), x, y, 5.0, batch)
+    for a, b in zip(mixed, hard, strict=True):
+        np.testing.assert_allclose(a, 0.6 * b, atol=1e-6)
+    # keys carry no gradient: the image's is that of the image-to-text direction alone
+    logits = jax.nn.softmax(5.0 * x @ y.T) - jnp.eye(N)
+    np.testing.assert_allclose(hard[0], 0.5 * 5.0 * logits @ y / N, atol=1e-6)
+
+
+def test_soft_target_teacher_is_a_moving_average_with_a_ramp():
+    objective = SoftTarget(alpha=0.4, ramp_steps=4, momentum=0.9)
+    params = {"w": jnp.float32(1.0)}
+    state = objective.init_state(params)
+    x, y = random_pair()
+    new = {"w": jnp.float32(2.0)}
+    shares = []
+    for _ in range(6):
+        state, batch = objective.prepare(
+            state, new, {}, lambda p, b: Encoded(p["w"] * x, y, jnp.float32(1.0))
+        )
+        shares.append(float(batch["teacher_share"][0]))
+    average = 0.9**6 * 1.0 + (1 - 0.9**6) * 2.0
+    assert float(state["params"]["w"]) == pytest.approx(average, rel=1e-6)
+    np.testing.assert_allclose(batch["teacher_image"], average * x, rtol=1e-6)
+    np.testing.assert_allclose(shares, [0, 0.1, 0.2, 0.3, 0.4, 0.4], atol=1e-7)
+    assert batch["teacher_share"].shape == (N,)
+    assert int(state["step"]) == 6
+
+
+def test_diagnostics_on_known_embeddings():
+    diagnose = jit(lambda e: Diagnostics()(e, {}, ENGINE))
+    loss, metrics = diagnose(orthonormal(scale=50.0))
+    assert float(loss) == 0
+    expected = {"alignment": 0, "modality_gap": 0, "temperature": 0.02}
+    expected |= {f"uniformity/{k}": -4 for k in ("image", "text", "cross")}
+    assert {k: pytest.approx(float(v), abs=1e-5) for k, v in metrics.items()} == expected
+
+    poles = jnp.array([[1.0, 0.0], [-1.0, 0.0]])
+    east = jnp.array([[1.0, 0.0], [1.0, 0.0]])
+    _, metrics = diagnose(Encoded(poles, east, jnp.float32(1.0)))
+    assert float(metrics["uniformity/image"]) == pytest.approx(-8, abs=1e-5)
+    assert float(metrics["uniformity/text"]) == pytest.approx(0, abs=1e-5)
+    assert float(metrics["alignment"]) == pytest.approx(2, abs=1e-5)
+    assert float(metrics["modality_gap"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_objectives_add_and_scale():
+    x, y = random_pair()
+    encoded = Encoded(x, y, jnp.float32(5.0), jnp.float32(-2.0))
+    objective = Softmax() + 0.5 * Sigmoid() + Diagnostics()
+    total, metrics = jit(lambda e: objective(e, {}, ENGINE))(encoded)
+    parts = value(Softmax(), encoded) + 0.5 * value(Sigmoid(), encoded)
+    assert float(total) == pytest.approx(parts, rel=1e-6)
+    assert {"loss/softmax", "loss/sigmoid", "alignment"} <= set(metrics)
+
+
+def test_sum_carries_the_state_of_its_terms():
+    objective = Softmax() + SoftTarget(momentum=0.5)
+    assert isinstance(objective, Sum)
+    params = {"w": jnp.float32(1.0)}
+    state = objective.init_state(params)
+    x, y = random_pair()
+    state, batch = objective.prepare(
+        state, params, {}, lambda p, b: Encoded(x, y, jnp.float32(1.0))
+    )
+    assert int(state["softtarget"]["step"]) == 1
+    assert "teacher_text" in batch
+
+
+def test_in_batch_accuracy():
+    x = jnp.eye(4)
+    y = jnp.eye(4)[jnp.array([0, 1, 3, 2])]  # two pairs are crossed
+    _, metrics = Softmax()(Encoded(x, y, jnp.float32(1.0)), {}, ENGINE)
+    assert float(metrics["accuracy/image_to_text"]) == 0.5
+    assert float(metrics["accuracy/text_to_image"]) == 0.5
+
+
+@pytest.mark.parametrize(
+    "objective,missing",
+    [
+        (MultiPositive(), "MultiPositive needs `id`"),
+        (DecoupledSoftmax(), "DecoupledSoftmax needs `id`"),
+        (Sigmoid(), "needs a model with a logit_bias"),
+        (SoftTarget(momentum=None), "needs `teacher_image`"),
+    ],
+)
+def test_what_an_objective_lacks_is_named(objective, missing):
+    with pytest.raises(ClipjaxError, match=missing):
+        objective(orthonormal(), {}, ENGINE)
+
+
+def test_sigmoid_by_id_needs_ids():
+    with pytest.raises(ClipjaxError, match="positives_by_id"):
+        Sigmoid(positives_by_id=True)(orthonormal(bias=-1.0), {}, ENGINE)
+
+
+def test_decoupled_needs_a_negative():
+    one = Encoded(jnp.eye(1), jnp.eye(1), jnp.float32(1.0))
+    with pytest.raises(ClipjaxError, match="at least two rows"):
+        Decoupled()(one, {}, ENGINE)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Softmax(label_smoothing=1.5),
+        lambda: Softmax(image_weight=-0.1),
+        lambda: Decoupled(sigma=0.0),
+        lambda: Weighted(sharpness=-1.0),
+        lambda: Weighted(locked="audio"),
+        lambda: SoftTarget(alpha=2.0),
+        lambda: SoftTarget(ramp_steps=-1),
+    ],
+)
+def test_bad_fields_are_refused(make):
+    with pytest.raises(ClipjaxError):
+        make()

@@ -1,0 +1,234 @@
+"""The engine itself: any reduction, any side, broken input, numerics at large scales."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import struct
+
+from clipjax.batch import Encoded
+from clipjax.errors import ClipjaxError
+from clipjax.mesh import MeshShape
+from clipjax.objectives import (
+    AllGather,
+    Auto,
+    Grouped,
+    Hierarchical,
+    PairEngine,
+    Ring,
+    Sigmoid,
+    Softmax,
+)
+from clipjax.objectives.pairs import Expectation, LogSumExp, Max, Reduction
+from clipjax.objectives.pairs import Sum as PairSum
+
+sys.path.insert(0, str(Path(__file__).parent))
+import oracles
+from fast import jit
+
+
+def embeddings(n=12, width=8):
+    c = oracles.case(n, width)
+    return jnp.float32(c["x"]), jnp.float32(c["y"])
+
+
+@struct.dataclass
+class SumOfSquares(Reduction):
+    """A user's reduction: sum of squares."""
+
+    values: jax.Array
+
+    def sums(self, axis, shift):
+        return (jnp.sum(self.values**2, axis),)
+
+    @staticmethod
+    def value(state):
+        return state.sums[0]
+
+
+def statistics(dot, row, col, shared):
+    """Differentiable row and column sides, shared arrays and every reduction at once."""
+    logits = shared["scale"] * dot(row["image"], col["text"]) / row["tau"][:, None] + col["prior"]
+    other = row["index"][:, None] != col["index"]
+    return (
+        {
+            "log": LogSumExp(logits, other),
+            "mean": Expectation(logits, jnp.sin(logits), other),
+            "top": Max(logits),
+        },
+        {"squares": SumOfSquares(logits), "sum": PairSum(jnp.exp(0.1 * logits), other)},
+    )
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        PairEngine(chunk=5),
+        PairEngine(MeshShape(group=2, tensor=2).build(), Hierarchical(), chunk=5),
+        PairEngine(MeshShape().build(jax.devices()[:4]), Ring(), chunk=2),
+    ],
+    ids=lambda e: type(e.exchange).__name__,
+)
+def test_any_statistic_of_any_side(engine):
+    x, y = embeddings()
+    key = jax.random.key(0)
+    arguments = {
+        "image": x,
+        "text": y,
+        "tau": 0.5 + jax.random.uniform(key, (12,)),
+        "prior": jax.random.normal(key, (12,)),
+        "scale": jnp.float32(2.0),
+    }
+    cotangents = jax.random.normal(key, (5, 12))
+
+    def total(rows, cols):
+        values = [rows["log"], rows["mean"], rows["top"], cols["squares"], cols["sum"]]
+        return jnp.sum(cotangents * jnp.stack(values))
+
+    def ours(a):
+        rows = {"image": a["image"], "tau": a["tau"]}
+        cols = {"text": a["text"], "prior": a["prior"]}
+
+        def tile(row, col, shared):
+            return statistics(engine.dot, row, col, shared)
+
+        return total(*engine.reduce(tile, rows, cols, {"scale": a["scale"]}))
+
+    def dense(a):
+        logits = a["scale"] * a["image"] @ a["text"].T / a["tau"][:, None] + a["prior"]
+        masked = jnp.where(jnp.eye(12, dtype=bool), -jnp.inf, logits)
+        rows = {
+            "log": jax.nn.logsumexp(masked, 1),
+            "mean": jnp.sum(jax.nn.softmax(masked, 1) * jnp.sin(logits), 1),
+            "top": jax.lax.stop_gradient(logits.max(1)),
+        }
+        growth = jnp.where(jnp.eye(12, dtype=bool), 0, jnp.exp(0.1 * logits))
+        return total(rows, {"squares": jnp.sum(logits**2, 0), "sum": growth.sum(0)})
+
+    value, grads = jit(jax.value_and_grad(ours))(arguments)
+    expected, reference = jax.value_and_grad(dense)(arguments)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for name, grad in reference.items():
+        np.testing.assert_allclose(grads[name], grad, atol=1e-5 * float(jnp.abs(grad).max()))
+
+
+@pytest.mark.parametrize("spread,scale", [(0.3, 100.0), (0.8, 100.0), (0.3, 30.0)])
+def test_no_worse_than_dense_float32_at_large_scales(spread, scale):
+    """Nearly solved batches and scale 100, where float32 itself is the limit."""
+    n = 64
+    c = oracles.case(n, 32, spread=spread, scale=scale, seed=3)
+    reference, exact = oracles.softmax(c)
+    arguments = jnp.float32(c["x"]), jnp.float32(c["y"]), jnp.float32(scale)
+
+    def dense(x, y, s):
+        logits = s * x @ y.T
+        rows, cols = (jax.nn.logsumexp(logits, a) - jnp.diagonal(logits) for a in (1, 0))
+        return 0.5 * (rows.mean() + cols.mean())
+
+    def ours(x, y, s):
+        return Softmax()(Encoded(x, y, s), {}, PairEngine(chunk=24))[0]
+
+    errors = {}
+    for name, f in (("dense", dense), ("ours", ours)):
+        value, grads = jax.jit(jax.value_and_grad(f, (0, 1, 2)))(*arguments)
+        errors[name] = [abs(float(value) - reference)]
+        for grad, key in zip(grads, ("image", "text", "logit_scale"), strict=True):
+            errors[name].append(np.abs(np.asarray(grad, np.float64) - exact[key]).max())
+    for ours_error, dense_error, scale_of in zip(
+        errors["ours"],
+        errors["dense"],
+        [reference, *map(np.max, map(np.abs, exact.values()))],
+        strict=False,
+    ):
+        assert ours_error <= max(1.5 * dense_error, 1e-6 * scale_of)
+
+
+def test_bfloat16_operands_accumulate_in_float32():
+    c = oracles.case(64, 32)
+    loss, exact = oracles.softmax(c)
+    x, y = jnp.float32(c["x"]), jnp.float32(c["y"])
+
+    def f(x, y):
+        return Softmax()(
+            Encoded(x, y, jnp.float32(c["s"])), {}, PairEngine(chunk=16, dtype="bfloat16")
+        )[0]
+
+    value, grads = jit(jax.value_and_grad(f, (0, 1)))(x, y)
+    assert value.dtype == jnp.float32 and grads[0].dtype == jnp.float32
+    assert float(value) == pytest.approx(loss, rel=2e-2)
+    for grad, key in zip(grads, ("image", "text"), strict=True):
+        assert np.abs(grad - exact[key]).max() < 2e-2 * np.abs(exact[key]).max()
+
+
+@pytest.mark.parametrize("objective", [Softmax(), Sigmoid()], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_broken_embeddings_show_in_the_loss(objective, broken):
+    x, y = embeddings()
+    bias = jnp.float32(-1.0)
+    for encoded in (
+        Encoded(x.at[3, 0].set(broken), y, jnp.float32(5.0), bias),
+        Encoded(x, y.at[3, 0].set(broken), jnp.float32(5.0), bias),
+    ):
+        loss = jit(lambda e: objective(e, {}, PairEngine(chunk=5))[0])(encoded)
+        assert not np.isfinite(float(loss))
+
+
+def test_a_batch_of_one_has_no_negatives_and_no_gradient():
+    def f(x):
+        return Softmax()(Encoded(x, x, jnp.float32(5.0)), {}, PairEngine())[0]
+
+    value, grad = jit(jax.value_and_grad(f))(jnp.eye(1, 4))
+    assert float(value) == 0
+    np.testing.assert_array_equal(grad, np.zeros((1, 4)))
+
+
+def test_rows_and_columns_that_differ_in_number_are_refused():
+    x, y = embeddings()
+    with pytest.raises(ClipjaxError, match="'text' has 11 entries, the batch has 12 rows"):
+        Softmax()(Encoded(x, y[:11], jnp.float32(5.0)), {}, PairEngine())
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused():
+    x, y = embeddings(12)
+    engine = PairEngine(MeshShape().build())
+    with pytest.raises(ClipjaxError, match="12 rows cannot be split over 8 devices"):
+        Softmax()(Encoded(x, y, jnp.float32(5.0)), {}, engine)
+
+
+def test_a_group_size_that_does_not_divide_the_devices_is_refused():
+    with pytest.raises(ClipjaxError, match="group=3"):
+        PairEngine(MeshShape(group=3).build(), Grouped())
+
+
+@pytest.mark.parametrize("bad", [{"chunk": 0}, {"dtype": "float16"}])
+def test_bad_engine_fields_are_refused(bad):
+    with pytest.raises(ClipjaxError, match=next(iter(bad))):
+        PairEngine(**bad)
+
+
+def test_auto_picks_by_size_and_says_so():
+    mesh = MeshShape(group=2).build()
+    engine = PairEngine(mesh, Auto(memory_gb=1.0))
+    # 2 x 4 bytes x N x 512: 0.27 GB, 1.07 GB (0.54 a group), 4.3 GB (2.1 a group)
+    for n, choice in ((2**16, "AllGather"), (2**18, "Hierarchical"), (2**20, "Ring")):
+        assert f"Auto chose {choice}" in engine.describe(n, 512)
+    flat = PairEngine(MeshShape().build(), Auto(memory_gb=1.0))
+    assert "Auto chose Ring" in flat.describe(2**18, 512)
+    assert "32768 columns a row" in PairEngine(mesh, Grouped()).describe(2**16, 512)
+
+
+def test_auto_equals_what_it_picks():
+    x, y = embeddings(16)
+    mesh = MeshShape(group=2).build()
+
+    def loss(exchange):
+        engine = PairEngine(mesh, exchange)
+        return float(jit(lambda *e: Softmax()(Encoded(*e), {}, engine)[0])(x, y, jnp.float32(5.0)))
+
+    losses = [loss(exchange) for exchange in (Auto(), Auto(memory_gb=1e-9), AllGather())]
+    np.testing.assert_allclose(losses, losses[-1:] * 3, rtol=1e-6)
+    with pytest.raises(ClipjaxError, match="memory_gb"):
+        Auto(memory_gb=0)
