@@ -145,9 +145,9 @@ def _loop(n: int, size: int, carry: Any, body: Callable[[Any, Any, int], Any]) -
     """`carry = body(carry, at, size)` over n rows in pieces of `size`, the last one smaller."""
     size = min(size, n)
     whole, rest = divmod(n, size)
-    if whole == 1:
+    if whole == 1:  # no loop: the compiler may keep a lone tile for the backward pass
         carry = body(carry, 0, size)
-    else:
+    if whole > 1:
         carry = lax.fori_loop(0, whole, lambda i, c: body(c, i * size, size), carry)
     return body(carry, whole * size, rest) if rest else carry
 

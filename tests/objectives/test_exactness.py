@@ -118,9 +118,15 @@ FORMS = ("smoothed", "sigmoid by id", "dclw", "multi", "xmc", "cwcl", "cwcl shar
 @pytest.mark.parametrize("exchange", [AllGather(), Ring(), Hierarchical()], ids=str)
 def test_exact_on_any_mesh(exchange, devices):
     mesh = MeshShape(group=min(2, devices)).build(jax.devices()[:devices])
-    columns = ROWS // devices if exchange == Ring() else ROWS  # at once
-    chunk = None if devices == 1 else columns // 2 + 1  # does not divide them
+    chunk = 13 if exchange != Ring() and devices > 1 else None  # does not divide the columns
     check(FORMS, PairEngine(mesh, exchange, chunk), oracles.case(ROWS))
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_ring_with_uneven_chunks(devices):
+    mesh = MeshShape().build(jax.devices()[:devices])
+    chunk = ROWS // devices // 2 + 1
+    check(("smoothed", "albef"), PairEngine(mesh, Ring(), chunk), oracles.case(ROWS))
 
 
 @pytest.mark.parametrize("devices,groups", [(1, 1), (2, 2), (4, 2), (8, 2), (8, 4)])
