@@ -18,6 +18,8 @@ from clipjax.errors import ClipjaxError
 from clipjax.mesh import batch_sharding, batch_shards, replicated
 from clipjax.params import Tree, merge, split
 
+PER_SHARD = 64
+"""Default rows a device embeds at once. On a CPU, 256 take twice the time a row that 64 do."""
 _IN_FLIGHT = 2  # batches dispatched ahead of the device; simulated devices deadlock without a bound
 
 
@@ -50,7 +52,7 @@ class Predictor:
         context_length: int,
         image_size: int,
         mesh: Mesh | None = None,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         resize: Resize = Resize(),  # noqa: B008 (frozen)
     ):
         """Compiles nothing yet.
@@ -63,15 +65,17 @@ class Predictor:
           context_length: tokens of a text.
           image_size: pixels.
           mesh: batches are split over its axes group and data; None: the default device.
-          batch_size: rounded up to a multiple of the mesh's batch shards.
+          batch_size: rounded up to a multiple of the mesh's batch shards; default: 64 a shard.
           resize: how pictures of another size are brought to `image_size`.
 
         Raises:
           ClipjaxError: `batch_size` is below 1.
         """
+        shards = 1 if mesh is None else batch_shards(mesh)
+        if batch_size is None:
+            batch_size = PER_SHARD * shards
         if batch_size < 1:
             raise ClipjaxError(f"Predictor: batch_size={batch_size} must be at least 1")
-        shards = 1 if mesh is None else batch_shards(mesh)
         self.batch_size = -(-batch_size // shards) * shards
         self.tokenizer, self.context_length, self.image_size = tokenizer, context_length, image_size
         self.resize = resize

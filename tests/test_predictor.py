@@ -1,3 +1,9 @@
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,10 +101,63 @@ def test_real_towers_embed_alike_on_any_mesh(images, shape):
     spread = jax.device_put(params, Sharding(fsdp=True, min_size=1).apply(params, mesh))
     # 6 is rounded up to the next multiple of the mesh's batch shards.
     many = Predictor(graphdef, spread, state, mesh=mesh, batch_size=6, **settings)
+    default = Predictor(graphdef, spread, state, mesh=mesh, **settings)
+    assert default.batch_size == 64 * shape[0] * shape[1]
     assert many.batch_size == {8: 8, 4: 8, 1: 6}[shape[0] * shape[1]]
     np.testing.assert_allclose(many.encode_image(images), one.encode_image(images), atol=2e-6)
     np.testing.assert_allclose(many.encode_text(TEXTS), one.encode_text(TEXTS), atol=2e-6)
     assert many.logit_scale == pytest.approx(1 / 0.07, rel=1e-6) and many.logit_bias == -3.0
+
+
+PROCESS = """
+import sys
+import jax
+import numpy as np
+from flax import nnx
+index, port, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
+from clipjax.mesh import MeshShape, replicated
+from clipjax.params import split
+from clipjax.predictor import Predictor
+sys.path.insert(0, sys.argv[4])
+from test_predictor import SIZE, LENGTH, TEXTS, Bytes, Plain, nnx
+mesh = MeshShape(group=2).build()
+graphdef, params, state = split(Plain(nnx.Rngs(0)))
+params = jax.tree.map(lambda x: jax.device_put(np.asarray(x), replicated(mesh)), params)
+predictor = Predictor(graphdef, params, state, tokenizer=Bytes(), context_length=LENGTH,
+                      image_size=SIZE, mesh=mesh, batch_size=6)
+images = np.random.default_rng(0).integers(0, 256, (21, SIZE, SIZE, 3), np.uint8)
+np.savez(out + str(index), image=predictor.encode_image(images), scale=predictor.logit_scale,
+         text=predictor.encode_text(TEXTS), processes=jax.process_count())
+"""
+
+
+def test_every_process_gets_all_embeddings(images, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    rest = [port, str(tmp_path / "out"), str(Path(__file__).parent)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(i), *rest],
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    for process in processes:
+        assert process.wait(timeout=120) == 0, process.stderr.read()[-2000:]
+    alone = plain()
+    for i in range(2):
+        got = np.load(tmp_path / f"out{i}.npz")
+        assert got["processes"] == 2
+        np.testing.assert_allclose(got["image"], alone.encode_image(images), atol=1e-6)
+        np.testing.assert_allclose(got["text"], alone.encode_text(TEXTS), atol=1e-6)
+        assert float(got["scale"]) == pytest.approx(alone.logit_scale)
 
 
 def test_other_weights_take_effect_without_compiling_again(images):

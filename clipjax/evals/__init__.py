@@ -1,7 +1,15 @@
 """Evaluators: retrieval, zero-shot classification, and the role for one's own."""
 
 from clipjax.evals.base import Evaluator, Every, Runner, build_runners
-from clipjax.evals.retrieval import Retrieval
+from clipjax.evals.retrieval import Retrieval, RetrievalRunner
 from clipjax.evals.zeroshot import ZeroShot
 
-__all__ = ["Evaluator", "Every", "Retrieval", "Runner", "ZeroShot", "build_runners"]
+__all__ = [
+    "Evaluator",
+    "Every",
+    "Retrieval",
+    "RetrievalRunner",
+    "Runner",
+    "ZeroShot",
+    "build_runners",
+]

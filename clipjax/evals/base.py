@@ -96,6 +96,13 @@ class Runner:
         """The figures; for subclasses."""
         return self.evaluator.run(predictor)
 
+    def chance(self) -> dict[str, float]:
+        """What a random order would score, by the names of the figures where it is known.
+
+        Asked after `prepare`; reports show it beside the figures.
+        """
+        return {}
+
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
         name = self.evaluator.name

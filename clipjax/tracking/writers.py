@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -102,9 +103,14 @@ class Tracking:
         """
         self._writers: list[Writer] = []
         if jax.process_index() == 0:
-            self._writers.append(MetricsLog(Path(workdir) / "metrics.jsonl", resume_step))
-            for tracker in trackers:
-                self._writers.append(tracker.build(Path(workdir), config or {}, resume_step))
+            try:
+                for tracker in trackers:
+                    self._writers.append(tracker.build(Path(workdir), config or {}, resume_step))
+                # Last, because opening it drops lines: a tracker that fails leaves the file alone.
+                self._writers.append(MetricsLog(Path(workdir) / "metrics.jsonl", resume_step))
+            except BaseException:
+                self.close()
+                raise
 
     def write(self, step: int, scalars: Scalars) -> None:
         """Records figures of a step; arrays of one element and NumPy scalars count as figures."""
@@ -233,21 +239,26 @@ class _WandbWriter:
         # The id in the run's folder is what lets a resumed run continue the same curves.
         id_file = workdir / "wandb_id"
         resumed = resume_step is not None and id_file.exists()
-        run_id = id_file.read_text().strip() if resumed else wandb.util.generate_id()
+        run_id = id_file.read_text().strip() if resumed else secrets.token_hex(4)
         id_file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._run = wandb.init(
+                project=settings.project,
+                entity=settings.entity,
+                name=settings.name or workdir.resolve().name,
+                tags=list(settings.tags),
+                mode=settings.mode,
+                dir=str(workdir),
+                id=run_id,
+                resume="allow",
+                config=config,
+            )
+        except wandb.errors.Error as error:
+            raise ClipjaxError(
+                f"Weights & Biases does not start: {error} (log in with `wandb login`, or set "
+                "Wandb(mode='offline'))"
+            ) from error
         id_file.write_text(run_id)
-        self._resume_step = resume_step if resumed else None
-        self._run = wandb.init(
-            project=settings.project,
-            entity=settings.entity,
-            name=settings.name or workdir.resolve().name,
-            tags=list(settings.tags),
-            mode=settings.mode,
-            dir=str(workdir),
-            id=run_id,
-            resume="allow",
-            config=config,
-        )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 

@@ -121,12 +121,14 @@ class FakeWandb:
 
     def __init__(self):
         self.inits, self.logged, self.finished = [], [], 0
-        self.util = self
+        self.errors = self
 
-    def generate_id(self):
-        return f"id{len(self.inits)}"
+    class Error(Exception):
+        pass
 
     def init(self, **kwargs):
+        if kwargs["project"] == "forbidden":
+            raise self.Error("no API key")
         self.inits.append(kwargs)
         return self
 
@@ -146,7 +148,13 @@ def test_wandb_gets_the_config_and_a_resumed_run_keeps_its_id(tmp_path, monkeypa
     for resume in (None, 5, None):
         with Tracking(tmp_path / "run", (Wandb(project="p"),), {"seed": 1}, resume) as track:
             track.write(6, {"loss": 0.5})
-    assert [call["id"] for call in fake.inits] == ["id0", "id0", "id2"]
+    first, second, third = (call["id"] for call in fake.inits)
+    assert first == second != third
     assert fake.inits[0]["config"] == {"seed": 1} and fake.inits[0]["name"] == "run"
     assert fake.logged[0] == {"step": 6, "loss": 0.5}
     assert fake.finished == 3
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ClipjaxError, match=r"no API key.*wandb login"):
+        Tracking(tmp_path / "run", (Wandb(project="p"), Wandb(project="forbidden")))
+    assert fake.finished == 4
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
