@@ -11,6 +11,8 @@ _HOMES = {
     "load_config": "clipjax.config",
     "load": "clipjax.load",
     "open_run": "clipjax.load",
+    "open_pretrained": "clipjax.load",
+    "Pretrained": "clipjax.pretrained",
     "train": "clipjax.train.loop",
     "Component": "clipjax.component",
     "ClipjaxError": "clipjax.errors",

@@ -1,4 +1,4 @@
-"""Opening a run: its configuration and its model, from a checkpoint alone."""
+"""Opening a run (its configuration, model and evaluators, from a checkpoint alone), or any model."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from clipjax.evals.retrieval import RetrievalRunner
 from clipjax.mesh import MeshShape
 from clipjax.params import abstract, join, select
 from clipjax.predictor import Predictor
+from clipjax.pretrained import Pretrained, is_pretrained, read_pretrained
 from clipjax.report import environment, write_report
 
 
@@ -75,13 +76,43 @@ def open_run(path: str | Path, mesh: Mesh | None = None) -> Opened:
     Raises:
       ClipjaxError: there is no checkpoint, or it names components that are unknown here.
     """
-    folder, step = locate(Path(path))
+    mesh = mesh or MeshShape().build()
+    folder, step, run, pretrained = _restore(Path(path), mesh)
+    predictor = pretrained.predictor(mesh, run.sharding)
+    return Opened(folder, step, run, predictor, build_runners(run.evals))
+
+
+def open_pretrained(path: str | Path, mesh: Mesh | None = None) -> Pretrained:
+    """The model, weights, tokenizer and preprocessing that `path` holds, whatever wrote them.
+
+    Args:
+      path: a run's folder, one of its `checkpoints/<step>`, or a folder that `Pretrained.save` wrote.
+      mesh: what a run's checkpoint is restored onto; default: all devices along the data axis.
+
+    Raises:
+      ClipjaxError: there is no model, or it names components that are unknown here.
+    """
+    if is_pretrained(Path(path)):
+        return read_pretrained(path)
+    return _restore(Path(path), mesh or MeshShape().build())[3]
+
+
+def load(path: str | Path, mesh: Mesh | None = None) -> Predictor:
+    """A model, ready to embed pictures and texts: `clipjax.load("runs/quickstart")`.
+
+    Args and errors as in `open_pretrained`.
+    """
+    return open_pretrained(path, mesh).predictor(mesh)
+
+
+def _restore(path: Path, mesh: Mesh) -> tuple[Path, int, Run, Pretrained]:
+    """(run's folder, step, run, its model with the weights that evaluators see)."""
+    folder, step = locate(path)
     checkpoints = Checkpoints(folder)
     try:
         meta = checkpoints.meta(step)
         run = _read_run(meta, folder)
-        mesh = mesh or MeshShape().build()
-        graphdef, params, model_state = abstract(lambda: run.model.build(nnx.Rngs(0)))
+        _, params, model_state = abstract(lambda: run.model.build(nnx.Rngs(0)))
         target: dict[str, Any] = {"params": params}
         if model_state:
             target["model_state"] = model_state
@@ -102,25 +133,16 @@ def open_run(path: str | Path, mesh: Mesh | None = None) -> Opened:
     with tempfile.TemporaryDirectory() as scratch:
         unpack_tokenizer(meta["tokenizer"], Path(scratch))
         tokenizer = load_tokenizer(scratch)
-    predictor = Predictor(
-        graphdef,
-        params,
-        state.get("model_state", {}),
+    pretrained = Pretrained(
+        model=run.model,
+        params=params,
+        model_state=state.get("model_state", {}),
         tokenizer=tokenizer,
         context_length=run.data.context_length,
         image_size=run.data.image_size,
-        mesh=mesh,
         resize=run.data.resize,
     )
-    return Opened(folder, step, run, predictor, build_runners(run.evals))
-
-
-def load(path: str | Path, mesh: Mesh | None = None) -> Predictor:
-    """The model of a run, ready to embed pictures and texts: `clipjax.load("runs/quickstart")`.
-
-    Args and errors as in `open_run`.
-    """
-    return open_run(path, mesh).predictor
+    return folder, step, run, pretrained
 
 
 def _read_run(meta: dict[str, Any], folder: Path) -> Run:

@@ -171,5 +171,7 @@ def finish(session: Session, state: TrainState, results: dict[str, float], secon
         replace_file(session.workdir / "results.json", json.dumps(summary, indent=2))
     if jax.process_count() == 1:
         predictor = session.predictor_for(state)
-        opened = Opened(session.workdir, session.total_steps, session.run, predictor, session.evaluators)
+        opened = Opened(
+            session.workdir, session.total_steps, session.run, predictor, session.evaluators
+        )
         log.info("wrote %s", opened.report(results))

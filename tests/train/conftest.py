@@ -31,6 +31,12 @@ def _read_metrics(workdir, name="loss"):
 
 
 @pytest.fixture
+def tiny():
+    """The config file of the tiny run."""
+    return TINY
+
+
+@pytest.fixture
 def clipjax(tmp_path, monkeypatch):
     """`clipjax("train", options...)`: the command line inside this process, on the tiny run in `tmp_path/run`.
 

@@ -1,0 +1,78 @@
+"""What the commands' arguments have in common: a run by its config, a run by its folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clipjax.errors import ClipjaxError
+
+if TYPE_CHECKING:
+    from clipjax.config import Run
+    from clipjax.load import Opened
+
+
+def new_parser(verb: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the options that every command has."""
+    parser = argparse.ArgumentParser(f"clipjax {verb}", description=description, allow_abbrev=False)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "--imports", action="append", default=[], metavar="FILE.py", type=Path,
+        help="a Python file of your own whose components the configuration names; repeatable",
+    )  # fmt: skip
+    return parser
+
+
+def import_files(files: list[Path]) -> None:
+    """Imports the user's own files, so that the components in them are known."""
+    from clipjax.config import load_module
+
+    for file in files:
+        load_module(file)
+
+
+def parse_run(
+    parser: argparse.ArgumentParser, arguments: list[str]
+) -> tuple[argparse.Namespace, Run]:
+    """Reads `config` and the overrides; `--help` after a config shows every option of that config.
+
+    Args:
+      parser: has a positional argument `config`.
+      arguments: what the user typed after the verb.
+    """
+    from clipjax.config import load_config, override
+
+    with_config = [a for a in arguments if a not in ("--help", "-h")]
+    asks_help = len(with_config) < len(arguments)
+    if asks_help and not any(not a.startswith("-") for a in arguments):
+        parser.print_help()
+        print("\nGive a config before --help to see every option it has.")
+        raise SystemExit(0)
+    namespace, options = parser.parse_known_args(with_config)
+    import_files(namespace.imports)
+    source = namespace.config / "run.json" if namespace.config.is_dir() else namespace.config
+    if namespace.config.is_dir() and not source.is_file():
+        raise ClipjaxError(
+            f"{namespace.config} is a folder without a run.json: give a config file or a run's folder"
+        )
+    if asks_help:
+        parser.print_help()
+    run = override(load_config(source), options + ["--help"] * asks_help, parser.prog)
+    return namespace, run
+
+
+def add_opened_run(parser: argparse.ArgumentParser) -> None:
+    """Adds the positional argument `run` that `open_named_run` opens."""
+    parser.add_argument("run", type=Path, help="a run's folder, or one of its checkpoints/<step>")
+
+
+def open_named_run(namespace: argparse.Namespace) -> Opened:
+    """The run that the user named, on all devices there are."""
+    from clipjax.mesh import start_processes
+
+    import_files(namespace.imports)
+    start_processes()
+    from clipjax.load import open_run
+
+    return open_run(namespace.run)
