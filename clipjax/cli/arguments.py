@@ -10,7 +10,7 @@ from clipjax.errors import ClipjaxError
 
 if TYPE_CHECKING:
     from clipjax.config import Run
-    from clipjax.load import Opened
+    from clipjax.restore import Opened
 
 
 def new_parser(verb: str, description: str) -> argparse.ArgumentParser:
@@ -73,6 +73,6 @@ def open_named_run(namespace: argparse.Namespace) -> Opened:
 
     import_files(namespace.imports)
     start_processes()
-    from clipjax.load import open_run
+    from clipjax.restore import open_run
 
     return open_run(namespace.run)
