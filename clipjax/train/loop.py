@@ -22,8 +22,8 @@ from clipjax.checkpoint import Checkpointing
 from clipjax.config import Run
 from clipjax.data.placement import to_global
 from clipjax.errors import Preempted, RunFailed
-from clipjax.restore import Opened
 from clipjax.optim import Scale
+from clipjax.restore import Opened
 from clipjax.tracking import Progress, Tracking
 from clipjax.train.setup import Session, replace_file, setup
 from clipjax.train.signals import StopRequest
