@@ -16,6 +16,7 @@ VERBS = {
     "train": "train CONFIG --workdir DIR, or continue what DIR holds",
     "eval": "run a run's evaluators on one of its checkpoints",
     "report": "write a run's report.html again",
+    "average": "mean of the weights of several models (WiSE-FT, soups)",
     "config": "print the resolved configuration of a config file or a run",
     "bench": "measure what the documentation claims",
 }

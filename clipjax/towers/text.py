@@ -114,7 +114,7 @@ class TextTransformerModule(nnx.Module):
         drop_key, block_key = layers.keys(key, 2)
         valid = None
         if config.pad_id is not None:
-            valid = text != config.pad_id
+            valid = jnp.asarray(text) != config.pad_id
             valid = valid.at[:, 0].set(valid[:, 0] | ~valid.any(axis=1))
         length = text.shape[1]
         x = self.embedding[...][text] + self.positions[:length]
