@@ -91,9 +91,7 @@ def one_step(
         if not states:
             base = blueprint.init()
         layouts[name] = blueprint.shardings
-        states[name] = dataclasses.replace(
-            base, objective_state=objective.init_state(base.params)
-        )
+        states[name] = dataclasses.replace(base, objective_state=objective.init_state(base.params))
         steps[name] = make_step(blueprint, objective, engine, mesh, accumulate)
 
     def run(states, batch):
@@ -102,9 +100,9 @@ def one_step(
     batch = make_batch() if batch is None else batch
     part, parts = process_rows(mesh)
     local = {k: np.split(v, parts)[part] for k, v in batch.items()}
-    after = jit(run, in_shardings=(layouts, None), out_shardings={n: (s, None) for n, s in layouts.items()})(
-        states, to_global(local, mesh)
-    )
+    after = jit(
+        run, in_shardings=(layouts, None), out_shardings={n: (s, None) for n, s in layouts.items()}
+    )(states, to_global(local, mesh))
     start = {path: np.array(leaf) for path, leaf in paths(base.params)}
     return {
         name: (

@@ -13,16 +13,12 @@ def results():
     from linear import one_step
 
     from clipjax.mesh import MeshShape
-    from clipjax.objectives import Hierarchical, MultiPositive, Sigmoid, Softmax
+    from clipjax.objectives import Hierarchical, Sigmoid, Softmax
 
     return {
         # blocks gathered inside a process, in a ring from process to process
         "hierarchical": one_step(
-            {"softmax": Softmax(), "multi": MultiPositive()},
-            jit,
-            4,
-            shape=MeshShape(group=2),
-            exchange=Hierarchical(),
+            {"softmax": Softmax()}, jit, 4, shape=MeshShape(group=2), exchange=Hierarchical()
         ),
         "accumulated": one_step({"sigmoid": Sigmoid()}, jit, 4, accumulate=2),
     }

@@ -24,6 +24,7 @@ from clipjax.objectives import (
     Sum,
     Weighted,
 )
+from clipjax.objectives.diagnostics import broken_rows
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fast import jit
@@ -98,6 +99,27 @@ def test_unique_ids_make_multi_positive_losses_plain():
     for objective in (MultiPositive(), DecoupledSoftmax()):
         for ours, reference in zip(grads(objective, x, y, 5.0, batch), plain, strict=True):
             np.testing.assert_allclose(ours, reference, atol=2e-6)
+
+
+@pytest.mark.parametrize("objective", [MultiPositive(), DecoupledSoftmax()])
+def test_rows_without_any_negative_are_guarded(objective):
+    """One id for all: every negative is masked, and nothing is NaN."""
+    x, y = random_pair()
+    batch = {"id": jnp.zeros(N, jnp.int32)}
+
+    def loss(x, y, s):
+        return objective(Encoded(x, y, s), batch, ENGINE)[0]
+
+    value, gradients = jit(jax.value_and_grad(loss, (0, 1, 2)))(x, y, jnp.float32(5.0))
+    if isinstance(objective, DecoupledSoftmax):  # nothing to push away: solved
+        assert float(value) == 0
+        assert all(float(jnp.abs(g).max()) == 0 for g in gradients)
+        return
+    logits = 5.0 * np.float64(x) @ np.float64(y).T  # cross-entropy to the uniform target
+    rows = np.log(np.exp(logits).sum(1)) - logits.mean(1)
+    cols = np.log(np.exp(logits).sum(0)) - logits.mean(0)
+    assert float(value) == pytest.approx(0.5 * (rows.mean() + cols.mean()), rel=1e-5)
+    assert all(np.isfinite(g).all() for g in gradients)
 
 
 def test_decoupled_softmax_lets_a_strong_positive_be():
@@ -250,3 +272,12 @@ def test_decoupled_needs_a_negative():
 def test_bad_fields_are_refused(make):
     with pytest.raises(ClipjaxError):
         make()
+
+
+def test_broken_embeddings_are_counted_by_name():
+    x, y = random_pair()
+    counts = broken_rows(Encoded(x.at[3, 0].set(jnp.nan).at[5].set(jnp.inf), y, jnp.float32(1.0)))
+    assert {k: int(v) for k, v in counts.items()} == {
+        "broken_rows/image": 2,
+        "broken_rows/text": 0,
+    }

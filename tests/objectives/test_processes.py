@@ -14,7 +14,7 @@ import process
 from fast import jit
 from linear import assert_close, one_step
 
-from clipjax.objectives import MultiPositive, Sigmoid, Softmax
+from clipjax.objectives import Sigmoid, Softmax
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +50,7 @@ def two_processes(tmp_path_factory):
 def test_loss_gradients_and_next_parameters(two_processes):
     first, second = two_processes
     one_process = process.results()
-    one_device = one_step(
-        {"softmax": Softmax(), "multi": MultiPositive(), "sigmoid": Sigmoid()}, jit
-    )
+    one_device = one_step({"softmax": Softmax(), "sigmoid": Sigmoid()}, jit)
     for case, results in one_process.items():
         assert_close(first[case], results, 1e-6)
         assert_close(first[case], {name: one_device[name] for name in results})
