@@ -158,7 +158,7 @@ def test_ring_with_uneven_chunks(devices):
     check(("smoothed", "albef"), PairEngine(mesh, Ring(), chunk))
 
 
-@pytest.mark.parametrize("devices,groups", [(1, 1), (2, 2), (4, 2), (8, 2), (8, 4)])
+@pytest.mark.parametrize("devices,groups", [(2, 2), (8, 2), (8, 4)])
 def test_grouped_is_block_diagonal(devices, groups):
     mesh = MeshShape(group=groups).build(jax.devices()[:devices])
     chunk = 7 if (devices, groups) == (8, 2) else None

@@ -1,5 +1,6 @@
 """Closed forms that the objectives must meet."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from clipjax.objectives import (
     Diagnostics,
     Grouped,
     MultiPositive,
+    Objective,
     PairEngine,
     Sigmoid,
     Softmax,
     SoftTarget,
     Sum,
     Weighted,
+    pairs,
 )
 from clipjax.objectives.diagnostics import broken_rows
 
@@ -281,3 +284,21 @@ def test_broken_embeddings_are_counted_by_name():
         "broken_rows/image": 2,
         "broken_rows/text": 0,
     }
+
+
+def test_the_objective_that_the_documentation_writes():
+    """docs/objectives.md, "Writing one": the code there runs, and is a hinge on the negatives."""
+    text = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text()
+    names = {
+        "dataclasses": dataclasses,
+        "jax": jax,
+        "jnp": jnp,
+        "Objective": Objective,
+        "Sum": pairs.Sum,
+    }
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    x, y = random_pair()
+    ours = value(names["Margin"](0.3), Encoded(x, y, jnp.float32(1.0)))
+    cosine = np.float64(x) @ np.float64(y).T
+    over = np.maximum(0.3 + cosine - np.diag(cosine)[:, None], 0)
+    assert ours == pytest.approx((over.sum() - 0.3 * N) / N, rel=1e-5)
