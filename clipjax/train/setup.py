@@ -130,6 +130,7 @@ def setup(run: Run, workdir: Path) -> tuple[Session, int | None]:
         run.seed,
     )
     engine = PairEngine(mesh, run.exchange, run.pair_chunk, run.pair_dtype)
+    log.info(engine.describe(run.data.batch_size, getattr(run.model, "embed_dim", 0)))
     step = make_step(blueprint, run.objective, engine, mesh, run.accumulate, run.ema)
     predictor = Predictor(
         blueprint.graphdef,

@@ -19,6 +19,7 @@ from clipjax.batch import Batch, Encoded
 from clipjax.errors import ClipjaxError
 from clipjax.mesh import BATCH_AXES, batch_shards
 from clipjax.objectives.base import Metrics, Objective
+from clipjax.objectives.diagnostics import broken_rows
 from clipjax.objectives.pairs import PairEngine
 from clipjax.optim import Ema
 from clipjax.params import join, select, split
@@ -170,7 +171,7 @@ def _encode(forward, params, model_state, batch, mesh, accumulate) -> Encoded:
 
 
 def _with_scale(metrics: Metrics, encoded: Encoded) -> Metrics:
-    out = metrics | {"logit_scale": encoded.logit_scale}
+    out = metrics | broken_rows(encoded) | {"logit_scale": encoded.logit_scale}
     return out if encoded.logit_bias is None else out | {"logit_bias": encoded.logit_bias}
 
 
