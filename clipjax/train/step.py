@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -261,7 +262,8 @@ def _only(encoded: Encoded, like: Encoded | None) -> Encoded | None:
     if like is None:
         return None
     names = [f.name for f in dataclasses.fields(like) if getattr(like, f.name) is None]
-    return dataclasses.replace(encoded, **dict.fromkeys(names))
+    without: dict[str, Any] = dict.fromkeys(names)
+    return dataclasses.replace(encoded, **without)
 
 
 def jit_step(step: Step, blueprint: Blueprint) -> Step:
