@@ -1,12 +1,13 @@
 """Caption and EISL against closed forms and dense float64; which tokens count; what is never whole."""
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fast import jit
 
 from clipjax.batch import Encoded
 from clipjax.bench.program import temporary_bytes
@@ -14,6 +15,9 @@ from clipjax.errors import ClipjaxError
 from clipjax.mesh import MeshShape
 from clipjax.objectives import EISL, Caption, PairEngine
 from clipjax.objectives.vocabulary import word_stats
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fast import jit
 
 B, T, D, V = 4, 7, 8, 50
 

@@ -5,6 +5,8 @@ Gradients are read off a plain SGD step with a large learning rate, as in test_s
 
 import dataclasses
 import functools
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +32,13 @@ from clipjax.params import merge, paths
 from clipjax.sharding import Sharding
 from clipjax.towers import TextTransformer, ViT
 from clipjax.train.state import Blueprint
-from clipjax.train.step import jit_step, make_step
+from clipjax.train.step import make_step
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "objectives"))
+from fast import jit
 
 LR = 1e4
-SHAPE = {"width": 16, "heads": 4, "depth": 1}
+SHAPE = {"width": 16, "heads": 4, "depth": 1, "scan": False}
 MODEL = CoCa(
     image=ViT(image_size=16, patch_size=8, pool="mean", **SHAPE),
     text=TextTransformer(vocab_size=64, context_length=8, pool="class", **SHAPE),
@@ -76,8 +81,10 @@ def one_step(
     """(metrics, gradients by path, state) of one step from the same initial parameters."""
     mesh = shape.build(jax.devices()[:devices])
     blueprint = draw(model, objective, mesh, fsdp)
-    step = jit_step(
-        make_step(blueprint, objective, PairEngine(mesh, exchange), mesh, accumulate), blueprint
+    step = jit(
+        make_step(blueprint, objective, PairEngine(mesh, exchange), mesh, accumulate),
+        in_shardings=(blueprint.shardings, None),
+        out_shardings=(blueprint.shardings, None),
     )
     before = blueprint.init()
     start = {name: np.array(leaf) for name, leaf in paths(before.params)}
@@ -99,10 +106,8 @@ def assert_close(got, expected, tolerance=1e-5):
     "changes",
     [
         {"accumulate": 2},
-        {"accumulate": 4},
-        {"accumulate": 4, "devices": 4, "exchange": Ring()},
-        {"accumulate": 2, "devices": 4, "fsdp": True},
-        {"devices": 4, "fsdp": True, "shape": MeshShape(tensor=2)},
+        {"accumulate": 4, "devices": 4, "exchange": Ring(), "fsdp": True},
+        {"devices": 4, "shape": MeshShape(tensor=2)},
         {
             "accumulate": 2,
             "devices": 8,
@@ -121,7 +126,13 @@ def test_any_way_is_the_big_batch(changes):
 
 
 def test_the_head_is_split_by_words():
-    _, _, state = one_step(devices=4, fsdp=True, shape=MeshShape(tensor=2))
+    _, _, state = one_step(
+        accumulate=2,
+        devices=8,
+        shape=MeshShape(group=2, tensor=2),
+        fsdp=True,
+        exchange=Hierarchical(),
+    )
     assert tuple(state.params["decoder"]["head"]["kernel"].sharding.spec) == ("data", "tensor")
 
 
@@ -136,8 +147,8 @@ class Tilt(PerExample):
 
 @pytest.mark.parametrize(
     "objective",
-    [Caption() * 2.0, Caption(), EISL() + Softmax() * 0.5 + Tilt(), Tilt()],
-    ids=["captions-in-a-sum", "captions", "three-kinds", "a-user's"],
+    [Caption(), EISL() + Softmax() * 0.5 + Tilt()],
+    ids=["captions-alone", "with-a-user's"],
 )
 def test_other_mixtures_accumulate_too(objective):
     got, expected = one_step(objective, accumulate=2), one_step(objective)
@@ -182,7 +193,7 @@ def test_accumulation_replays_dropout():
         counts = batch["text"][:, 1:] != 0
         return contrast + 2 * (nll * counts).sum() / counts.sum()
 
-    value, grads = jax.jit(jax.value_and_grad(loss))(state.params)
+    value, grads = jit(jax.value_and_grad(loss))(state.params)
     assert got[0]["loss"] == pytest.approx(float(value), rel=1e-5)
     assert_close(({}, got[1]), ({}, {n: np.array(g) for n, g in paths(grads)}))
     assert abs(got[0]["loss"] - one_step()[0]["loss"]) > 1e-3  # dropout was on
