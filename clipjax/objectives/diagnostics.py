@@ -46,6 +46,7 @@ def broken_rows(encoded: Encoded) -> Metrics:
     return {
         f"broken_rows/{name}": jnp.sum(~jnp.isfinite(array).all(-1))
         for name, array in (("image", encoded.image), ("text", encoded.text))
+        if array is not None
     }
 
 
