@@ -71,7 +71,7 @@ class Counting:
     def skip(self, failure: UnreadableRecord) -> None:
         """One is left out; the message names it."""
         self.skipped += 1
-        self._console.print(f"skipped: {failure}", markup=False, soft_wrap=True)
+        self._say(f"skipped: {failure}")
         self._show()
 
     @property
@@ -93,4 +93,9 @@ class Counting:
             self._bar.update(self._task, completed=at, pace=self.pace)
         elif now - self._line >= SECONDS_BETWEEN_LINES:
             self._line = now
-            self._console.print(f"{at:,}/{self.total:,} {self.what}  {self.pace}", soft_wrap=True)
+            self._say(f"{at:,}/{self.total:,} {self.what}  {self.pace}")
+
+    def _say(self, text: str) -> None:
+        from rich.text import Text  # as it is: no markup in brackets, no emoji for :names:
+
+        self._console.print(Text(text), soft_wrap=True)

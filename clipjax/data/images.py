@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 64_000_000
 """Pictures with more pixels than this are refused unread: a small file can hold a huge picture."""
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 """What is decoded, by content, whatever a file's name says. Pillow knows more, among them formats
 that it hands to other programs (EPS to Ghostscript), which a stranger's file must not choose."""
 
