@@ -142,12 +142,12 @@ def test_hostile_tars(run, model, tmp_path, tree):
     assert tree(box) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["box", "x.parquet"]
     content = bytearray((box / "a.tar").read_bytes())
-    content[124:136] = b"\xff" * 12  # the first member's size, in base 256: -1
+    content[124:136] = b"\xff" * 10 + b"\xfe\0"  # the first size, in base 256: -512, back to itself
     content[148:156] = b" " * 8
     content[148:156] = b"%06o\0 " % sum(content[:512])
     (box / "b.tar").write_bytes(content)
     code, _, err = run("embed", box / "b.tar", "--out", tmp_path / "y.parquet", "--model", model)
-    assert code == 2 and "b.tar" in err
+    assert code == 2 and "b.tar' gives '../out.png' a negative size" in err
     (box / "c.tar").write_bytes((box / "a.tar").read_bytes()[:900])
     code, _, err = run("embed", box / "c.tar", "--out", tmp_path / "y.parquet", "--model", model)
     assert code == 2 and "c.tar" in err and not (tmp_path / "y.parquet").exists()
@@ -202,8 +202,8 @@ def test_tfds(run, model, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     # The colons of a version and of a slice are no separators.
     source = "tfds:shades:1.0.0:test[:75%]"
-    files, _ = embed(run, source, tmp_path / "x.parquet", model, "--captions")
-    rows, embedded = table(*files)
+    embed(run, source, tmp_path / "x.parquet", model, "--captions")
+    rows, embedded = table(tmp_path / "x.parquet")
     assert len(rows) == 3 and all(row["label"] == int(row["caption"][-1]) % 2 for row in rows)
     shades = [png((50 * int(row["caption"][-1]), 0, 0)) for row in rows]
     np.testing.assert_allclose(embedded, load(model).encode_image(shades), atol=1e-6)
