@@ -15,6 +15,9 @@ from clipjax.errors import ClipjaxError, did_you_mean
 VERBS = {
     "train": "train CONFIG --workdir DIR, or continue what DIR holds",
     "eval": "run a run's evaluators on one of its checkpoints",
+    "classify": "say which of some labels pictures show, with probabilities",
+    "search": "rank the pictures of a folder by words",
+    "embed": "write the embeddings of pictures or texts to Parquet files",
     "report": "write a run's report.html again",
     "average": "mean of the weights of several models (WiSE-FT, soups)",
     "config": "print the resolved configuration of a config file or a run",
