@@ -18,6 +18,8 @@ from clipjax.data import load_tokenizer
 from clipjax.errors import ClipjaxError
 from clipjax.evals.base import Evaluator, Runner, build_runners
 from clipjax.evals.retrieval import RetrievalRunner
+from clipjax.interop.convert import import_weights
+from clipjax.interop.source import is_source
 from clipjax.mesh import MeshShape
 from clipjax.params import abstract, join, select
 from clipjax.predictor import Predictor
@@ -86,7 +88,8 @@ def open_pretrained(path: str | Path, mesh: Mesh | None = None) -> Pretrained:
     """The model, weights, tokenizer and preprocessing that `path` holds, whatever wrote them.
 
     Args:
-      path: a run's folder, one of its `checkpoints/<step>`, or a folder that `Pretrained.save` wrote.
+      path: a run's folder, one of its `checkpoints/<step>`, a folder that `Pretrained.save` wrote, or
+        other people's weights, as `clipjax.interop.import_weights` takes them.
       mesh: what a run's checkpoint is restored onto; default: all devices along the data axis.
 
     Raises:
@@ -94,6 +97,8 @@ def open_pretrained(path: str | Path, mesh: Mesh | None = None) -> Pretrained:
     """
     if is_pretrained(Path(path)):
         return read_pretrained(path)
+    if is_source(Path(path)):
+        return import_weights(path)
     return _restore(Path(path), mesh or MeshShape().build())[3]
 
 
