@@ -12,19 +12,29 @@ from flax import nnx
 
 from clipjax.data import ClipBPE, SentencePiece, TokenizerFile, TokenizerModel
 from clipjax.errors import ClipjaxError, did_you_mean
-from clipjax.interop import huggingface
+from clipjax.interop import huggingface, open_clip
 from clipjax.interop.family import Family, require_expressible
 from clipjax.interop.resample import with_context_length, with_image_size
 from clipjax.interop.source import Source, open_source
 from clipjax.params import abstract, paths
 from clipjax.pretrained import Pretrained, unflatten
-from clipjax.towers import TextTransformer, ViT
+from clipjax.towers import ResNet, TextTransformer, ViT
 
-FAMILIES: tuple[Family, ...] = (huggingface.CLIP, huggingface.SIGLIP, huggingface.SIGLIP2)
+FAMILIES: tuple[Family, ...] = (
+    huggingface.CLIP,
+    huggingface.SIGLIP,
+    huggingface.SIGLIP2,
+    open_clip.OPENAI,
+    open_clip.OPEN_CLIP_CUSTOM,
+    open_clip.OPEN_CLIP,
+)
 FORMATS: dict[str, tuple[Family, ...]] = {
-    # `clipjax export --to`: the families that may hold the model, the first that can is taken.
+    # `clipjax export --to`: the families that may hold the model; the first that can is taken.
     "hf": (huggingface.CLIP, huggingface.SIGLIP),
     "hf-siglip2": (huggingface.SIGLIP2,),
+    "open_clip": (open_clip.OPEN_CLIP, open_clip.OPEN_CLIP_CUSTOM),
+    "open_clip-custom": (open_clip.OPEN_CLIP_CUSTOM,),
+    "openai": (open_clip.OPENAI,),
 }
 
 
@@ -53,9 +63,9 @@ def import_weights(
     """
     source = open_source(path, config)
     try:
-        family = _claimed(source)
-        model = family.model(source.description)
-        flat = family.table(model).read(source.tensors, _shapes(model))
+        owner = _claimed(source, family)
+        model = owner.model(source.description)
+        flat = owner.table(model).read(source.tensors, _shapes(model))
     except ClipjaxError as error:
         raise ClipjaxError(f"{source.weights}: {error}") from error
     params, model_state = _divided(model, flat)
@@ -63,10 +73,10 @@ def import_weights(
         model=model,
         params=params,
         model_state=model_state,
-        tokenizer=_tokenizer(family, source, tokenizer),
+        tokenizer=_tokenizer(owner, source, tokenizer),
         context_length=model.text.context_length,
         image_size=max(model.image.image_shape),
-        resize=family.resize(source.description),
+        resize=owner.resize(source.description),
     )
     if image_size is not None:
         pretrained = with_image_size(pretrained, image_size)
@@ -109,8 +119,12 @@ def export_weights(pretrained: Pretrained, folder: str | Path, to: str) -> Famil
     return family
 
 
-def _claimed(source: Source) -> Family:
+def _claimed(source: Source, name: str | None) -> Family:
     description = source.description
+    if name not in (None, "openai"):
+        raise ClipjaxError(f"family={name!r}: only 'openai' can be named, all others are recognized")
+    if name == "openai":
+        return open_clip.OPENAI
     for family in FAMILIES:
         if family.claims(description):
             return family
@@ -150,7 +164,7 @@ def _divided(model: Any, flat: dict[str, np.ndarray]) -> tuple[dict, dict]:
 def _require_towers(model: Any, family: Family) -> None:
     """The families know transformers for texts, and ViT or ResNet for pictures."""
     image, text = getattr(model, "image", None), getattr(model, "text", None)
-    if not isinstance(image, ViT) or not isinstance(text, TextTransformer):
+    if not isinstance(image, (ViT, ResNet)) or not isinstance(text, TextTransformer):
         raise ClipjaxError(
             f"{family.name} cannot express towers of the types {type(image).__name__} and "
             f"{type(text).__name__}"

@@ -308,7 +308,7 @@ def _nearest(kind: str, model: Any) -> DualEncoder:
         vocab_size=text.vocab_size,
         context_length=text.context_length,
         eos_id=text.eos_id,
-        pad_id=text.pad_id if family.pads_are_unseen(text) else None,
+        pad_id=None,
         **pooling,
         **_sizes(text),
     )
@@ -342,16 +342,22 @@ def _resize(kind: str, description: Description) -> Resize:
     return Resize("crop" if crop else "squash", _RESAMPLE[resample], "down" if crop else "even")
 
 
-def _tokens(kind: str, description: Description) -> dict[str, Any]:
+def special_tokens(description: Description) -> dict[str, Any]:
+    """The special tokens that a tokenizer_config.json names."""
     config = description.files.get("tokenizer_config.json", {})
 
     def content(role: str) -> str | None:
         token = config.get(f"{role}_token")
         return token.get("content") if isinstance(token, dict) else token
 
-    settings = {"pad": content("pad"), "eos": content("eos"), "bos": content("bos")}
+    return {role: content(role) for role in ("pad", "bos", "eos")}
+
+
+def _tokens(kind: str, description: Description) -> dict[str, Any]:
+    settings = special_tokens(description)
     if kind == "clip":
         return settings
+    config = description.files.get("tokenizer_config.json", {})
     clean = {"siglip": "canonical", "siglip2": "lower"}[kind]
     if config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend"):
         clean = "keep"  # what such a tokenizer does is all in its tokenizer.json

@@ -47,6 +47,10 @@ def read_golden(name: str) -> Golden:
         for name, (shape, dtype) in facts["tensors"].items()
     }
     inputs = facts["inputs"]
+    if facts["family"] == "OpenAI":  # as in OpenAI's own files
+        scalars = (inputs["image_size"], inputs["context_length"], inputs["vocab_size"])
+        names = ("input_resolution", "context_length", "vocab_size")
+        tensors |= {n: np.array(s, np.int64) for n, s in zip(names, scalars, strict=True)}
     return Golden(
         facts["family"],
         facts["files"],

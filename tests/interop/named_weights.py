@@ -16,7 +16,7 @@ def tensor(name: str, shape: tuple[int, ...], dtype: str = "float32") -> np.ndar
     Args:
       name: seeds it, and says what it is.
       shape: of the result.
-      dtype: float32, or int64 for a counter, which is zero.
+      dtype: float32, or int64 for a counter or index, which is zero.
     """
     if dtype == "int64":
         return np.zeros(shape, np.int64)

@@ -18,6 +18,7 @@ import torch
 
 stub.install()
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import open_clip  # noqa: E402
 import transformers  # noqa: E402
 import named_weights as weights  # noqa: E402
 
@@ -115,12 +116,96 @@ def hf(name, model, mean, std, size, length, vocab_size, eos, patch=None):
           out.logits_per_image.double().numpy())  # fmt: skip
 
 
+# OpenAI and OpenCLIP
+
+
+def open_clip_model(name, family, model, config, mean, std, length, vocab_size, eos, extra=()):
+    model = model.eval()
+    manifest = fill(model) | dict(extra)
+    size = config["vision_cfg"]["image_size"]
+    inputs = {"image_size": size, "context_length": length, "vocab_size": vocab_size, "eos": eos}
+    ids = torch.from_numpy(weights.texts(N, length, vocab_size, eos)).long()
+    with torch.no_grad():
+        image = model.encode_image(pixels(size, mean, std), normalize=True)
+        text = model.encode_text(ids, normalize=True)
+        logits = model.logit_scale.exp() * image @ text.T
+        logits = logits if model.logit_bias is None else logits + model.logit_bias
+    preprocess = {"mean": mean.tolist(), "std": std.tolist()}
+    files = {"open_clip_config.json": {"model_cfg": config, "preprocess_cfg": preprocess}}
+    if family == "OpenAI":
+        files = {}
+    store(name, family, files, manifest, inputs, *(x.double().numpy() for x in (image, text, logits)))
+
+
+def open_clip_config(**changes):
+    vision = {"image_size": 24, "layers": 2, "width": 48, "head_width": 12, "patch_size": 8}
+    text = {"context_length": 12, "vocab_size": 60, "width": 32, "heads": 4, "layers": 2}
+    vision |= changes.pop("vision", {})
+    text |= changes.pop("text", {})
+    return {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text} | changes
+
+
+def open_clip_vit(name, eos, **changes):
+    config = open_clip_config(**changes)
+    facts = dict(config)
+    kind = open_clip.CustomTextCLIP if facts.pop("custom_text", False) else open_clip.CLIP
+    open_clip_model(name, kind.__name__, kind(**facts), config, MEAN, STD, 12, 60, eos)
+
+
+def openai(name, layers, width, size):
+    """Built as OpenCLIP builds OpenAI's: from a state dict's shapes alone."""
+    config = open_clip_config(quick_gelu=True, embed_dim=16)
+    vision = {"layers": layers, "width": width, "image_size": size, "head_width": 64}
+    config["vision_cfg"] |= vision
+    config["text_cfg"] |= {"width": 64, "heads": 1}
+    state = open_clip.CLIP(**config).state_dict()
+    model = open_clip.model.build_model_from_openai_state_dict(state, cast_dtype=torch.float32)
+    scalars = {n: [[], "int64"] for n in ("input_resolution", "context_length", "vocab_size")}
+    open_clip_model(name, "OpenAI", model.float(), config, MEAN, STD, 12, 60, 59, scalars)
+
+
+def open_clip_siglip(name, timm_name="vit_base_patch16_siglip_224", **text):
+    make = open_clip.timm_model.timm.create_model
+
+    def tiny(name, **settings):
+        return make(name, embed_dim=48, depth=2, img_size=48, **settings)
+
+    open_clip.timm_model.timm.create_model = tiny
+    words = {"width": 32, "no_causal_mask": True, "proj_bias": True, "pool_type": "last",
+             "norm_kwargs": {"eps": 1e-6}} | text  # fmt: skip
+    config = open_clip_config(embed_dim=48, custom_text=True, init_logit_bias=-10, text=words)
+    config["vision_cfg"] = {"image_size": 48, "timm_model_name": timm_name,
+                            "timm_model_pretrained": False, "timm_pool": "map",
+                            "timm_proj": "none"}  # fmt: skip
+    facts = {k: v for k, v in config.items() if k != "custom_text"}
+    model = open_clip.CustomTextCLIP(**facts)
+    open_clip.timm_model.timm.create_model = make
+    open_clip_model(name, "CustomTextCLIP", model, config, HALF, HALF, 12, 60, None)
+    return model
+
+
 GOLDENS = {
     "hf_clip_quick": lambda name: hf_clip(name, "quick_gelu", 2),
     "hf_clip_exact": lambda name: hf_clip(name, "gelu", 57),
     "hf_siglip": hf_siglip,
     "hf_siglip2": hf_siglip2,
-}
+    "openai_vit": lambda name: openai(name, 2, 64, 24),
+    "openai_resnet": lambda name: openai(name, [2, 1, 2, 1], 8, 64),
+    "open_clip_vit": lambda name: open_clip_vit(
+        name, 59, vision={"mlp_ratio": 2.7}, text={"act_kwargs": {"approximate": "tanh"}}
+    ),
+    "open_clip_quick_eos": lambda name: open_clip_vit(
+        name, 2, quick_gelu=True, init_logit_bias=-10, text={"pool_type": "eos", "eos_id": 2}
+    ),
+    "open_clip_custom": lambda name: open_clip_vit(
+        name, None, custom_text=True, vision={"no_ln_pre": True, "norm_kwargs": {"eps": 1e-6}},
+        text={"pool_type": "last", "no_causal_mask": True, "proj_bias": True},
+    ),
+    "open_clip_siglip": open_clip_siglip,
+    "open_clip_siglip2": lambda name: open_clip_siglip(
+        name, "vit_giantopt_patch16_siglip_256", act_kwargs={"approximate": "tanh"}
+    ),
+}  # fmt: skip
 
 if __name__ == "__main__":
     torch.manual_seed(0)
