@@ -12,7 +12,7 @@ from flax import nnx
 
 from clipjax.data import ClipBPE, SentencePiece, TokenizerFile, TokenizerModel
 from clipjax.errors import ClipjaxError, did_you_mean
-from clipjax.interop import huggingface, open_clip
+from clipjax.interop import big_vision, huggingface, open_clip
 from clipjax.interop.family import Family, require_expressible
 from clipjax.interop.resample import with_context_length, with_image_size
 from clipjax.interop.source import Source, open_source
@@ -27,6 +27,8 @@ FAMILIES: tuple[Family, ...] = (
     open_clip.OPENAI,
     open_clip.OPEN_CLIP_CUSTOM,
     open_clip.OPEN_CLIP,
+    big_vision.BIG_VISION,
+    big_vision.BIG_VISION_SCANNED,
 )
 FORMATS: dict[str, tuple[Family, ...]] = {
     # `clipjax export --to`: the families that may hold the model; the first that can is taken.
@@ -35,6 +37,8 @@ FORMATS: dict[str, tuple[Family, ...]] = {
     "open_clip": (open_clip.OPEN_CLIP, open_clip.OPEN_CLIP_CUSTOM),
     "open_clip-custom": (open_clip.OPEN_CLIP_CUSTOM,),
     "openai": (open_clip.OPENAI,),
+    "big_vision": (big_vision.BIG_VISION,),
+    "big_vision-scanned": (big_vision.BIG_VISION_SCANNED,),
 }
 
 
@@ -113,7 +117,10 @@ def export_weights(pretrained: Pretrained, folder: str | Path, to: str) -> Famil
     tensors = family.table(pretrained.model).write(flat)
     files = family.describe(pretrained)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / family.weights_file, {"format": "pt"})
+    if family.weights_file.endswith(".npz"):
+        np.savez(folder / family.weights_file, **tensors)
+    else:
+        save_file(tensors, folder / family.weights_file, {"format": "pt"})
     for name, facts in files.items():
         (folder / name).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     return family

@@ -22,6 +22,7 @@ WEIGHTS_FILES = (
     "model.safetensors.index.json",
     "open_clip_pytorch_model.bin",
     "pytorch_model.bin",
+    "weights.npz",
 )
 CONFIG_FILES = (
     "config.json",
@@ -83,7 +84,10 @@ def open_source(path: str | Path, config: str | Path | None = None) -> Source:
         facts = _read_json(Path(config).expanduser())
         name = "open_clip_config.json" if {"model_cfg", "vision_cfg"} & facts.keys() else "config.json"
         files = {n: f for n, f in files.items() if n not in CONFIG_FILES[:2]} | {name: facts}
-    return Source(weights, read_tensors(weights), files)
+    tensors = read_tensors(weights)
+    if any(name.startswith("img/") for name in tensors):  # big_vision's older files lack the prefix
+        tensors = {f"params/{name}": tensor for name, tensor in tensors.items()}
+    return Source(weights, tensors, files)
 
 
 def _weights_in(folder: Path) -> Path:

@@ -24,6 +24,9 @@ TO = {
     "open_clip_custom": "open_clip-custom",
     "open_clip_siglip": None,  # OpenCLIP knows timm's models by their full size only
     "open_clip_siglip2": None,
+    "big_vision_siglip": "big_vision",
+    "big_vision_scanned": "big_vision-scanned",
+    "big_vision_lit": "big_vision",
 }
 
 
@@ -69,7 +72,8 @@ def test_an_exported_folder_is_the_imported_one(imported, tmp_path):
         assert not (tmp_path / "out").exists()
         return
     family = export_weights(pretrained, tmp_path / "out", TO[name])
-    assert_same_tensors(load_file(tmp_path / "out" / family.weights_file), case.tensors)
+    written = tmp_path / "out" / family.weights_file
+    assert_same_tensors(np.load(written) if case.family == "big_vision" else load_file(written), case.tensors)
     again = import_weights(tmp_path / "out")
     assert again.model == pretrained.model
     assert again.resize == pretrained.resize
@@ -81,7 +85,7 @@ def claimed(case):
 
 
 def assert_same_tensors(written, original):
-    assert written.keys() == original.keys()
+    assert set(written) == set(original)
     for tensor, array in original.items():
         assert (written[tensor].dtype, written[tensor].shape) == (array.dtype, array.shape), tensor
         np.testing.assert_array_equal(written[tensor], array, err_msg=tensor)

@@ -10,6 +10,7 @@ inputs' sizes, and the library's image embeddings, text embeddings and logits.
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -180,8 +181,72 @@ def open_clip_siglip(name, timm_name="vit_base_patch16_siglip_224", **text):
     facts = {k: v for k, v in config.items() if k != "custom_text"}
     model = open_clip.CustomTextCLIP(**facts)
     open_clip.timm_model.timm.create_model = make
+    if name is None:
+        return model.eval()
     open_clip_model(name, "CustomTextCLIP", model, config, HALF, HALF, 12, 60, None)
     return model
+
+
+def big_vision_siglip(name, scanned):
+    """Weights under big_vision's names, brought into OpenCLIP's model by OpenCLIP's own reader."""
+    width, text, heads, depth = 48, 32, 16, 2
+    model = open_clip_siglip(None, "vit_giantopt_patch16_siglip_256",
+                             act_kwargs={"approximate": "tanh"})  # fmt: skip
+    shapes = {"t": [1], "b": [1]}
+
+    def dense(prefix, *shape):
+        shapes[f"{prefix}/kernel"], shapes[f"{prefix}/bias"] = list(shape), [shape[-1]]
+
+    def norm(prefix, width):
+        shapes[f"{prefix}/scale"], shapes[f"{prefix}/bias"] = [width], [width]
+
+    def attention(prefix, width, heads):
+        for n in ("query", "key", "value"):
+            shapes[f"{prefix}/{n}/kernel"] = [width, heads, width // heads]
+            shapes[f"{prefix}/{n}/bias"] = [heads, width // heads]
+        dense(f"{prefix}/out", heads, width // heads, width)
+
+    def mlp(prefix, width):
+        dense(f"{prefix}/Dense_0", width, 4 * width)
+        dense(f"{prefix}/Dense_1", 4 * width, width)
+
+    def encoder(prefix, width, heads):
+        for i in range(depth):
+            block = f"{prefix}/encoderblock_{i}"
+            norm(f"{block}/LayerNorm_0", width)
+            norm(f"{block}/LayerNorm_1", width)
+            attention(f"{block}/MultiHeadDotProductAttention_0", width, heads)
+            mlp(f"{block}/MlpBlock_0", width)
+        norm(f"{prefix}/encoder_norm", width)
+
+    dense("img/embedding", 16, 16, 3, width)
+    shapes["img/pos_embedding"] = [1, 9, width]
+    encoder("img/Transformer", width, heads)
+    shapes["img/MAPHead_0/probe"] = [1, 1, width]
+    attention("img/MAPHead_0/MultiHeadDotProductAttention_0", width, heads)
+    norm("img/MAPHead_0/LayerNorm_0", width)
+    mlp("img/MAPHead_0/MlpBlock_0", width)
+    shapes["txt/Embed_0/embedding"] = [60, text]
+    shapes["txt/pos_embedding"] = [1, 12, text]
+    encoder("txt/Encoder_0", text, 4)
+    dense("txt/head", text, width)
+    if scanned:
+        for key in [k for k in shapes if "encoderblock_0/" in k]:
+            rest = [shapes.pop(key.replace("encoderblock_0/", f"encoderblock_{i}/")) for i in range(depth)]
+            shapes[key.replace("encoderblock_0/", "encoderblock/")] = [depth, *rest[0]]
+    manifest = {f"params/{k}": [shape, "float32"] for k, shape in shapes.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "weights.npz")
+        np.savez(path, **{k: weights.tensor(k, tuple(s), d) for k, (s, d) in manifest.items()})
+        open_clip.convert.load_big_vision_weights(model, path)
+    inputs = {"image_size": 48, "context_length": 12, "vocab_size": 60, "eos": None}
+    with torch.no_grad():
+        image = model.encode_image(pixels(48, HALF, HALF), normalize=True)
+        ids = torch.from_numpy(weights.texts(N, 12, 60, None)).long()
+        text = model.encode_text(ids, normalize=True)
+        logits = model.logit_scale.exp() * image @ text.T + model.logit_bias
+    outputs = (x.double().numpy() for x in (image, text, logits))
+    store(name, "big_vision", {}, manifest, inputs, *outputs)
 
 
 GOLDENS = {
@@ -205,6 +270,8 @@ GOLDENS = {
     "open_clip_siglip2": lambda name: open_clip_siglip(
         name, "vit_giantopt_patch16_siglip_256", act_kwargs={"approximate": "tanh"}
     ),
+    "big_vision_siglip": lambda name: big_vision_siglip(name, scanned=False),
+    "big_vision_scanned": lambda name: big_vision_siglip(name, scanned=True),
 }  # fmt: skip
 
 if __name__ == "__main__":
