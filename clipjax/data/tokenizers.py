@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import html
+import io
 import itertools
 import json
 import string
@@ -106,6 +107,42 @@ class TokenizerModel:
             "clean": self._clean,
         }
         (folder / _FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+
+    def token(self, i: int) -> str:
+        """The token of an id."""
+        if self._kind == "sentencepiece":
+            return self._vocabulary.id_to_piece(i)
+        return self._vocabulary.id_to_token(i)
+
+    @property
+    def clean(self) -> Clean:
+        """What happens to texts before they are encoded."""
+        return self._clean
+
+    def standalone(self) -> tuple[str, bytes]:
+        """The vocabulary as others read it: a file's usual name, and its contents.
+
+        A `tokenizer.json` holds all that `encode` does by itself, bos and eos included, but for
+        padding, truncation, and what ftfy and HTML entities are to clean="clip". A SentencePiece
+        model has no room for cleaning.
+        """
+        if self._kind == "sentencepiece":
+            return "spiece.model", self._vocabulary.serialized_model_proto()
+        from tokenizers import Tokenizer as Vocabulary
+        from tokenizers import normalizers, processors
+
+        vocabulary = Vocabulary.from_str(self._vocabulary.to_str())
+        own = [] if vocabulary.normalizer is None else [vocabulary.normalizer]
+        vocabulary.normalizer = normalizers.Sequence(_cleaning(self._clean) + own)
+        ids = [i for i in (self.bos_id, self.eos_id) if i is not None]
+        tokens = [(self.token(i), i) for i in ids]
+        template = [name for name, _ in tokens]
+        template.insert(len(template) - 1, "$A")
+        vocabulary.post_processor = processors.TemplateProcessing(
+            single=" ".join(template), special_tokens=tokens
+        )
+        vocabulary.add_special_tokens(list(dict.fromkeys(name for name, _ in tokens)))
+        return "tokenizer.json", vocabulary.to_str(pretty=True).encode()
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if self._kind == "sentencepiece":
@@ -332,13 +369,17 @@ _BOS_NAMES = ["<bos>", "<s>", "[CLS]", "<|startoftext|>", "<start_of_text>", "[B
 _EOS_NAMES = ["<eos>", "</s>", "[SEP]", "<|endoftext|>", "<end_of_text>", "[EOS]"]
 
 
+_MAX_MERGES = 16 * 2**20  # bytes; CLIP's merges have three million
 _CLIP_MERGES = 49152 - 256 - 2  # how many of the file's merges CLIP uses
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
     raw = path.read_bytes()
     try:
-        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8")
+        if raw[:2] == b"\x1f\x8b":
+            with gzip.GzipFile(fileobj=io.BytesIO(raw)) as file:
+                raw = file.read(_MAX_MERGES)
+        text = raw.decode("utf-8")
         pairs = [line.split() for line in text.split("\n")[1 : _CLIP_MERGES + 1] if line]
         return [(first, second) for first, second in pairs]
     except (OSError, EOFError, zlib.error, ValueError) as error:
@@ -352,6 +393,19 @@ def _byte_alphabet() -> list[str]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return [*map(chr, printable), *(chr(256 + i) for i in range(len(others)))]
+
+
+def _cleaning(clean: Clean) -> list[Any]:
+    """The normalizers of `tokenizers` that clean as `TokenizerModel` does (clip brings its own)."""
+    from tokenizers import Regex, normalizers
+
+    if clean in ("keep", "clip"):
+        return []
+    steps = [normalizers.Lowercase()]
+    if clean == "canonical":
+        marks = "".join("\\" + mark for mark in string.punctuation)
+        steps.append(normalizers.Replace(Regex(f"[{marks}]"), ""))
+    return [*steps, normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
 
 
 def _repaired(text: str) -> str:

@@ -12,7 +12,7 @@ from flax import nnx
 
 from clipjax.data import ClipBPE, SentencePiece, TokenizerFile, TokenizerModel
 from clipjax.errors import ClipjaxError, did_you_mean
-from clipjax.interop import big_vision, huggingface, open_clip
+from clipjax.interop import big_vision, huggingface, open_clip, tokens
 from clipjax.interop.family import Family, require_expressible
 from clipjax.interop.resample import with_context_length, with_image_size
 from clipjax.interop.source import Source, open_source
@@ -113,16 +113,24 @@ def export_weights(pretrained: Pretrained, folder: str | Path, to: str) -> Famil
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ClipjaxError(f"{folder} exists and is not empty: name a new folder for the export")
     family = _expressing(pretrained, FORMATS[to])
+    if family is huggingface.CLIP and pretrained.model.text.eos_id == tokens.LEGACY_EOS:
+        pretrained = tokens.renumbered(pretrained)
+    files = {
+        name: (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode()
+        for name, facts in family.describe(pretrained).items()
+    }
+    if pretrained.tokenizer is not None and files and not open_clip.has_own_tokenizer(family, pretrained):
+        siglip = family in (huggingface.SIGLIP, huggingface.SIGLIP2)
+        files |= tokens.tokenizer_files(pretrained, siglip).files
     flat = dict(paths(pretrained.params)) | dict(paths(pretrained.model_state))
     tensors = family.table(pretrained.model).write(flat)
-    files = family.describe(pretrained)
     folder.mkdir(parents=True, exist_ok=True)
     if family.weights_file.endswith(".npz"):
         np.savez(folder / family.weights_file, **tensors)
     else:
         save_file(tensors, folder / family.weights_file, {"format": "pt"})
-    for name, facts in files.items():
-        (folder / name).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    for name, contents in files.items():
+        (folder / name).write_bytes(contents)
     return family
 
 

@@ -23,7 +23,9 @@ from clipjax.interop.table import (
     same,
     squeezed,
 )
+from clipjax.interop.tokens import tokenizer_files
 from clipjax.models import DualEncoder
+from clipjax.pretrained import Pretrained
 from clipjax.towers import TextTransformer, ViT
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
@@ -210,8 +212,8 @@ def _encoder(theirs: str, ours: str, depth: int) -> list[Rule]:
     return layered(rules, range(depth))
 
 
-def _describe(kind: str, pretrained: Any) -> dict[str, Any]:
-    model = pretrained.model
+def _describe(kind: str, pretrained: Pretrained) -> dict[str, Any]:
+    model: Any = pretrained.model
     image, text = model.image, model.text
     name = _FAMILIES[kind].name
     activations = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
@@ -237,7 +239,8 @@ def _describe(kind: str, pretrained: Any) -> dict[str, Any]:
     }
     tokenizer = pretrained.tokenizer
     if tokenizer is not None:
-        text_config |= {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
+        pad_id = tokenizer_files(pretrained, siglip=kind != "clip").pad_id
+        text_config |= {"bos_token_id": tokenizer.bos_id, "pad_token_id": pad_id}
     vision_config = transformer(image) | {"patch_size": image.patch_size}
     architecture = {"clip": "CLIPModel", "siglip": "SiglipModel", "siglip2": "Siglip2Model"}[kind]
     config: dict[str, Any] = {"architectures": [architecture], "model_type": kind}
@@ -257,8 +260,9 @@ def _describe(kind: str, pretrained: Any) -> dict[str, Any]:
     return {CONFIG: config, PREPROCESSOR: _preprocessor(kind, pretrained, side)}
 
 
-def _preprocessor(kind: str, pretrained: Any, side: int) -> dict[str, Any]:
-    image, resize = pretrained.model.image, pretrained.resize
+def _preprocessor(kind: str, pretrained: Pretrained, side: int) -> dict[str, Any]:
+    model: Any = pretrained.model
+    image, resize = model.image, pretrained.resize
     numbers = {method: number for number, method in _RESAMPLE.items()}
     facts: dict[str, Any] = {
         "do_convert_rgb": True,

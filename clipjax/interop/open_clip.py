@@ -463,6 +463,8 @@ def _describe(custom: bool, pretrained: Pretrained) -> dict[str, Any]:
         words["proj_type"] = "none"
     elif model.text_projection == "affine":
         words["proj_bias"] = True
+    if pretrained.tokenizer is not None and pretrained.tokenizer.clean != "clip":
+        words["hf_tokenizer_name"] = "."  # what stands beside the configuration
     facts |= {"vision_cfg": _describe_image(model, quick), "text_cfg": words}
     preprocess = {
         "mean": list(image.mean),
@@ -471,6 +473,12 @@ def _describe(custom: bool, pretrained: Pretrained) -> dict[str, Any]:
         "resize_mode": {"squash": "squash", "crop": "shortest"}[pretrained.resize.mode],
     }
     return {CONFIG: {"model_cfg": facts, "preprocess_cfg": preprocess}}
+
+
+def has_own_tokenizer(owner: Family, pretrained: Pretrained) -> bool:
+    """Whether OpenCLIP has the tokenizer itself: OpenAI's, which it takes unless told otherwise."""
+    tokenizer = pretrained.tokenizer
+    return owner in (OPEN_CLIP, OPEN_CLIP_CUSTOM) and tokenizer is not None and tokenizer.clean == "clip"
 
 
 def _describe_image(model: Any, quick: bool) -> dict[str, Any]:

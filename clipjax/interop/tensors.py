@@ -17,7 +17,8 @@ from clipjax.interop.torch_file import read_torch
 
 SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".bin")
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
-MAX_EXPANSION = 200  # times the npz file's size, and at least a gibibyte
+MAX_EXPANSION = 200  # times the npz file's size
+FREE_EXPANSION = 2**30  # bytes that an npz file of any size may expand to
 _DTYPES: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
@@ -95,7 +96,7 @@ def _check_layout(path: Path, header: dict[str, Any], size: int) -> dict[str, An
             raise ClipjaxError(
                 f"{path}: the header's entry for {name!r} is damaged ({error})"
             ) from error
-        if dtype_name not in _DTYPES:
+        if not isinstance(dtype_name, str) or dtype_name not in _DTYPES:
             raise ClipjaxError(f"{path}: tensor {name!r} has dtype {dtype_name!r}, which is not read")
         if not all(type(n) is int and n >= 0 for n in numbers):
             raise ClipjaxError(f"{path}: tensor {name!r} has a size or offset that is no whole number")
@@ -134,7 +135,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
     bfloat16, which NumPy saves as two bytes without meaning, is recognized.
     """
-    limit = max(2**30, MAX_EXPANSION * path.stat().st_size)
+    limit = max(FREE_EXPANSION, MAX_EXPANSION * path.stat().st_size)
     try:
         with zipfile.ZipFile(path) as archive:
             total = sum(member.file_size for member in archive.infolist())
