@@ -212,6 +212,8 @@ def _tokens(description: Description) -> dict[str, Any]:
 def _family(name: str, scanned: bool) -> Family:
     return Family(
         name=name,
+        models=(DualEncoder,),
+        image_towers=(ViT,),
         weights_file="weights.npz",
         claims=functools.partial(_claims, scanned),
         model=functools.partial(_read_model, scanned),

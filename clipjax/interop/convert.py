@@ -18,7 +18,7 @@ from clipjax.interop.resample import with_context_length, with_image_size
 from clipjax.interop.source import Source, open_source
 from clipjax.params import abstract, paths
 from clipjax.pretrained import Pretrained, unflatten
-from clipjax.towers import ResNet, TextTransformer, ViT
+from clipjax.towers import TextTransformer
 
 FAMILIES: tuple[Family, ...] = (
     huggingface.CLIP,
@@ -152,7 +152,7 @@ def _expressing(pretrained: Pretrained, families: tuple[Family, ...]) -> Family:
     refusals = []
     for family in families:
         try:
-            _require_towers(pretrained.model, family)
+            _require_types(pretrained.model, family)
             require_expressible(pretrained.model, family.nearest(pretrained.model), family.name)
             family.describe(pretrained)
         except ClipjaxError as error:
@@ -176,14 +176,16 @@ def _divided(model: Any, flat: dict[str, np.ndarray]) -> tuple[dict, dict]:
     )
 
 
-def _require_towers(model: Any, family: Family) -> None:
-    """The families know transformers for texts, and ViT or ResNet for pictures."""
-    image, text = getattr(model, "image", None), getattr(model, "text", None)
-    if not isinstance(image, (ViT, ResNet)) or not isinstance(text, TextTransformer):
-        raise ClipjaxError(
-            f"{family.name} cannot express towers of the types {type(image).__name__} and "
-            f"{type(text).__name__}"
-        )
+def _require_types(model: Any, family: Family) -> None:
+    for where, part, types in (
+        ("model", model, family.models),
+        ("model.image", getattr(model, "image", None), family.image_towers),
+        ("model.text", getattr(model, "text", None), (TextTransformer,)),
+    ):
+        if type(part) not in types:
+            names = " or ".join(t.__name__ for t in types)
+            kind = type(part).__name__ if part is not None else "None"
+            raise ClipjaxError(f"{family.name} cannot express {where}, a {kind}: only {names}")
 
 
 def _tokenizer(

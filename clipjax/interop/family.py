@@ -65,6 +65,8 @@ class Family:
 
     Attributes:
       name: as messages call it.
+      models: the types of models it can express; their text tower is a TextTransformer.
+      image_towers: the types of image towers it can express.
       weights_file: what the weights are called in a folder of that library.
       claims: whether tensors of these shapes, with these files, are of this family.
       model: reads the architecture.
@@ -76,6 +78,8 @@ class Family:
     """
 
     name: str
+    models: tuple[type, ...]
+    image_towers: tuple[type, ...]
     weights_file: str
     claims: Callable[[Description], bool]
     model: Callable[[Description], Model]

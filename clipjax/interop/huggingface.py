@@ -371,6 +371,8 @@ def _tokens(kind: str, description: Description) -> dict[str, Any]:
 def _family(kind: str, name: str) -> Family:
     return Family(
         name=name,
+        models=(DualEncoder,),
+        image_towers=(ViT,),
         weights_file="model.safetensors",
         claims=functools.partial(_claims, kind),
         model=functools.partial(_read_model, kind),

@@ -6,6 +6,7 @@ OpenAI's files say nothing of the architecture but by their shapes; OpenCLIP's c
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
@@ -19,6 +20,7 @@ from clipjax.interop import family, huggingface
 from clipjax.interop.family import HALF, OPENAI_MEAN, OPENAI_STD, Description, Family
 from clipjax.interop.table import (
     Rule,
+    Split,
     Table,
     Transpose,
     layered,
@@ -30,6 +32,7 @@ from clipjax.interop.table import (
     squeezed,
 )
 from clipjax.models import DualEncoder
+from clipjax.models.coca import CaptionDecoder, CoCa, Poolers
 from clipjax.pretrained import Pretrained
 from clipjax.towers import ResNet, TextTransformer, ViT
 
@@ -137,6 +140,8 @@ def _read_model(description: Description) -> Any:
     facts = config.get("model_cfg", config)
     where = f"{CONFIG}: model_cfg"
     family.refuse_unless(facts, where, nonscalar_logit_scale=(False,))
+    if "multimodal_cfg" in facts:
+        return _read_coca(facts, preprocess, where)
     vision, text = family.field(facts, "vision_cfg", where), family.field(facts, "text_cfg", where)
     _refuse_extras(vision, f"{where}.vision_cfg")
     _refuse_extras(text, f"{where}.text_cfg")
@@ -168,26 +173,67 @@ def _read_model(description: Description) -> Any:
     )
 
 
-def _refuse_extras(tower: dict[str, Any], where: str) -> None:
-    """What OpenCLIP's towers can be, and ours cannot."""
-    family.refuse_unless(
-        tower,
-        where,
-        ls_init_value=(None,),
-        pos_embed_type=("learnable",),
-        final_ln_after_pool=(False,),
-        pool_type=("tok", "argmax", "eos", "last"),
-        attentional_pool=(False,),
-        embed_cls=(False,),
-        hf_model_name=(None, ""),
-        block_type=(None, "default"),
-        timm_pool=("map",),
-        timm_proj=("none", "linear", None),
-        **dict.fromkeys(
-            ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc"),
-            (False,),
+def _read_coca(facts: dict[str, Any], preprocess: dict[str, Any], where: str) -> CoCa:
+    vision, text = family.field(facts, "vision_cfg", where), family.field(facts, "text_cfg", where)
+    decoder = family.field(facts, "multimodal_cfg", where)
+    embed_dim, quick = family.field(facts, "embed_dim", where), bool(facts.get("quick_gelu", False))
+    coca = {"attentional_pool": (True,), "embed_cls": (True,), "timm_model_name": (None,)}
+    _refuse_extras(vision, f"{where}.vision_cfg", **coca)
+    _refuse_extras(text, f"{where}.text_cfg", **coca)
+    for name, tower in (("vision_cfg", vision), ("text_cfg", text)):
+        needed = "attentional_pool" if name == "vision_cfg" else "embed_cls"
+        family.field(tower, needed, f"{where}.{name}")
+    width, bias = decoder.get("width", 512), facts.get("init_logit_bias")
+    pixels = {
+        "mean": family.three(preprocess.get("mean", OPENAI_MEAN), "preprocess_cfg.mean"),
+        "std": family.three(preprocess.get("std", OPENAI_STD), "preprocess_cfg.std"),
+    }
+    words = _text({k: v for k, v in text.items() if k != "pool_type"}, quick, f"{where}.text_cfg")
+    return CoCa(
+        image=_vit(vision, quick, pixels),
+        text=dataclasses.replace(
+            words,
+            pool="class",
+            pad_id=text.get("pad_id", 0),
+            class_position=True,
+            legacy_class_mask=True,
         ),
+        decoder=CaptionDecoder(
+            width=width,
+            depth=decoder.get("layers", 12),
+            heads=decoder.get("heads", 8),
+            activation="quick_gelu" if quick else "gelu",
+            cross_mlp=True,
+        ),
+        poolers=Poolers(
+            queries=vision.get("attn_pooler_queries", 256),
+            layout="single",
+            heads=vision.get("attn_pooler_heads", 8),
+            norm_context=False,  # the tower's last norm does it
+            norm_out=True,
+        ),
+        embed_dim=embed_dim,
+        logit_bias_init=None if bias is None else float(bias),
     )
+
+
+def _refuse_extras(tower: dict[str, Any], where: str, **accepted: tuple[Any, ...]) -> None:
+    """What OpenCLIP's towers can be, and ours cannot."""
+    plain = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
+    values: dict[str, tuple[Any, ...]] = dict.fromkeys(plain, (False,))
+    values |= {
+        "ls_init_value": (None,),
+        "pos_embed_type": ("learnable",),
+        "final_ln_after_pool": (False,),
+        "pool_type": ("tok", "argmax", "eos", "last"),
+        "attentional_pool": (False,),
+        "embed_cls": (False,),
+        "hf_model_name": (None, ""),
+        "block_type": (None, "default"),
+        "timm_pool": ("map",),
+        "timm_proj": ("none", "linear", None),
+    }
+    family.refuse_unless(tower, where, **(values | accepted))
 
 
 def _vit(vision: dict[str, Any], quick: bool, pixels: dict[str, Any]) -> ViT:
@@ -298,6 +344,8 @@ def _eps(tower: dict[str, Any]) -> float:
 
 
 def _table(custom: bool, model: Any) -> Table:
+    if isinstance(model, CoCa):
+        return _table_coca(model)
     text = "text." if custom else ""
     constants: dict[str, np.ndarray] = {}
     rules = [
@@ -330,6 +378,53 @@ def _table(custom: bool, model: Any) -> Table:
     return Table(tuple(rules), ignored, constants)
 
 
+def _table_coca(model: CoCa) -> Table:
+    image: Any = model.image
+    text: Any = model.text
+    pool, ours, decoder = "visual.attn_pool", "memory_pool", "text_decoder"
+    qkv = [f"{ours}/attn/{x}" for x in "qkv"]
+    if image.width == model.decoder.width:  # PyTorch packs projections of the same width
+        attention = packed(f"{pool}.attn.in_proj_", qkv)
+    else:
+        attention = [
+            Rule(f"{pool}.attn.{x}_proj_weight", (f"{ours}/attn/{x}/kernel",), (Transpose((1, 0)),))
+            for x in "qkv"
+        ]
+        biases = tuple(f"{path}/bias" for path in qkv)
+        attention.append(Rule(f"{pool}.attn.in_proj_bias", biases, (Split(3),)))
+    layer, blocks = f"{decoder}.cross_attn.{{i}}", "decoder/blocks"
+    cross = [
+        *norm(f"{layer}.ln_1", f"{blocks}/norm_cross"),
+        *norm(f"{layer}.ln_1_kv", f"{blocks}/norm_memory"),
+        *packed(f"{layer}.attn.in_proj_", [f"{blocks}/cross/{x}" for x in "qkv"]),
+        *linear(f"{layer}.attn.out_proj", f"{blocks}/cross/out"),
+        *norm(f"{layer}.ln_2", f"{blocks}/norm_cross_mlp"),
+        *linear(f"{layer}.mlp.c_fc", f"{blocks}/cross_mlp/fc1"),
+        *linear(f"{layer}.mlp.c_proj", f"{blocks}/cross_mlp/fc2"),
+    ]
+    rules = [
+        *same("logit_scale", "logit_scale"),
+        *same("logit_bias", "logit_bias") * (model.logit_bias_init is not None),
+        *_vit_rules(image, last_norm=f"{pool}.ln_k"),
+        *same(f"{pool}.query", f"{ours}/queries"),
+        *norm(f"{pool}.ln_q", f"{ours}/norm_queries"),
+        *attention,
+        *linear(f"{pool}.attn.out_proj", f"{ours}/attn/out"),
+        *norm("visual.ln_post", f"{ours}/norm_out"),
+        *same("text.token_embedding.weight", "text/embedding"),
+        *same("text.positional_embedding", "text/positions"),
+        *same("text.cls_emb", "text/class_token"),
+        *_blocks("text.transformer.resblocks", "text/blocks", text.depth),
+        *norm("text.ln_final", "text/norm"),
+        *same("text.text_projection", "text_projection/kernel"),
+        *_blocks(f"{decoder}.resblocks", blocks, model.decoder.depth),
+        *layered(cross, range(model.decoder.depth)),
+        *norm(f"{decoder}.ln_final", "decoder/norm"),
+        *same(f"{decoder}.text_projection", "decoder/head/kernel"),
+    ]
+    return Table(tuple(rules), ignored=(r"(text|text_decoder)\.attn_mask",))
+
+
 def _table_openai(model: Any) -> Table:
     table = _table(False, model)
     values = (model.image.image_shape[0], model.text.context_length, model.text.vocab_size)
@@ -351,14 +446,14 @@ def _blocks(theirs: str, ours: str, depth: int) -> list[Rule]:
     return layered(rules, range(depth))
 
 
-def _vit_rules(image: ViT) -> list[Rule]:
+def _vit_rules(image: ViT, last_norm: str = "visual.ln_post") -> list[Rule]:
     return [
         *same("visual.class_embedding", "image/class_token"),
         *same("visual.positional_embedding", "image/positions"),
         *patches("visual.conv1", "image/patch", image.patch_size, image.width, bias=False),
         *norm("visual.ln_pre", "image/pre_norm") * image.pre_norm,
         *_blocks("visual.transformer.resblocks", "image/blocks", image.depth),
-        *norm("visual.ln_post", "image/norm"),
+        *norm(last_norm, "image/norm"),
         *same("visual.proj", "image_projection/kernel"),
     ]
 
@@ -453,19 +548,24 @@ def _describe(custom: bool, pretrained: Pretrained) -> dict[str, Any]:
     } | _variants(text, quick)
     if not text.causal:
         words["no_causal_mask"] = True
-    if text.pool == "last":
+    if isinstance(model, CoCa):
+        words |= {"embed_cls": True, "output_tokens": True}
+    elif text.pool == "last":
         words["pool_type"] = "last"
     elif text.eos_id != text.vocab_size - 1:
         words |= {"pool_type": "eos", "eos_id": text.eos_id}
     if text.pad_id:
         words["pad_id"] = text.pad_id
-    if model.text_projection == "none":
+    projection = getattr(model, "text_projection", "linear")
+    if projection == "none":
         words["proj_type"] = "none"
-    elif model.text_projection == "affine":
+    elif projection == "affine":
         words["proj_bias"] = True
     if pretrained.tokenizer is not None and pretrained.tokenizer.clean != "clip":
         words["hf_tokenizer_name"] = "."  # what stands beside the configuration
     facts |= {"vision_cfg": _describe_image(model, quick), "text_cfg": words}
+    if isinstance(model, CoCa):
+        facts |= _describe_coca(model)
     preprocess = {
         "mean": list(image.mean),
         "std": list(image.std),
@@ -479,6 +579,26 @@ def has_own_tokenizer(owner: Family, pretrained: Pretrained) -> bool:
     """Whether OpenCLIP has the tokenizer itself: OpenAI's, which it takes unless told otherwise."""
     tokenizer = pretrained.tokenizer
     return owner in (OPEN_CLIP, OPEN_CLIP_CUSTOM) and tokenizer is not None and tokenizer.clean == "clip"
+
+
+def _describe_coca(model: CoCa) -> dict[str, Any]:
+    decoder, poolers, text = model.decoder, model.poolers or Poolers(), model.first_half
+    vision = {
+        **_describe_image(model, decoder.activation == "quick_gelu"),
+        "attentional_pool": True,
+        "attn_pooler_queries": poolers.queries,
+        "attn_pooler_heads": poolers.heads,
+        "output_tokens": True,
+    }
+    facts = {
+        "context_length": text.context_length,
+        "vocab_size": text.vocab_size,
+        "width": decoder.width,
+        "heads": decoder.heads,
+        "layers": decoder.depth,
+        "attn_pooler_heads": poolers.heads,
+    }
+    return {"vision_cfg": vision, "multimodal_cfg": facts}
 
 
 def _describe_image(model: Any, quick: bool) -> dict[str, Any]:
@@ -580,6 +700,8 @@ def _tokens(description: Description) -> dict[str, Any]:
 def _family(name: str, custom: bool) -> Family:
     return Family(
         name=name,
+        models=(DualEncoder, CoCa) if custom else (DualEncoder,),
+        image_towers=(ViT, ResNet),
         weights_file="open_clip_model.safetensors",
         claims=functools.partial(_claims, custom),
         model=_read_model,
@@ -593,6 +715,8 @@ def _family(name: str, custom: bool) -> Family:
 
 OPENAI = Family(
     name="OpenAI's CLIP",
+    models=(DualEncoder,),
+    image_towers=(ViT, ResNet),
     weights_file="model.safetensors",
     claims=_claims_openai,
     model=_read_openai,

@@ -95,6 +95,7 @@ def with_context_length(pretrained: Pretrained, length: int) -> Pretrained:
         pretrained.model, text=dataclasses.replace(tower, context_length=length)
     )
     text = pretrained.params["text"]
-    text = text | {"positions": np.asarray(text["positions"])[:length]}
+    # A class token's position follows the last word's.
+    text = text | {"positions": np.asarray(text["positions"])[: length + tower.class_position]}
     params = pretrained.params | {"text": text}
     return dataclasses.replace(pretrained, model=model, params=params, context_length=length)

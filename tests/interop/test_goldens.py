@@ -10,6 +10,7 @@ from clipjax import ClipjaxError
 from clipjax.interop import export_weights, import_weights
 from clipjax.interop.convert import FAMILIES
 from clipjax.interop.family import Description
+from clipjax.models.coca import CoCa
 from clipjax.params import abstract, merge, paths
 
 TO = {
@@ -24,6 +25,8 @@ TO = {
     "open_clip_custom": "open_clip-custom",
     "open_clip_siglip": None,  # OpenCLIP knows timm's models by their full size only
     "open_clip_siglip2": None,
+    "open_clip_coca": "open_clip",
+    "open_clip_coca_packed": "open_clip",
     "big_vision_siglip": "big_vision",
     "big_vision_scanned": "big_vision-scanned",
     "big_vision_lit": "big_vision",
@@ -40,14 +43,19 @@ def imported(request, golden, tmp_path_factory):
 def outputs(pretrained, images, texts):
     graphdef, _, _ = abstract(lambda: pretrained.model.build(nnx.Rngs(0)))
 
+    captions = {"captions": True} if isinstance(pretrained.model, CoCa) else {}
+
     @jax.jit
     def run(params, state, image, text):
-        return merge(graphdef, params, state)({"image": image, "text": text})
+        return merge(graphdef, params, state)({"image": image, "text": text}, **captions)
 
     encoded = run(pretrained.params, pretrained.model_state, images, texts)
+    if captions:
+        words = np.asarray(encoded.caption_features @ encoded.caption_head)
+        captions["captions"] = np.concatenate([row[: 9 - i, :8] for i, row in enumerate(words)])
     logits = encoded.logit_scale * encoded.image @ encoded.text.T
     logits += 0 if encoded.logit_bias is None else encoded.logit_bias
-    return {"image": encoded.image, "text": encoded.text, "logits": logits}
+    return {"image": encoded.image, "text": encoded.text, "logits": logits} | captions
 
 
 def test_outputs_are_the_reference_librarys(imported):

@@ -47,8 +47,8 @@ def pixels(size, mean, std):
     return torch.from_numpy(((images - mean) / std).transpose(0, 3, 1, 2).copy())
 
 
-def store(name, family, files, manifest, inputs, image, text, logits):
-    outputs = {"image": image, "text": text, "logits": logits}
+def store(name, family, files, manifest, inputs, image, text, logits, **more):
+    outputs = {"image": image, "text": text, "logits": logits} | more
     golden = {
         "family": family,
         "files": files,
@@ -142,6 +142,8 @@ def open_clip_config(**changes):
     vision = {"image_size": 24, "layers": 2, "width": 48, "head_width": 12, "patch_size": 8}
     text = {"context_length": 12, "vocab_size": 60, "width": 32, "heads": 4, "layers": 2}
     vision |= changes.pop("vision", {})
+    if vision["width"] % 12:
+        vision["head_width"] = 8
     text |= changes.pop("text", {})
     return {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text} | changes
 
@@ -185,6 +187,32 @@ def open_clip_siglip(name, timm_name="vit_base_patch16_siglip_224", **text):
         return model.eval()
     open_clip_model(name, "CustomTextCLIP", model, config, HALF, HALF, 12, 60, None)
     return model
+
+
+def open_clip_coca(name, width):
+    """`width`: the image tower's; equal to the decoder's, PyTorch packs the pooler's projections."""
+    vision = {"width": width, "attentional_pool": True, "attn_pooler_queries": 5,
+              "attn_pooler_heads": 4, "output_tokens": True}  # fmt: skip
+    config = open_clip_config(
+        embed_dim=32, custom_text=True, vision=vision,
+        text={"embed_cls": True, "output_tokens": True},
+        multimodal_cfg={"context_length": 12, "vocab_size": 60, "width": 32, "heads": 4,
+                        "layers": 3, "attn_pooler_heads": 4},
+    )  # fmt: skip
+    model = open_clip.CoCa(**{k: v for k, v in config.items() if k != "custom_text"}).eval()
+    manifest = fill(model)
+    ids = torch.from_numpy(weights.texts(N, 12, 60, 59)).long()
+    with torch.no_grad():
+        out = model(pixels(24, MEAN, STD), ids)
+    image, text = out["image_features"], out["text_features"]
+    logits = out["logit_scale"] * image @ text.T
+    inputs = {"image_size": 24, "context_length": 12, "vocab_size": 60, "eos": 59}
+    preprocess = {"mean": MEAN.tolist(), "std": STD.tolist()}
+    files = {"open_clip_config.json": {"model_cfg": config, "preprocess_cfg": preprocess}}
+    outputs = [x.double().numpy() for x in (image, text, logits)]
+    # Of every caption, the logits of the words up to its end; what stands on padding is no one's.
+    captions = torch.cat([row[: 9 - i] for i, row in enumerate(out["logits"])]).double().numpy()
+    store(name, "CoCa", files, manifest, inputs, *outputs, captions=captions[:, :8])
 
 
 def big_vision_siglip(name, scanned):
@@ -270,6 +298,8 @@ GOLDENS = {
     "open_clip_siglip2": lambda name: open_clip_siglip(
         name, "vit_giantopt_patch16_siglip_256", act_kwargs={"approximate": "tanh"}
     ),
+    "open_clip_coca": lambda name: open_clip_coca(name, 48),
+    "open_clip_coca_packed": lambda name: open_clip_coca(name, 32),
     "big_vision_siglip": lambda name: big_vision_siglip(name, scanned=False),
     "big_vision_scanned": lambda name: big_vision_siglip(name, scanned=True),
 }  # fmt: skip
