@@ -328,7 +328,7 @@ class ClipBPE(Tokenizer):
         vocabulary.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
         )
-        word = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+        word = Regex(r"'[sſ]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
         vocabulary.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(word, "removed", invert=True),
