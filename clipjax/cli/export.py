@@ -15,8 +15,12 @@ def main(arguments: list[str]) -> int:
         "Write a run or model as other libraries load it: weights, configuration, preprocessing and "
         "tokenizer. A model that the format cannot express is refused by the field.",
     )
-    parser.add_argument("model", type=Path, help="a run, a checkpoint, a model folder, or any weights")
-    parser.add_argument("--to", required=True, metavar="FORMAT", help=", ".join([*FORMATS, "clipjax"]))
+    parser.add_argument(
+        "model", type=Path, help="a run, a checkpoint, a model folder, or any weights"
+    )
+    parser.add_argument(
+        "--to", required=True, metavar="FORMAT", help=", ".join([*FORMATS, "clipjax"])
+    )
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     namespace = parser.parse_args(arguments)
     import_files(namespace.imports)

@@ -54,7 +54,9 @@ class Resize(Augmentation):
         ):
             value = getattr(self, field)
             if value not in choices:
-                raise ClipjaxError(f"Resize: {field}={value!r} is neither {' nor '.join(map(repr, choices))}")
+                raise ClipjaxError(
+                    f"Resize: {field}={value!r} is neither {' nor '.join(map(repr, choices))}"
+                )
 
     def __call__(self, image, size, rng=None):
         height, width = image.shape[:2]

@@ -320,7 +320,9 @@ class ClipBPE(Tokenizer):
         for pair in merges:
             for part in pair:
                 if part not in vocabulary_of:
-                    raise ClipjaxError(f"{self.path!r} merges {part!r}, which is no token before that")
+                    raise ClipjaxError(
+                        f"{self.path!r} merges {part!r}, which is no token before that"
+                    )
         bos, eos = "<|startoftext|>", "<|endoftext|>"
         ids = vocabulary_of | {bos: len(vocabulary_of), eos: len(vocabulary_of) + 1}
         vocabulary = Vocabulary(models.BPE(ids, merges, end_of_word_suffix=end, unk_token=eos))
@@ -401,7 +403,7 @@ def _cleaning(clean: Clean) -> list[Any]:
 
     if clean in ("keep", "clip"):
         return []
-    steps = [normalizers.Lowercase()]
+    steps: list[Any] = [normalizers.Lowercase()]
     if clean == "canonical":
         marks = "".join("\\" + mark for mark in string.punctuation)
         steps.append(normalizers.Replace(Regex(f"[{marks}]"), ""))

@@ -50,7 +50,7 @@ def _read_model(scanned: bool, description: Description) -> DualEncoder:
             patch_size=patch,
             image_size=patch * side,
             pool=pool,
-            class_position=False,
+            class_position=pool != "class",
             mean=HALF,
             std=HALF,
             **_transformer(scanned, description, f"{img}/Transformer", width),
@@ -73,7 +73,9 @@ def _read_model(scanned: bool, description: Description) -> DualEncoder:
     )
 
 
-def _transformer(scanned: bool, description: Description, prefix: str, width: int) -> dict[str, Any]:
+def _transformer(
+    scanned: bool, description: Description, prefix: str, width: int
+) -> dict[str, Any]:
     block = f"{prefix}/{_block(scanned, 0)}"
     query = description.shape(f"{block}/{_ATTENTION}/query/kernel", 3 + scanned)
     norms = description.shape(f"{block}/LayerNorm_0/scale", 1 + scanned)
@@ -179,7 +181,7 @@ def _nearest(model: Any) -> DualEncoder:
             patch_size=image.patch_size,
             image_size=image.image_size,
             pool=image.pool,
-            class_position=False,
+            class_position=image.pool != "class",
             mean=HALF,
             std=HALF,
             **sizes[image],

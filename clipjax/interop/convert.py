@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from flax import nnx
@@ -68,7 +67,7 @@ def import_weights(
     source = open_source(path, config)
     try:
         owner = _claimed(source, family)
-        model = owner.model(source.description)
+        model: Any = owner.model(source.description)
         flat = owner.table(model).read(source.tensors, _shapes(model))
     except ClipjaxError as error:
         raise ClipjaxError(f"{source.weights}: {error}") from error
@@ -113,20 +112,25 @@ def export_weights(pretrained: Pretrained, folder: str | Path, to: str) -> Famil
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ClipjaxError(f"{folder} exists and is not empty: name a new folder for the export")
     family = _expressing(pretrained, FORMATS[to])
-    if family is huggingface.CLIP and pretrained.model.text.eos_id == tokens.LEGACY_EOS:
+    model: Any = pretrained.model
+    if family is huggingface.CLIP and model.text.eos_id == tokens.LEGACY_EOS:
         pretrained = tokens.renumbered(pretrained)
     files = {
         name: (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode()
         for name, facts in family.describe(pretrained).items()
     }
-    if pretrained.tokenizer is not None and files and not open_clip.has_own_tokenizer(family, pretrained):
+    if (
+        pretrained.tokenizer is not None
+        and files
+        and not open_clip.has_own_tokenizer(family, pretrained)
+    ):
         siglip = family in (huggingface.SIGLIP, huggingface.SIGLIP2)
         files |= tokens.tokenizer_files(pretrained, siglip).files
     flat = dict(paths(pretrained.params)) | dict(paths(pretrained.model_state))
     tensors = family.table(pretrained.model).write(flat)
     folder.mkdir(parents=True, exist_ok=True)
     if family.weights_file.endswith(".npz"):
-        np.savez(folder / family.weights_file, **tensors)
+        np.savez(folder / family.weights_file, **cast(Any, tensors))
     else:
         save_file(tensors, folder / family.weights_file, {"format": "pt"})
     for name, contents in files.items():
@@ -137,7 +141,9 @@ def export_weights(pretrained: Pretrained, folder: str | Path, to: str) -> Famil
 def _claimed(source: Source, name: str | None) -> Family:
     description = source.description
     if name not in (None, "openai"):
-        raise ClipjaxError(f"family={name!r}: only 'openai' can be named, all others are recognized")
+        raise ClipjaxError(
+            f"family={name!r}: only 'openai' can be named, all others are recognized"
+        )
     if name == "openai":
         return open_clip.OPENAI
     for family in FAMILIES:
@@ -159,7 +165,7 @@ def _expressing(pretrained: Pretrained, families: tuple[Family, ...]) -> Family:
             refusals.append(str(error))
         else:
             return family
-    raise ClipjaxError("; ".join(refusals))
+    raise ClipjaxError("; ".join(dict.fromkeys(refusals)))
 
 
 def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
@@ -188,9 +194,7 @@ def _require_types(model: Any, family: Family) -> None:
             raise ClipjaxError(f"{family.name} cannot express {where}, a {kind}: only {names}")
 
 
-def _tokenizer(
-    family: Family, source: Source, named: str | Path | None
-) -> TokenizerModel | None:
+def _tokenizer(family: Family, source: Source, named: str | Path | None) -> TokenizerModel | None:
     file = source.tokenizer_file() if named is None else Path(named).expanduser()
     if file is None:
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -14,7 +13,6 @@ from clipjax.interop.family import HALF, OPENAI_MEAN, OPENAI_STD, Description, F
 from clipjax.interop.table import (
     Rule,
     Table,
-    Transpose,
     layered,
     linear,
     norm,
@@ -35,7 +33,7 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
-_RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+_RESAMPLE: dict[int, Any] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _KINDS = {"CLIPModel": "clip", "SiglipModel": "siglip", "Siglip2Model": "siglip2"}
 
 
@@ -57,7 +55,9 @@ def _read_model(kind: str, description: Description) -> DualEncoder:
         )
     config = _with_defaults(config, kind)
     text, vision = config["text_config"], config["vision_config"]
-    family.refuse_unless(vision, f"{CONFIG}: vision_config", vision_use_head=(True,), num_channels=(3,))
+    family.refuse_unless(
+        vision, f"{CONFIG}: vision_config", vision_use_head=(True,), num_channels=(3,)
+    )
     preprocessor = description.files.get(PREPROCESSOR, {})
     default = (OPENAI_MEAN, OPENAI_STD) if kind == "clip" else (HALF, HALF)
     patch = vision["patch_size"]
@@ -68,7 +68,9 @@ def _read_model(kind: str, description: Description) -> DualEncoder:
         pool="class" if kind == "clip" else "map",
         pre_norm=kind == "clip",
         patch_bias=kind != "clip",
-        mean=family.three(preprocessor.get("image_mean", default[0]), f"{PREPROCESSOR}: image_mean"),
+        mean=family.three(
+            preprocessor.get("image_mean", default[0]), f"{PREPROCESSOR}: image_mean"
+        ),
         std=family.three(preprocessor.get("image_std", default[1]), f"{PREPROCESSOR}: image_std"),
         **_transformer(vision, "vision_config"),
     )
@@ -307,7 +309,9 @@ def _nearest(kind: str, model: Any) -> DualEncoder:
         std=image.std,
         **_sizes(image),
     )
-    pooling = {"pool": "eos", "causal": True} if clip else {"pool": "last", "causal": False}
+    pooling: dict[str, Any] = (
+        {"pool": "eos", "causal": True} if clip else {"pool": "last", "causal": False}
+    )
     text = TextTransformer(
         vocab_size=text.vocab_size,
         context_length=text.context_length,

@@ -57,7 +57,9 @@ def _claims(custom: bool, description: Description) -> bool:
 
 def _claims_openai(description: Description) -> bool:
     return (
-        _claims(False, description) and CONFIG not in description.files and description.has(*_OPENAI_SCALARS)
+        _claims(False, description)
+        and CONFIG not in description.files
+        and description.has(*_OPENAI_SCALARS)
     )
 
 
@@ -80,7 +82,7 @@ def _read_openai(description: Description) -> DualEncoder:
 
 def _openai(image: dict[str, Any], text: dict[str, Any], embed_dim: int) -> DualEncoder:
     """The one arrangement of OpenAI's models, by the sizes that differ between them."""
-    pixels = {"mean": OPENAI_MEAN, "std": OPENAI_STD}
+    pixels: dict[str, Any] = {"mean": OPENAI_MEAN, "std": OPENAI_STD}
     resnet = "blocks" in image
     tower: Any
     if resnet:
@@ -88,7 +90,12 @@ def _openai(image: dict[str, Any], text: dict[str, Any], embed_dim: int) -> Dual
         tower = ResNet(**image, output_dim=embed_dim, heads=heads, **pixels)
     else:
         heads = max(1, image["width"] // _HEAD_WIDTH)
-        common = {"pool": "class", "pre_norm": True, "patch_bias": False, "activation": "quick_gelu"}
+        common: dict[str, Any] = {
+            "pool": "class",
+            "pre_norm": True,
+            "patch_bias": False,
+            "activation": "quick_gelu",
+        }
         tower = ViT(**image, heads=heads, mlp_dim=4 * image["width"], **common, **pixels)
     words = TextTransformer(
         **text,
@@ -124,7 +131,9 @@ def _openai_image(description: Description) -> dict[str, Any]:
 def _side(places: int, table: str) -> int:
     side = math.isqrt(max(places, 0))
     if side**2 != places or not places:
-        raise ClipjaxError(f"tensor {table!r} has positions for {places} places, which make no square")
+        raise ClipjaxError(
+            f"tensor {table!r} has positions for {places} places, which make no square"
+        )
     return side
 
 
@@ -152,6 +161,7 @@ def _read_model(description: Description) -> Any:
         "mean": family.three(preprocess.get("mean", half or OPENAI_MEAN), "preprocess_cfg.mean"),
         "std": family.three(preprocess.get("std", half or OPENAI_STD), "preprocess_cfg.std"),
     }
+    image: ViT | ResNet
     if vision.get("timm_model_name"):
         image, projection = _timm_image(vision, description, pixels), _timm_projection(vision)
     elif isinstance(vision.get("layers"), (list, tuple)):
@@ -167,7 +177,11 @@ def _read_model(description: Description) -> Any:
         text=_text(text, quick, f"{where}.text_cfg"),
         embed_dim=embed_dim,
         image_projection=projection,
-        text_projection="none" if proj == "none" else "affine" if text.get("proj_bias") else "linear",
+        text_projection="none"
+        if proj == "none"
+        else "affine"
+        if text.get("proj_bias")
+        else "linear",
         logit_bias_init=None if bias is None else float(bias),
         logit_scale_max=None if bias is not None else 100.0,
     )
@@ -219,7 +233,14 @@ def _read_coca(facts: dict[str, Any], preprocess: dict[str, Any], where: str) ->
 
 def _refuse_extras(tower: dict[str, Any], where: str, **accepted: tuple[Any, ...]) -> None:
     """What OpenCLIP's towers can be, and ours cannot."""
-    plain = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
+    plain = (
+        "qk_norm",
+        "scaled_cosine_attn",
+        "scale_heads",
+        "scale_attn_inner",
+        "scale_attn",
+        "scale_fc",
+    )
     values: dict[str, tuple[Any, ...]] = dict.fromkeys(plain, (False,))
     values |= {
         "ls_init_value": (None,),
@@ -272,8 +293,12 @@ def _timm_image(vision: dict[str, Any], description: Description, pixels: dict[s
     match = re.fullmatch(r"vit_([a-z0-9]+)_patch(\d+)_siglip_(\d+)", name)
     if match is None or match[1] not in _TIMM:
         known = ", ".join(f"vit_{size}_patch*_siglip_*" for size in _TIMM)
-        raise ClipjaxError(f"{CONFIG}: timm_model_name={name!r} is not supported here (only {known})")
-    sizes = dict(zip(("width", "depth", "heads", "mlp_dim"), _TIMM[match[1]], strict=True))
+        raise ClipjaxError(
+            f"{CONFIG}: timm_model_name={name!r} is not supported here (only {known})"
+        )
+    sizes: dict[str, Any] = dict(
+        zip(("width", "depth", "heads", "mlp_dim"), _TIMM[match[1]], strict=True)
+    )
     size = int(match[3])
     if description.shapes:  # they win: timm lets its callers change the sizes of a name
         width = description.shape("visual.trunk.patch_embed.proj.bias", 1)[0]
@@ -305,7 +330,9 @@ def _text(text: dict[str, Any], quick: bool, where: str) -> TextTransformer:
     width, vocab_size = text.get("width", 512), text.get("vocab_size", 49408)
     pool = text.get("pool_type", "argmax")
     if pool not in ("argmax", "eos", "last"):
-        raise ClipjaxError(f"{where}: pool_type={pool!r} is not supported here (argmax, eos or last)")
+        raise ClipjaxError(
+            f"{where}: pool_type={pool!r} is not supported here (argmax, eos or last)"
+        )
     return TextTransformer(
         width=width,
         depth=text.get("layers", 12),
@@ -472,7 +499,9 @@ def _timm_rules(image: ViT) -> list[Rule]:
     ]
     return [
         *squeezed(f"{trunk}.pos_embed", "image/positions", (places, image.width)),
-        *patches(f"{trunk}.patch_embed.proj", "image/patch", image.patch_size, image.width, bias=True),
+        *patches(
+            f"{trunk}.patch_embed.proj", "image/patch", image.patch_size, image.width, bias=True
+        ),
         *layered(blocks, range(image.depth)),
         *norm(f"{trunk}.norm", "image/norm"),
         *squeezed(f"{trunk}.attn_pool.latent", f"{pool}/probe", (image.width,), ones=2),
@@ -520,9 +549,7 @@ def _batch_norm(theirs: str, ours: str) -> list[Rule]:
 
 
 def _unrolled(rules: list[Rule]) -> list[Rule]:
-    return [
-        Rule(name, rule.ours, rule.steps) for rule in rules for name in rule.names()
-    ]
+    return [Rule(name, rule.ours, rule.steps) for rule in rules for name in rule.names()]
 
 
 # What an export says
@@ -578,7 +605,11 @@ def _describe(custom: bool, pretrained: Pretrained) -> dict[str, Any]:
 def has_own_tokenizer(owner: Family, pretrained: Pretrained) -> bool:
     """Whether OpenCLIP has the tokenizer itself: OpenAI's, which it takes unless told otherwise."""
     tokenizer = pretrained.tokenizer
-    return owner in (OPEN_CLIP, OPEN_CLIP_CUSTOM) and tokenizer is not None and tokenizer.clean == "clip"
+    return (
+        owner in (OPEN_CLIP, OPEN_CLIP_CUSTOM)
+        and tokenizer is not None
+        and tokenizer.clean == "clip"
+    )
 
 
 def _describe_coca(model: CoCa) -> dict[str, Any]:
@@ -615,7 +646,9 @@ def _describe_image(model: Any, quick: bool) -> dict[str, Any]:
             "timm_pool": "map",
             "timm_proj": "none" if model.image_projection == "none" else "linear",
         }
-        return facts | {"timm_proj_bias": True} * (model.image_projection == "affine")
+        if model.image_projection == "affine":
+            facts["timm_proj_bias"] = True
+        return facts
     facts |= {
         "layers": image.depth,
         "width": image.width,
@@ -660,7 +693,7 @@ def _nearest(custom: bool, model: Any) -> Any:
 
 def _nearest_openai(model: Any) -> DualEncoder:
     image, text = model.image, model.text
-    names = ("blocks", "width", "image_size")
+    names: tuple[str, ...] = ("blocks", "width", "image_size")
     if isinstance(image, ViT):
         names = ("width", "depth", "patch_size", "image_size")
     sizes = ("vocab_size", "context_length", "width", "depth")

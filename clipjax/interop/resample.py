@@ -21,7 +21,8 @@ def with_image_size(pretrained: Pretrained, size: int) -> Pretrained:
     Raises:
       ClipjaxError: the image tower cannot take pictures of that size.
     """
-    tower = pretrained.model.image
+    model: Any = pretrained.model
+    tower = model.image
     resized = dataclasses.replace(tower, image_size=size)
     params = pretrained.params
     if tower.grid != resized.grid:
@@ -32,7 +33,7 @@ def with_image_size(pretrained: Pretrained, size: int) -> Pretrained:
             owner = owner | {"positions": table}
             image = owner if "positions" in image else image | {"pool": owner}
             params = params | {"image": image}
-    model = dataclasses.replace(pretrained.model, image=resized)
+    model = dataclasses.replace(model, image=resized)
     return dataclasses.replace(pretrained, model=model, params=params, image_size=size)
 
 
@@ -78,7 +79,8 @@ def with_context_length(pretrained: Pretrained, length: int) -> Pretrained:
     Raises:
       ClipjaxError: the weights have no positions that far, or their texts must have their full length.
     """
-    tower: Any = pretrained.model.text
+    model: Any = pretrained.model
+    tower = model.text
     if length == tower.context_length:
         return pretrained
     if length > tower.context_length:
@@ -91,9 +93,7 @@ def with_context_length(pretrained: Pretrained, length: int) -> Pretrained:
             f"context_length={length}: this text tower pools the last of exactly {tower.context_length} "
             "tokens, padding counted, so its texts must keep that length"
         )
-    model: Any = dataclasses.replace(
-        pretrained.model, text=dataclasses.replace(tower, context_length=length)
-    )
+    model = dataclasses.replace(model, text=dataclasses.replace(tower, context_length=length))
     text = pretrained.params["text"]
     # A class token's position follows the last word's.
     text = text | {"positions": np.asarray(text["positions"])[: length + tower.class_position]}

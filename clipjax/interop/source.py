@@ -30,7 +30,12 @@ CONFIG_FILES = (
     "preprocessor_config.json",
     "tokenizer_config.json",
 )
-TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "bpe_simple_vocab_16e6.txt.gz")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "spiece.model",
+    "tokenizer.model",
+    "bpe_simple_vocab_16e6.txt.gz",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +84,14 @@ def open_source(path: str | Path, config: str | Path | None = None) -> Source:
     """
     path = Path(path).expanduser()
     weights = _weights_in(path) if path.is_dir() else path
-    files = {n: _read_json(weights.parent / n) for n in CONFIG_FILES if (weights.parent / n).is_file()}
+    files = {
+        n: _read_json(weights.parent / n) for n in CONFIG_FILES if (weights.parent / n).is_file()
+    }
     if config is not None:
         facts = _read_json(Path(config).expanduser())
-        name = "open_clip_config.json" if {"model_cfg", "vision_cfg"} & facts.keys() else "config.json"
+        name = (
+            "open_clip_config.json" if {"model_cfg", "vision_cfg"} & facts.keys() else "config.json"
+        )
         files = {n: f for n, f in files.items() if n not in CONFIG_FILES[:2]} | {name: facts}
     tensors = read_tensors(weights)
     if any(name.startswith("img/") for name in tensors):  # big_vision's older files lack the prefix

@@ -103,7 +103,7 @@ class Rule:
     def write(self, arrays: Arrays) -> Arrays:
         """The inverse of `read`."""
         layers = [arrays] if self.layers is None else [list(a) for a in zip(*arrays, strict=True)]
-        tensors = []
+        tensors: Arrays = []
         for layer in layers:
             for step in reversed(self.steps):
                 layer = step.write(layer)
@@ -154,7 +154,7 @@ class Table:
 
     def write(self, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Their tensors by name, from our arrays by path; constants included."""
-        tensors = {}
+        tensors: dict[str, np.ndarray] = {}
         for rule in self.rules:
             arrays = [np.asarray(flat[path]) for path in rule.ours]
             tensors |= zip(rule.names(), rule.write(arrays), strict=True)

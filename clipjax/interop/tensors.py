@@ -97,9 +97,13 @@ def _check_layout(path: Path, header: dict[str, Any], size: int) -> dict[str, An
                 f"{path}: the header's entry for {name!r} is damaged ({error})"
             ) from error
         if not isinstance(dtype_name, str) or dtype_name not in _DTYPES:
-            raise ClipjaxError(f"{path}: tensor {name!r} has dtype {dtype_name!r}, which is not read")
+            raise ClipjaxError(
+                f"{path}: tensor {name!r} has dtype {dtype_name!r}, which is not read"
+            )
         if not all(type(n) is int and n >= 0 for n in numbers):
-            raise ClipjaxError(f"{path}: tensor {name!r} has a size or offset that is no whole number")
+            raise ClipjaxError(
+                f"{path}: tensor {name!r} has a size or offset that is no whole number"
+            )
         dtype = np.dtype(_DTYPES[dtype_name])
         if end > size:
             raise ClipjaxError(
@@ -116,7 +120,9 @@ def _check_layout(path: Path, header: dict[str, Any], size: int) -> dict[str, An
         if begin < position:
             raise ClipjaxError(f"{path}: the tensors {before!r} and {name!r} overlap")
         if begin > position:
-            raise ClipjaxError(f"{path}: {begin - position:,} bytes before tensor {name!r} are no one's")
+            raise ClipjaxError(
+                f"{path}: {begin - position:,} bytes before tensor {name!r} are no one's"
+            )
         position, before = end, name
     if position != size:
         raise ClipjaxError(f"{path}: the last {size - position:,} bytes belong to no tensor")
@@ -170,7 +176,9 @@ def _read_npy(path: Path, name: str, file: Any, size: int) -> np.ndarray:
             "nothing was executed"
         )
     if math.prod(shape) * dtype.itemsize > size:
-        raise ClipjaxError(f"{path}: {name!r} claims shape {list(shape)}, more than its {size:,} bytes")
+        raise ClipjaxError(
+            f"{path}: {name!r} claims shape {list(shape)}, more than its {size:,} bytes"
+        )
     raw = file.read(math.prod(shape) * dtype.itemsize)
     array = np.frombuffer(raw, ml_dtypes.bfloat16 if dtype == np.dtype("V2") else dtype)
     if array.size != math.prod(shape):

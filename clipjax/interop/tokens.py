@@ -41,22 +41,29 @@ def tokenizer_files(pretrained: Pretrained, siglip: bool = False) -> TokenizerFi
     Raises:
       ClipjaxError: what the tokenizer does cannot be written so that others do the same.
     """
+    model: Any = pretrained.model
     tokenizer = pretrained.tokenizer
     assert tokenizer is not None
     name, contents = tokenizer.standalone()
-    config: dict[str, Any] = {"model_max_length": pretrained.context_length, "padding_side": "right"}
+    config: dict[str, Any] = {
+        "model_max_length": pretrained.context_length,
+        "padding_side": "right",
+    }
     pad_id = tokenizer.pad_id
     if name == "tokenizer.json":
         special = {t["id"] for t in json.loads(contents)["added_tokens"] if t["special"]}
         if pad_id not in special:
             # A word as padding (OpenAI's "!") would be cut out of texts as a special token.
-            if not pads_are_unseen(pretrained.model.text):
+            if not pads_are_unseen(model.text):
                 raise ClipjaxError(
                     f"the tokenizer pads with {tokenizer.token(pad_id)!r}, which is no special token, and "
                     "this model sees its padding: other libraries would treat texts that hold it wrongly"
                 )
             pad_id = tokenizer.eos_id
-        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config |= {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        }
     elif siglip and tokenizer.bos_id is None and tokenizer.clean == "canonical":
         config |= {"tokenizer_class": "SiglipTokenizer", "do_lower_case": True}
     else:
@@ -115,7 +122,9 @@ def _swapped(tokenizer: TokenizerModel, old: int, new: int) -> TokenizerModel:
     assert pad is not None and eos is not None
     # All cleaning but clip's is part of the standalone tokenizer.json.
     clean = tokenizer.clean if tokenizer.clean == "clip" else "keep"
-    return TokenizerModel("tokenizers", Vocabulary.from_str(json.dumps(facts)), pad, bos, eos, clean)
+    return TokenizerModel(
+        "tokenizers", Vocabulary.from_str(json.dumps(facts)), pad, bos, eos, clean
+    )
 
 
 def _json(facts: dict[str, Any]) -> bytes:

@@ -72,7 +72,9 @@ class _Archive:
         members = archive.infolist()
         pickles = [m.filename for m in members if m.filename.split("/")[1:] == ["data.pkl"]]
         if len(pickles) != 1:
-            raise ClipjaxError(f"{path} is a zip file, but not one that PyTorch wrote (no data.pkl)")
+            raise ClipjaxError(
+                f"{path} is a zip file, but not one that PyTorch wrote (no data.pkl)"
+            )
         self.root = pickles[0].removesuffix("data.pkl")
         self.sizes = {m.filename: m.file_size for m in members}
         stored = sum(m.file_size for m in members if m.filename.startswith(f"{self.root}data/"))
@@ -128,8 +130,9 @@ class _Archive:
 class _Unpickler(pickle.Unpickler):
     def __init__(self, file: Any, archive: _Archive):
         super().__init__(file)
-        self._archive, self._storages = archive, {}
-        self._known = {
+        self._archive = archive
+        self._storages: dict[Any, np.ndarray] = {}
+        self._known: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): collections.OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): archive.tensor,
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,

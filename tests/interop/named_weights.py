@@ -21,7 +21,9 @@ def tensor(name: str, shape: tuple[int, ...], dtype: str = "float32") -> np.ndar
     if dtype == "int64":
         return np.zeros(shape, np.int64)
     bits = np.random.PCG64(zlib.crc32(name.encode())).random_raw(max(math.prod(shape), 1))
-    uniform = ((bits >> np.uint64(40)).astype(np.float32) / np.float32(2**23) - 1)[: math.prod(shape)]
+    uniform = ((bits >> np.uint64(40)).astype(np.float32) / np.float32(2**23) - 1)[
+        : math.prod(shape)
+    ]
     last = name.replace("/", ".").split(".")
     if last[-1] in ("logit_scale", "t"):
         return np.full(shape, 1.5, np.float32)

@@ -30,7 +30,9 @@ def texts(golden):
 @pytest.fixture(scope="module")
 def merges_file(golden, tmp_path_factory):
     path = tmp_path_factory.mktemp("bpe") / "bpe_simple_vocab_16e6.txt.gz"
-    path.write_bytes(gzip.compress(b'"bpe_simple_vocab_16e6.txt#version: 0.2\n' + golden["merges"].tobytes()))
+    path.write_bytes(
+        gzip.compress(b'"bpe_simple_vocab_16e6.txt#version: 0.2\n' + golden["merges"].tobytes())
+    )
     return path
 
 
@@ -47,7 +49,11 @@ def test_ids_are_openclips(golden, texts, merges_file):
     tokenizer = ClipBPE(str(merges_file)).build()
     assert tokenizer.vocab_size == BYTES + len(golden["ranks"]) + 2
     ids = in_full_vocabulary(tokenizer.encode(texts, 77), golden["ranks"], tokenizer)
-    wrong = [t for t, ours, theirs in zip(texts, ids, golden["ids"], strict=True) if (ours != theirs).any()]
+    wrong = [
+        t
+        for t, ours, theirs in zip(texts, ids, golden["ids"], strict=True)
+        if (ours != theirs).any()
+    ]
     assert not wrong
 
 
@@ -66,7 +72,11 @@ def test_a_saved_tokenizer_and_its_standalone_file_agree(texts, merges_file, tmp
 def test_texts_come_back_lower_case(merges_file):
     tokenizer = ClipBPE(str(merges_file)).build()
     texts = ["A Photo of &amp; two cats", "日本語 ✓", "don't"]
-    assert tokenizer.decode(tokenizer.encode(texts, 77)) == ["a photo of & two cats", "日本語 ✓", "don 't"]
+    assert tokenizer.decode(tokenizer.encode(texts, 77)) == [
+        "a photo of & two cats",
+        "日本語 ✓",
+        "don 't",
+    ]
 
 
 def test_it_is_a_component_and_bad_merges_are_named(merges_file, tmp_path):

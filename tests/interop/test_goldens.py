@@ -81,7 +81,9 @@ def test_an_exported_folder_is_the_imported_one(imported, tmp_path):
         return
     family = export_weights(pretrained, tmp_path / "out", TO[name])
     written = tmp_path / "out" / family.weights_file
-    assert_same_tensors(np.load(written) if case.family == "big_vision" else load_file(written), case.tensors)
+    assert_same_tensors(
+        np.load(written) if case.family == "big_vision" else load_file(written), case.tensors
+    )
     again = import_weights(tmp_path / "out")
     assert again.model == pretrained.model
     assert again.resize == pretrained.resize

@@ -292,7 +292,10 @@ def test_files_that_pytorch_wrote_are_read(name):
         (lambda file: call("builtins.open", file, "w"), "builtins.open"),
         (lambda file: call("os.system", f"touch {file}"), "os.system"),
         (lambda file: call("builtins.eval", f"open({file!r}, 'w')"), "builtins.eval"),
-        (lambda file: call("collections.OrderedDict.fromkeys", file), "OrderedDict.fromkeys|fromkeys"),
+        (
+            lambda file: call("collections.OrderedDict.fromkeys", file),
+            "OrderedDict.fromkeys|fromkeys",
+        ),
         (lambda file: call("torch.load", file), "torch.load"),
         (lambda file: call("numpy.core.multiarray.scalar", file), "numpy.core.multiarray.scalar"),
     ],

@@ -19,9 +19,9 @@ import torch
 
 stub.install()
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import named_weights as weights  # noqa: E402
 import open_clip  # noqa: E402
 import transformers  # noqa: E402
-import named_weights as weights  # noqa: E402
 
 OUT = Path(__file__).parent.parent / "goldens"
 N = 3
@@ -135,7 +135,9 @@ def open_clip_model(name, family, model, config, mean, std, length, vocab_size, 
     files = {"open_clip_config.json": {"model_cfg": config, "preprocess_cfg": preprocess}}
     if family == "OpenAI":
         files = {}
-    store(name, family, files, manifest, inputs, *(x.double().numpy() for x in (image, text, logits)))
+    store(
+        name, family, files, manifest, inputs, *(x.double().numpy() for x in (image, text, logits))
+    )
 
 
 def open_clip_config(**changes):
@@ -260,7 +262,10 @@ def big_vision_siglip(name, scanned):
     dense("txt/head", text, width)
     if scanned:
         for key in [k for k in shapes if "encoderblock_0/" in k]:
-            rest = [shapes.pop(key.replace("encoderblock_0/", f"encoderblock_{i}/")) for i in range(depth)]
+            rest = [
+                shapes.pop(key.replace("encoderblock_0/", f"encoderblock_{i}/"))
+                for i in range(depth)
+            ]
             shapes[key.replace("encoderblock_0/", "encoderblock/")] = [depth, *rest[0]]
     manifest = {f"params/{k}": [shape, "float32"] for k, shape in shapes.items()}
     with tempfile.TemporaryDirectory() as folder:

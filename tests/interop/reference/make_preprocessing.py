@@ -21,10 +21,10 @@ if "TORCHVISION" in os.environ:
     package.__path__ = [os.environ["TORCHVISION"]]
     package.disable_beta_transforms_warning = lambda: None
     sys.modules["torchvision"] = package
-from torchvision.transforms import transforms as T  # noqa: E402
+from torchvision.transforms import transforms as T
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import photos  # noqa: E402
+import photos
 
 SIZE = 36
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -58,6 +58,11 @@ def siglip(image):
     return unnormalized(processor(Image.fromarray(image))["pixel_values"], 0.5, 0.5)
 
 
-pipelines = {"open_clip": torchvision_pipeline, "open_clip_squash": squash, "clip": clip, "siglip_bilinear": siglip}
+pipelines = {
+    "open_clip": torchvision_pipeline,
+    "open_clip_squash": squash,
+    "clip": clip,
+    "siglip_bilinear": siglip,
+}
 goldens = {name: np.stack([make(p) for p in photos.pictures()]) for name, make in pipelines.items()}
 np.savez_compressed(Path(__file__).parent.parent / "goldens" / "preprocessing.npz", **goldens)

@@ -19,7 +19,7 @@ class _Names(type):
 
 
 class _Stub(types.ModuleType):
-    __path__: list[str] = []
+    __path__ = ()
 
     def __getattr__(self, name):
         if name.startswith("__"):
