@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from clipjax.config import Run
     from clipjax.evals.base import Evaluator, Runner
 
-# What only runs need (Orbax, evaluators, reports) is imported where a run is opened: a model's
-# folder opens in half the time without it.
+# What only runs need (Orbax, evaluators, reports) is imported where a run is opened, and what reads
+# other people's weights where there are any: a model's folder opens in half the time without.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,8 @@ def open_pretrained(path: str | Path, mesh: Mesh | None = None) -> Pretrained:
     """The model, weights, tokenizer and preprocessing that `path` holds, whatever wrote them.
 
     Args:
-      path: a run's folder, one of its `checkpoints/<step>`, or a folder that `Pretrained.save` wrote.
+      path: a run's folder, one of its `checkpoints/<step>`, a folder that `Pretrained.save` wrote, or
+        other people's weights, as `clipjax.interop.import_weights` takes them.
       mesh: what a run's checkpoint is restored onto; default: all devices along the data axis.
 
     Raises:
@@ -101,6 +102,12 @@ def open_pretrained(path: str | Path, mesh: Mesh | None = None) -> Pretrained:
     """
     if is_pretrained(Path(path)):
         return read_pretrained(path)
+    from clipjax.interop.source import is_source
+
+    if is_source(Path(path)):
+        from clipjax.interop import import_weights
+
+        return import_weights(path)
     return _restore(Path(path), mesh or MeshShape().build())[3]
 
 

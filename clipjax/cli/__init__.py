@@ -21,6 +21,8 @@ VERBS = {
     "report": "write a run's report.html again",
     "average": "mean of the weights of several models (WiSE-FT, soups)",
     "config": "print the resolved configuration of a config file or a run",
+    "import": "turn weights of OpenAI, OpenCLIP, Hugging Face or big_vision into a model folder",
+    "export": "write a run or model as other libraries load it",
     "bench": "measure what the documentation claims",
 }
 """Name -> summary. A verb's module, `clipjax.cli.<name>`, has `main(arguments) -> exit code`."""

@@ -16,6 +16,7 @@ from clipjax.data.loader import Data, Loader
 from clipjax.data.sources import Mixture, RandomAccess, Record, Source, Tfds, UnreadableRecord
 from clipjax.data.tokenizers import (
     BPE,
+    ClipBPE,
     SentencePiece,
     Tokenizer,
     TokenizerFile,
@@ -29,6 +30,7 @@ __all__ = [
     "Augmentation",
     "CaptionChoice",
     "ClassFolder",
+    "ClipBPE",
     "ColorJitter",
     "Data",
     "EvalSet",

@@ -78,14 +78,18 @@ def decode(
 
 
 def resize(
-    image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
+    image: np.ndarray,
+    size: tuple[int, int],
+    box: tuple[float, float, float, float] | None = None,
+    method: str = "bicubic",
 ) -> np.ndarray:
-    """Bicubic, antialiased resize of a picture, or of a box in it.
+    """Antialiased resize of a picture, or of a box in it.
 
     Args:
       image: uint8 [H, W, 3].
       size: (height, width) of the result.
       box: (left, top, right, bottom) in pixels of `image`; None is all of it.
+      method: bicubic or bilinear.
 
     Returns:
       uint8 [height, width, 3].
@@ -95,7 +99,8 @@ def resize(
     height, width = size
     if box is None and image.shape[:2] == (height, width):
         return image
-    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC, box=box)
+    resample = Image.Resampling[method.upper()]
+    resized = Image.fromarray(image).resize((width, height), resample, box=box)
     return np.asarray(resized)
 
 
