@@ -82,6 +82,11 @@ class Pretrained:
                     f"the weights have {name!r}, which the model lacks{did_you_mean(name, wanted)}"
                 )
 
+    def folded(self) -> Pretrained:
+        """The same model without what only training needs, such as LoRA's factors beside the kernels."""
+        model, params = self.model.folded(self.params)
+        return dataclasses.replace(self, model=model, params=params)
+
     def predictor(
         self,
         mesh: Mesh | None = None,

@@ -19,6 +19,7 @@ VERBS = {
     "search": "rank the pictures of a folder by words",
     "embed": "write the embeddings of pictures or texts to Parquet files",
     "report": "write a run's report.html again",
+    "average": "mean of the weights of several models (WiSE-FT, soups)",
     "config": "print the resolved configuration of a config file or a run",
     "bench": "measure what the documentation claims",
 }
