@@ -160,7 +160,7 @@ def find_pictures(root: str | Path) -> tuple[list[str], list[str]]:
                 continue
             if any(unicodedata.category(c) in ("Cc", "Cs") for c in entry.name):
                 # They would steer the terminal they are printed on, or could not be printed at all.
-                refused.append(f"{ascii(name)}: a name with control characters, or not UTF-8")
+                refused.append(f"{name!a}: a name with control characters, or not UTF-8")
                 continue
             if entry.is_dir(follow_symlinks=False):
                 folders.append(name)
