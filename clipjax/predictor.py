@@ -34,7 +34,7 @@ PER_SHARD = 64
 """Default rows a device embeds at once. On a CPU, 256 take twice the time a row that 64 do."""
 FEW_PER_SHARD = 4
 """Rows a device embeds at once where all of a call's rows are fewer than a batch. On a CPU, a
-ViT-B/32 takes the same time a row from 4 rows to 64, and two to three times as long with 1."""
+ViT-B/32 takes about the same time a row from 4 rows to 64, and more with 1."""
 _IN_FLIGHT = 2  # batches dispatched ahead of the device; simulated devices deadlock without a bound
 _READERS = min(8, os.cpu_count() or 1)  # threads; Pillow decodes without holding the interpreter
 
@@ -253,6 +253,7 @@ class Predictor:
           labels: C distinct names.
           templates: as for `class_embeddings`.
         """
+        labels = (labels,) if isinstance(labels, str) else tuple(labels)
         classes = self.class_embeddings(labels, templates)
         similar = (self.encode_image(images) @ classes.T).astype(np.float64)
         logits = self.logit_scale * similar + (self.logit_bias or 0.0)
@@ -261,7 +262,7 @@ class Predictor:
             probabilities = powers / powers.sum(axis=-1, keepdims=True)
         else:
             probabilities = 0.5 * (1.0 + np.tanh(0.5 * logits))  # sigmoid without overflow
-        return Classification(tuple(labels), probabilities.astype(np.float32))
+        return Classification(labels, probabilities.astype(np.float32))
 
     def class_embeddings(
         self, labels: Sequence[str], templates: str | Sequence[str] = "{}"
