@@ -22,7 +22,7 @@ from clipjax.mesh import MeshShape
 from clipjax.params import abstract, join, select
 from clipjax.predictor import Predictor
 from clipjax.pretrained import Pretrained, is_pretrained, read_pretrained
-from clipjax.report import environment, write_report
+from clipjax.report import REPORT_FILE, environment, write_report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Opened:
         return results
 
     def report(self, results: dict[str, float] | None = None) -> Path:
-        """Writes `report.html` into the run's folder.
+        """Writes `report.html` into the run's folder: all processes embed, the first one writes.
 
         Args:
           results: the model's figures; None evaluates.
@@ -52,14 +52,18 @@ class Opened:
         retrieval = [r for _, r in self.runners if isinstance(r, RetrievalRunner)]
         chance = {name: value for runner in retrieval for name, value in runner.chance().items()}
         first = retrieval[0] if retrieval else None
+        examples = first.examples(self.predictor) if first else ()
+        similarities = first.similarities(self.predictor) if first else None
+        if jax.process_index() != 0:
+            return self.folder / REPORT_FILE
         return write_report(
             self.folder,
             results=results,
             config=to_json(self.run),
             environment=environment(),
             chance=chance,
-            examples=first.examples(self.predictor) if first else (),
-            similarities=first.similarities(self.predictor) if first else None,
+            examples=examples,
+            similarities=similarities,
             facts={"step": f"{self.step:,}"},
         )
 

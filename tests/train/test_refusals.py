@@ -80,13 +80,25 @@ def test_a_batch_that_the_mesh_does_not_divide(refused, clipjax):
     assert not clipjax.workdir.exists()
 
 
-def test_settings_that_do_not_fit_each_other(refused, clipjax):
+def test_settings_that_do_not_fit_each_other(refused, clipjax, vary):
     refused(["vocab_size=270", "tokenizer's"], "train", "--model.text.vocab_size", 270)
     refused(["context_length=9", "context_length=8"], "train", "--data.context_length", 9)
     refused(["eos_id=7", "tokenizer's is 2"], "train", "--model.text.eos_id", 7)
     refused(["duration"], "train", "--duration.amount", 0)
-    refused(["'^vision/' matches no parameter"], "train", "--optimizer.groups.0.pattern", "^vision/",
-            config=clipjax.with_groups)  # fmt: skip
+    refused(["warm-up of 9 steps", "run of 8"], "train", "--optimizer.schedule.warmup.amount", 9)
+    refused(["log_every=0"], "train", "--log_every", 0)
+    refused(["checkpoint.keep=0"], "train", "--checkpoint.keep", 0)
+    refused(["'nothing/R@1'", "no evaluator"], "train", "--checkpoint.best", "nothing/R@1")
+    changes = {
+        "optimizer=replace(run.optimizer, groups=(Group('^vision/'),))": "matches no parameter",
+        "optimizer=replace(run.optimizer, groups=(Group('.', frozen=True),))": "nothing to train",
+        "optimizer=replace(run.optimizer, decayed='(')": "no regular expression",
+        "sharding=Sharding(rules=(Rule('kernel$'),))": "no sharding rule covers",
+        "evals=run.evals * 2": "2 evaluators are named 'retrieval'",
+        "data=replace(run.data, augment=(Shift(16),))": "out of view",
+    }
+    for change, words in changes.items():
+        refused([words], "train", config=vary(change))
     assert not clipjax.workdir.exists()
 
 
