@@ -64,7 +64,7 @@ class Opened:
             chance=chance,
             examples=examples,
             similarities=similarities,
-            facts={"step": f"{self.step:,}"},
+            facts={"checkpoint": f"step {self.step:,}"},
         )
 
 

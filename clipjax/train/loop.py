@@ -22,8 +22,9 @@ from jax.experimental import multihost_utils
 from clipjax.checkpoint import Checkpointing, Checkpoints, latest_step
 from clipjax.config import Run
 from clipjax.data.placement import to_global
-from clipjax.errors import Preempted, RunFailed
+from clipjax.errors import ClipjaxError, Preempted, RunFailed
 from clipjax.optim import Scale
+from clipjax.report import read_metrics
 from clipjax.restore import Opened
 from clipjax.tracking import Progress, Tracking
 from clipjax.train.folder import hold, replace_file, write_run_files
@@ -51,11 +52,11 @@ def train(run: Run, workdir: Path) -> dict[str, float]:
     began = time.monotonic()
     workdir = Path(workdir)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(unwritable_fails(workdir))
         stop = stack.enter_context(StopRequest())
         session = setup(run, workdir)
         stack.enter_context(hold(workdir, session.start))
         state = session.restore_or_init()
-        stack.enter_context(unwritable_fails(workdir))
         write_run_files(workdir, session.meta)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, run.checkpoint)))
         tracking = stack.enter_context(
@@ -65,12 +66,17 @@ def train(run: Run, workdir: Path) -> dict[str, float]:
             Progress(session.total_steps, run.data.batch_size, session.start or 0)
         )
         state = steps(session, state, checkpoints, tracking, progress, stop)
-        results = session.evaluate(state, None)
-        if session.start != session.total_steps:
-            tracking.write(session.total_steps, results)
-            checkpoints.save(session.total_steps, state, session.meta, results)
-            checkpoints.wait()
-        progress.evaluated(session.total_steps, results)
+        total = session.total_steps
+        try:
+            results = evaluate(session, checkpoints, state, None)
+        except BaseException:
+            checkpoints.save(total, state, session.meta, None)
+            raise
+        if results and not is_logged(workdir, total, results):
+            tracking.write(total, results)
+        checkpoints.save(total, state, session.meta, results)
+        checkpoints.wait()
+        progress.evaluated(total, results)
         finish(session, state, results, time.monotonic() - began)
     return results
 
@@ -97,16 +103,17 @@ def steps(
                 tracking.write(done, jax.device_get(metrics))
             progress.update(done, metrics if due else None)
 
-    def evaluate(step: int) -> dict[str, float]:
-        results = session.evaluate(state, step)
-        if results:
-            retire(0)
-            tracking.write(step, results)
-            progress.evaluated(step, results)
+    def evaluate_at(step: int) -> dict[str, float]:
+        if not session.due(step):
+            return {}
+        retire(0)
+        results = evaluate(session, checkpoints, state, step)
+        tracking.write(step, results)
+        progress.evaluated(step, results)
         return results
 
     if session.start is None:
-        evaluate(0)
+        evaluate_at(0)
     saving = SaveClock(run.checkpoint, session.scale)
     with contextlib.closing(session.loader.iterate(start)) as batches:
         for step in range(start + 1, total + 1):
@@ -115,7 +122,7 @@ def steps(
             retire(IN_FLIGHT)
             if step == total:
                 break
-            results = evaluate(step)
+            results = evaluate_at(step)
             stopped_by = stop.agreed(step)
             if stopped_by or saving.due(step, may_ask=step % run.log_every == 0):
                 retire(0)
@@ -128,6 +135,23 @@ def steps(
                 )
         retire(0)
     return state
+
+
+def evaluate(
+    session: Session, checkpoints: Checkpoints, state: TrainState, step: int | None
+) -> dict[str, float]:
+    """`session.evaluate`; what an evaluator refuses in the middle of a run fails the run."""
+    try:
+        return session.evaluate(state, step)
+    except ClipjaxError as error:
+        checkpoints.wait()
+        raise RunFailed(f"{error}; {checkpoints.describe_latest()}") from error
+
+
+def is_logged(workdir: Path, step: int, results: dict[str, float]) -> bool:
+    """Whether a run that was killed at its very end has written its last evaluation already."""
+    lines = read_metrics(workdir / "metrics.jsonl")
+    return any(line["step"] == step and line.keys() & results.keys() for line in lines)
 
 
 class SaveClock:

@@ -53,19 +53,21 @@ class Session:
     start: int | None
     start_leaves: tuple[Leaves, Leaves]
 
-    def evaluate(self, state: TrainState, step: int | None) -> dict[str, float]:
-        """The figures of the evaluators due at `step`; of all of them when `step` is None."""
-        due = [
+    def due(self, step: int | None) -> list[Runner]:
+        """The evaluators due after `step`; all of them when `step` is None."""
+        return [
             runner
             for evaluator, runner in self.evaluators
             if step is None or (evaluator.every is not None and evaluator.every.due(step))
         ]
-        if not due:
-            return {}
-        predictor = self.predictor_for(state)
+
+    def evaluate(self, state: TrainState, step: int | None) -> dict[str, float]:
+        """The figures of the evaluators due after `step`."""
         results: dict[str, float] = {}
-        for runner in due:
-            results |= runner(predictor)
+        if due := self.due(step):
+            predictor = self.predictor_for(state)
+            for runner in due:
+                results |= runner(predictor)
         return results
 
     def predictor_for(self, state: TrainState) -> Predictor:
@@ -142,7 +144,7 @@ def setup(run: Run, workdir: Path) -> Session:
     evaluators = build_runners(run.evals)
     for _, runner in evaluators:
         runner.prepare(predictor)
-    begins = run.start is not None and start is None
+    begin = run.start if start is None else None
     return Session(
         run=run,
         workdir=workdir,
@@ -156,7 +158,7 @@ def setup(run: Run, workdir: Path) -> Session:
         evaluators=evaluators,
         predictor=predictor,
         start=start,
-        start_leaves=blueprint.start_leaves(run.start) if begins else ({}, {}),
+        start_leaves=blueprint.start_leaves(begin) if begin else ({}, {}),
     )
 
 

@@ -136,7 +136,7 @@ def test_a_checkpoint_of_another_model(refused, clipjax):
     assert clipjax("train", "--duration.amount", 2) == 0
     before = files(clipjax.workdir)
     message = refused(
-        ["is of another model", "fc1/kernel", "(2, 16, 64)", "(2, 16, 32)"],
+        ["is of another model", "fc1/bias", "(2, 64)", "(2, 32)"],
         "train", "--model.image.mlp_dim", 32, "--duration.amount", 4,
     )  # fmt: skip
     assert message.count("\n") < 4
@@ -189,3 +189,22 @@ def test_unknown_verbs(capsys):
 
     assert main(["trian"]) == 2
     assert "did you mean 'train'" in capsys.readouterr().err
+
+
+def test_an_evaluator_that_fails_costs_no_work(refused, clipjax, vary):
+    """At the very end of a run the state is saved before the failure is told."""
+    change = "duration=Duration(2), evals=(Fails(),), checkpoint=Checkpointing(every=None)"
+    config = vary(change)
+    config.write_text(
+        config.read_text()
+        + """
+from clipjax.errors import ClipjaxError
+
+@dataclasses.dataclass(frozen=True)
+class Fails(Evaluator):
+    def run(self, predictor):
+        raise ClipjaxError("no figures today")
+"""
+    )
+    refused(["evaluator 'fails': no figures today"], "train", config=config, code=1)
+    assert (clipjax.workdir / "checkpoints" / "2").is_dir()

@@ -39,7 +39,9 @@ def plain(tmp_path_factory):
     def get(clipjax, read_metrics, vary):
         if not losses:
             folder = tmp_path_factory.mktemp("plain")
-            assert clipjax("train", config=vary("duration=Duration(3), evals=()"), workdir=folder) == 0
+            assert (
+                clipjax("train", config=vary("duration=Duration(3), evals=()"), workdir=folder) == 0
+            )
             losses.update(read_metrics(folder))
         return losses
 
@@ -54,9 +56,7 @@ def plain(tmp_path_factory):
         (8, "--mesh.group 2 --mesh.tensor 2 --sharding.fsdp --sharding.min_size 16 --accumulate 2"),
     ],
 )  # fmt: skip
-def test_what_must_not_change_the_mathematics(
-    clipjax, read_metrics, vary, plain, devices, options
-):
+def test_what_must_not_change_the_mathematics(clipjax, read_metrics, vary, plain, devices, options):
     config = vary("duration=Duration(3), evals=(), exchange=Auto()")
     expected = plain(clipjax, read_metrics, vary)
     assert clipjax("train", *options.split(), config=config, devices=devices) == 0
@@ -64,10 +64,13 @@ def test_what_must_not_change_the_mathematics(
     assert got == pytest.approx(expected, rel=1e-4)
 
 
-def test_bfloat16_changes_little_and_a_seed_everything(clipjax, read_metrics, vary, plain, tmp_path):
+def test_bfloat16_changes_little_and_a_seed_everything(
+    clipjax, read_metrics, vary, plain, tmp_path
+):
     expected = plain(clipjax, read_metrics, vary)
     config = vary("duration=Duration(3), evals=(), exchange=Ring()")
-    low = "--pair_dtype bfloat16 --model.image.dtype bfloat16 --model.text.dtype bfloat16".split()
+    names = ("pair_dtype", "model.image.dtype", "model.text.dtype")
+    low = [word for name in names for word in (f"--{name}", "bfloat16")]
     assert clipjax("train", *low, config=config, devices=2) == 0
     got = read_metrics(clipjax.workdir)
     assert got != pytest.approx(expected, rel=1e-5)
@@ -155,9 +158,10 @@ def test_the_average_is_what_evaluators_and_users_see(clipjax, vary):
 
 
 def _state(workdir, step, part):
+    from flax import nnx
+
     from clipjax.config import load_run
     from clipjax.params import abstract
-    from flax import nnx
 
     run = load_run(workdir / "run.json")
     target = abstract(lambda: run.model.build(nnx.Rngs(0)))[1]
@@ -186,7 +190,10 @@ def test_which_checkpoints_stay(clipjax, read_metrics, vary, tmp_path):
     # By the clock: every step is late.
     clock = tmp_path / "clock"
     config = vary("checkpoint=Checkpointing(every=None, minutes=1e-9, keep=2), evals=()")
-    assert clipjax("train", "--duration.amount", 5, "--log_every", 2, config=config, workdir=clock) == 0
+    assert (
+        clipjax("train", "--duration.amount", 5, "--log_every", 2, config=config, workdir=clock)
+        == 0
+    )
     assert steps_kept(clock) == [4, 5]  # asked at steps 2 and 4; the last one is always saved
     assert sorted(read_metrics(clock)) == [1, 2, 4, 5]
 
@@ -220,9 +227,7 @@ def test_what_pictures_and_captions_are_shown(clipjax, read_metrics, vary, monke
         return to_global(batch, mesh)
 
     monkeypatch.setattr("clipjax.train.loop.to_global", watch)
-    fields = (
-        "evals=(), duration=Duration(4), data=replace(run.data, shuffle=False, cache=True, {})"
-    )
+    fields = "evals=(), duration=Duration(4), data=replace(run.data, shuffle=False, cache=True, {})"
     assert clipjax("train", config=vary(fields.format(""))) == 0
     plain, seen[:] = list(seen), []
     assert [b["id"].tolist() for b in plain] == np.arange(64).reshape(4, 16).tolist()
