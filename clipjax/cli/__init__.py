@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", handlers=[_Stderr()]
     )
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax logs the traceback of what it also raises.
+    logging.getLogger("absl").setLevel(logging.ERROR if debug else logging.CRITICAL)
     logging.getLogger("clipjax").setLevel(logging.INFO)
     try:
         return _dispatch(arguments)

@@ -126,7 +126,9 @@ def steps(
             stopped_by = stop.agreed(step)
             if stopped_by or saving.due(step, may_ask=step % run.log_every == 0):
                 retire(0)
-                checkpoints.save(step, state, session.meta, results)
+                # Weights that yield no finite loss must not push a good checkpoint out.
+                if stopped_by or not int(metrics["bad_streak"]):
+                    checkpoints.save(step, state, session.meta, results)
             if stopped_by:
                 checkpoints.wait()
                 raise Preempted(

@@ -1,5 +1,6 @@
 """A run that dies resumes: killed at any moment, stopped by a signal, continued on other devices."""
 
+import gc
 import json
 import resource
 import signal
@@ -187,22 +188,16 @@ def test_a_full_disk_ends_the_run_in_one_message(
     from clipjax.data.placement import to_global
 
     assert clipjax("train", "--duration.amount", 3) == 0
-    # Full from the first step on: the checkpoint does not fit. Then full from the start.
-    with monkeypatch.context() as patch:
+    capfd.readouterr()
+    with monkeypatch.context() as patch:  # full from the first step on: the checkpoint does not fit
         patch.setattr("clipjax.train.loop.to_global", lambda *a: no_room(4096) or to_global(*a))
-        for words in (
-            [
-                "cannot be written to",
-                f"the last good checkpoint is {clipjax.workdir}/checkpoints/3",
-            ],
-            ["File too large", "step 3 is saved"],
-        ):
-            capfd.readouterr()
-            code = clipjax("train", "--duration.amount", 6)
-            message = capfd.readouterr().err
-            assert code == 1
-            assert all(word in message for word in words), message
-            assert "Traceback" not in message
+        code = clipjax("train", "--duration.amount", 6)
+    message = capfd.readouterr().err
+    assert code == 1
+    assert "cannot be written to" in message
+    assert f"the last good checkpoint is {clipjax.workdir}/checkpoints/3" in message
+    assert "Traceback" not in message
+    gc.collect()  # TensorStore's futures complain when they are collected
     no_room(resource.RLIM_INFINITY)
     # Once there is room, nothing is lost.
     assert clipjax("train", "--duration.amount", 6) == 0
