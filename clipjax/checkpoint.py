@@ -195,15 +195,15 @@ class Checkpoints:
         # Checked here because Orbax's own complaint comes with a storm of tracebacks on stderr.
         saved = self.saved_shapes(step)
         for name, leaf in paths(target):
+            model = name.startswith(("params/", "model_state/"))
+            where = f"checkpoint {self.folder / str(step)} is of another " + (
+                "model" if model else "optimizer, ema or objective"
+            )
             if name not in saved:
-                raise ClipjaxError(
-                    f"checkpoint {self.folder / str(step)} is of another model: it has no {name!r}"
-                    f"{did_you_mean(name, saved)}"
-                )
+                raise ClipjaxError(f"{where}: it has no {name!r}{did_you_mean(name, saved)}")
             if saved[name] != tuple(leaf.shape):
                 raise ClipjaxError(
-                    f"checkpoint {self.folder / str(step)} is of another model: {name!r} has shape "
-                    f"{saved[name]} there and {tuple(leaf.shape)} here"
+                    f"{where}: {name!r} has shape {saved[name]} there and {tuple(leaf.shape)} here"
                 )
 
     def wait(self) -> None:

@@ -132,7 +132,7 @@ def test_folders_that_are_no_run(refused, tmp_path, clipjax):
     assert files(other) == {next(iter(files(other))): b"meow"}
 
 
-def test_a_checkpoint_of_another_model(refused, clipjax):
+def test_a_checkpoint_of_another_model(refused, clipjax, vary):
     assert clipjax("train", "--duration.amount", 2) == 0
     before = files(clipjax.workdir)
     message = refused(
@@ -148,6 +148,8 @@ def test_a_checkpoint_of_another_model(refused, clipjax):
         "--duration.amount",
         4,
     )
+    assert files(clipjax.workdir) == before
+    refused(["another optimizer, ema or objective", "'ema/"], "train", config=vary("ema=Ema(0.9)"))
     assert files(clipjax.workdir) == before
 
 
