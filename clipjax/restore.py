@@ -45,27 +45,31 @@ class Opened:
         return results
 
     def report(self, results: dict[str, float] | None = None) -> Path:
-        """Writes `report.html` into the run's folder.
+        """Writes `report.html` into the run's folder: all processes embed, the first one writes.
 
         Args:
           results: the model's figures; None evaluates.
         """
         from clipjax.evals.retrieval import RetrievalRunner
-        from clipjax.report import environment, write_report
+        from clipjax.report import REPORT_FILE, environment, write_report
 
         results = self.evaluate() if results is None else results
         retrieval = [r for _, r in self.runners if isinstance(r, RetrievalRunner)]
         chance = {name: value for runner in retrieval for name, value in runner.chance().items()}
         first = retrieval[0] if retrieval else None
+        examples = first.examples(self.predictor) if first else ()
+        similarities = first.similarities(self.predictor) if first else None
+        if jax.process_index() != 0:
+            return self.folder / REPORT_FILE
         return write_report(
             self.folder,
             results=results,
             config=to_json(self.run),
             environment=environment(),
             chance=chance,
-            examples=first.examples(self.predictor) if first else (),
-            similarities=first.similarities(self.predictor) if first else None,
-            facts={"step": f"{self.step:,}"},
+            examples=examples,
+            similarities=similarities,
+            facts={"checkpoint": f"step {self.step:,}"},
         )
 
 

@@ -1,7 +1,16 @@
 """The run's folder as one HTML file."""
 
-from clipjax.report.build import write_report
+from clipjax.report.build import REPORT_FILE, read_metrics, write_report
 from clipjax.report.contents import Example, Guess, Ranking, Similarities
 from clipjax.report.environment import environment
 
-__all__ = ["Example", "Guess", "Ranking", "Similarities", "environment", "write_report"]
+__all__ = [
+    "REPORT_FILE",
+    "Example",
+    "Guess",
+    "Ranking",
+    "Similarities",
+    "environment",
+    "read_metrics",
+    "write_report",
+]

@@ -20,6 +20,7 @@ from clipjax.report.contents import Example, Similarities
 from clipjax.report.pictures import heat_uri, picture_uri, strip_uri
 from clipjax.tracking import headline
 
+REPORT_FILE = "report.html"
 ACCENT = (42, 110, 219)
 SMALL_CHARTS = {
     "lr": "Learning rate",
@@ -121,8 +122,8 @@ def write_report(
         json=functools.partial(json.dumps, ensure_ascii=False),
         accent=ACCENT,
     )
-    path = folder / "report.html"
-    temporary = folder / "report.html.tmp"
+    path = folder / REPORT_FILE
+    temporary = folder / (REPORT_FILE + ".tmp")
     temporary.write_text(page, encoding="utf-8", errors="replace")
     os.replace(temporary, path)
     return path

@@ -87,7 +87,7 @@ def make_step(
             batch,
             key,
         )
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = blueprint.transform.update(grads, state.opt_state, moving)
         moving = optax.apply_updates(moving, updates)
