@@ -40,6 +40,7 @@ class Predictor:
       batch_size: pictures or texts per call of the model.
       tokenizer: turns texts into tokens; None for a model that is only given tokens.
       resize: how pictures of another size are brought to `image_size`.
+      mesh: what batches are split over; None: the default device.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Predictor:
         self.tokenizer, self.context_length, self.image_size = tokenizer, context_length, image_size
         self.resize = resize
         self._params, self._model_state = params, model_state
-        self._mesh = mesh
+        self.mesh = mesh
         out = None if mesh is None else replicated(mesh)  # None: wherever the parameters are
         self._image = jax.jit(
             lambda p, s, x: merge(graphdef, p, s).encode_image(x), out_shardings=out
@@ -139,6 +140,22 @@ class Predictor:
                 "normalizes them itself"
             )
         return self._run(self._image, image)
+
+    def encode_image_rows(
+        self, read: Callable[[np.ndarray], np.ndarray], count: int
+    ) -> np.ndarray:
+        """Embeds pictures that are read while the ones before are being embedded.
+
+        Args:
+          read: takes indices [k], ascending within 0 .. count - 1; gives uint8 [k, S, S, 3], S the
+            `image_size`. With several processes, each is asked for the rows of its own devices
+            alone.
+          count: how many there are.
+
+        Returns:
+          float32 [count, E], unit norm, in every process.
+        """
+        return self._stream(self._image, read, count, (self.image_size,) * 2 + (3,), np.uint8)
 
     def encode_text(self, text: Sequence[str] | np.ndarray) -> np.ndarray:
         """Embeds texts.
@@ -204,34 +221,54 @@ class Predictor:
 
     def _run(self, function: Callable[..., jax.Array], rows: np.ndarray) -> np.ndarray:
         """Applies a compiled encoder to all rows, batch by batch."""
-        if not len(rows):
-            shape = jax.ShapeDtypeStruct((self.batch_size, *rows.shape[1:]), rows.dtype)
-            width = jax.eval_shape(function, self._params, self._model_state, shape).shape[1]
+        return self._stream(function, rows.__getitem__, len(rows), rows.shape[1:], rows.dtype)
+
+    def _stream(self, function, read, count: int, shape: tuple[int, ...], dtype) -> np.ndarray:
+        """The same for rows that `read` gives: [k, *shape] of the indices [k] asked for."""
+        if not count:
+            batch = jax.ShapeDtypeStruct((self.batch_size, *shape), dtype)
+            width = jax.eval_shape(function, self._params, self._model_state, batch).shape[1]
             return np.zeros((0, width), np.float32)
         done: list[np.ndarray] = []
         running: collections.deque[jax.Array] = collections.deque()
-        for batch in self._batches(rows):
+        for start in range(0, count, self.batch_size):
+            # Beyond the end the last row again, since zeros need not be a valid input.
+            index = np.minimum(np.arange(start, start + self.batch_size), count - 1)
+            batch = (
+                _read_once(read, index)
+                if self.mesh is None
+                else _spread(read, index, shape, self.mesh)
+            )
             running.append(function(self._params, self._model_state, batch))
             if len(running) >= _IN_FLIGHT:
                 done.append(np.asarray(running.popleft(), np.float32))
         done.extend(np.asarray(output, np.float32) for output in running)
-        return np.concatenate(done)[: len(rows)]
-
-    def _batches(self, rows: np.ndarray) -> Iterator[Any]:
-        for start in range(0, len(rows), self.batch_size):
-            batch = rows[start : start + self.batch_size]
-            if len(batch) < self.batch_size:
-                # Copies of a real row, since zeros need not be a valid input.
-                padding = np.repeat(batch[-1:], self.batch_size - len(batch), axis=0)
-                batch = np.concatenate([batch, padding])
-            yield batch if self._mesh is None else _spread(batch, self._mesh)
+        return np.concatenate(done)[:count]
 
 
-def _spread(batch: np.ndarray, mesh: Mesh) -> jax.Array:
-    """A global array of which each process provides the rows of its own devices."""
-    return jax.make_array_from_callback(
-        batch.shape, batch_sharding(mesh), lambda index: batch[index]
-    )
+def _read_once(read: Callable[[np.ndarray], np.ndarray], index: np.ndarray) -> np.ndarray:
+    """The rows at ascending indices; one that is repeated at the end is read once."""
+    distinct = int(np.searchsorted(index, index[-1])) + 1
+    rows = read(index[:distinct])
+    if distinct == len(index):
+        return rows
+    return np.concatenate([rows, np.repeat(rows[-1:], len(index) - distinct, axis=0)])
+
+
+def _spread(
+    read: Callable[[np.ndarray], np.ndarray], index: np.ndarray, shape: tuple[int, ...], mesh: Mesh
+) -> jax.Array:
+    """A global array of which each process reads the rows of its own devices, each of them once."""
+    pieces: dict[tuple[int, int], np.ndarray] = {}
+
+    def piece(where: tuple[slice, ...]) -> np.ndarray:
+        rows = slice(*where[0].indices(len(index)))
+        key = (rows.start, rows.stop)
+        if key not in pieces:  # devices along the tensor axis share their rows
+            pieces[key] = _read_once(read, index[rows])
+        return pieces[key]
+
+    return jax.make_array_from_callback((len(index), *shape), batch_sharding(mesh), piece)
 
 
 def _scale_and_bias(encoded: Any) -> tuple[jax.Array, jax.Array | None]:
