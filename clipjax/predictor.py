@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -141,9 +141,7 @@ class Predictor:
             )
         return self._run(self._image, image)
 
-    def encode_image_rows(
-        self, read: Callable[[np.ndarray], np.ndarray], count: int
-    ) -> np.ndarray:
+    def encode_image_rows(self, read: Callable[[np.ndarray], np.ndarray], count: int) -> np.ndarray:
         """Embeds pictures that are read while the ones before are being embedded.
 
         Args:

@@ -189,6 +189,12 @@ def top_k(query: np.ndarray, candidates: np.ndarray, k: int) -> tuple[np.ndarray
     return index, np.einsum("qe,qke->qk", np.asarray(query, np.float64), picked)
 
 
+def pair_scores(a: np.ndarray, b: np.ndarray, *, tile: int = 8192) -> np.ndarray:
+    """[n] float64: the exact score of each row of a [n, E] with the same row of b [n, E]."""
+    _check_pair("a", a, "b", b)
+    return _own_scores(_FixedPoint("a", a), _FixedPoint("b", b), np.arange(len(b)), tile)
+
+
 def recall_at(ranks: np.ndarray, k: int) -> float:
     """Share of ranks within the first k: R@k, and top-k accuracy."""
     return float(np.mean(np.asarray(ranks) <= k))

@@ -1,9 +1,9 @@
 """Class names and prompts of well-known data sets, as data files, and how labels find their names.
 
 The files are in `clipjax/evals/classes/`, one a data set: `names` in the order of the labels,
-`templates`, for ImageNet `synsets`, and `labels` where the data set has other names. Names are facts; the templates were written for clipjax in
-the spirit of CLIP's (arXiv:2103.00020, section 3.1.4) and are not those behind published figures.
-A file of one's own has the same form and is given by its path.
+`templates`, for ImageNet `synsets`, and `labels` where the data set has other names. Names are
+facts; the templates were written for clipjax in the spirit of CLIP's (arXiv:2103.00020, section
+3.1.4) and are not those behind published figures. A file of one's own has the same form and is given by its path.
 """
 
 from __future__ import annotations
@@ -205,9 +205,7 @@ def _subset(name: str, path: Path, content: dict[str, Any]) -> ClassSet:
         or any(not isinstance(i, int) or not 0 <= i < len(whole.names) for i in indices)
         or sorted(set(indices)) != indices
     ):
-        raise ClipjaxError(
-            f"{path}: 'classes' must list labels of {whole.name} in ascending order"
-        )
+        raise ClipjaxError(f"{path}: 'classes' must list labels of {whole.name} in ascending order")
     return ClassSet(
         name,
         tuple(whole.names[i] for i in indices),
