@@ -18,6 +18,7 @@ from clipjax.data import load_tokenizer
 from clipjax.errors import ClipjaxError
 from clipjax.evals.base import Evaluator, Runner, build_runners
 from clipjax.evals.retrieval import RetrievalRunner
+from clipjax.evals.zeroshot import ZeroShotRunner
 from clipjax.mesh import MeshShape
 from clipjax.params import abstract, join, select
 from clipjax.predictor import Predictor
@@ -52,6 +53,7 @@ class Opened:
         retrieval = [r for _, r in self.runners if isinstance(r, RetrievalRunner)]
         chance = {name: value for runner in retrieval for name, value in runner.chance().items()}
         first = retrieval[0] if retrieval else None
+        confusions = [r.confusion() for _, r in self.runners if isinstance(r, ZeroShotRunner)]
         return write_report(
             self.folder,
             results=results,
@@ -60,6 +62,7 @@ class Opened:
             chance=chance,
             examples=first.examples(self.predictor) if first else (),
             similarities=first.similarities(self.predictor) if first else None,
+            confusions=[confusion for confusion in confusions if confusion is not None],
             facts={"step": f"{self.step:,}"},
         )
 

@@ -8,6 +8,7 @@ from clipjax.errors import ClipjaxError, did_you_mean
 
 BENCHES = {
     "loss": ("clipjax.bench.loss", "LossBench"),
+    "retrieval": ("clipjax.bench.retrieval", "RetrievalBench"),
 }
 """Name -> module and class: a dataclass whose fields are the options, with `run() -> None`."""
 
