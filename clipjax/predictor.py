@@ -224,8 +224,8 @@ class Predictor:
     def _stream(self, function, read, count: int, shape: tuple[int, ...], dtype) -> np.ndarray:
         """The same for rows that `read` gives: [k, *shape] of the indices [k] asked for."""
         if not count:
-            batch = jax.ShapeDtypeStruct((self.batch_size, *shape), dtype)
-            width = jax.eval_shape(function, self._params, self._model_state, batch).shape[1]
+            like = jax.ShapeDtypeStruct((self.batch_size, *shape), dtype)
+            width = jax.eval_shape(function, self._params, self._model_state, like).shape[1]
             return np.zeros((0, width), np.float32)
         done: list[np.ndarray] = []
         running: collections.deque[jax.Array] = collections.deque()
@@ -259,7 +259,7 @@ def _spread(
     """A global array of which each process reads the rows of its own devices, each of them once."""
     pieces: dict[tuple[int, int], np.ndarray] = {}
 
-    def piece(where: tuple[slice, ...]) -> np.ndarray:
+    def piece(where: Any) -> np.ndarray:
         rows = slice(*where[0].indices(len(index)))
         key = (rows.start, rows.stop)
         if key not in pieces:  # devices along the tensor axis share their rows

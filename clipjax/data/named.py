@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from clipjax.data.folder import ClassFolder, ImageFolder
 from clipjax.data.sources import Source, Tfds
@@ -27,7 +28,7 @@ def named_source(name: str, default_split: str = "test", **fields: str | None) -
     Raises:
       ClipjaxError: fields are given that are for TFDS alone.
     """
-    given = {key: value for key, value in fields.items() if value is not None}
+    given: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
     path = Path(name).expanduser()
     if name.endswith(".tar") or path.is_dir():
         if given:

@@ -76,7 +76,7 @@ def fit_power_law(
     ]
     best = min((_minimize(x / middle, error, start) for start in starts), key=lambda r: r.fun).x
     rng = np.random.default_rng(seed)
-    drawn = []
+    drawn: list[np.ndarray] = []
     while len(drawn) < resamples:
         index = rng.integers(0, len(x), len(x))
         if len(np.unique(x[index])) < 4:
