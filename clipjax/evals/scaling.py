@@ -74,14 +74,15 @@ def fit_power_law(
         for slope in (0.1, 0.3, 0.7)
         for floor in (1e-3, 0.3, 0.9)
     ]
-    best = min((_minimize(x / middle, error, start) for start in starts), key=lambda r: r.fun).x
+    ends = [_minimize(x / middle, error, start, 60) for start in starts]
+    best = _minimize(x / middle, error, min(ends, key=lambda end: end.fun).x, 1000).x
     rng = np.random.default_rng(seed)
     drawn: list[np.ndarray] = []
     while len(drawn) < resamples:
         index = rng.integers(0, len(x), len(x))
         if len(np.unique(x[index])) < 4:
             continue
-        drawn.append(_minimize(x[index] / middle, error[index], best).x)
+        drawn.append(_minimize(x[index] / middle, error[index], best, 200).x)
     curves = np.array([_natural(found, middle) for found in drawn]).reshape(-1, 3)
     a, b, c = _natural(best, middle)
     intervals = {
@@ -132,7 +133,7 @@ def draw_power_law(
     figure.savefig(path, dpi=150)
 
 
-def _minimize(x: np.ndarray, error: np.ndarray, start):
+def _minimize(x: np.ndarray, error: np.ndarray, start, steps: int):
     from scipy.optimize import minimize
 
     log_x, log_error = np.log(x), np.log(error)
@@ -156,7 +157,7 @@ def _minimize(x: np.ndarray, error: np.ndarray, start):
     floor = np.log(error.min()) - 14
     bounds = [(None, None), (-1.0, 5.0), (floor, np.log(error.min()))]
     start = (start[0], float(np.clip(start[1], -1, 5)), float(np.clip(start[2], *bounds[2])))
-    options = {"maxiter": 2000, "ftol": 1e-14, "gtol": 1e-9}
+    options = {"maxiter": steps, "ftol": 1e-12, "gtol": 1e-8}
     return minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
 
 
