@@ -39,7 +39,7 @@ def test_intervals_hold_the_truth_and_narrow_with_the_noise():
     clean = 40.0 * x**-0.3 + 0.12
     widths = []
     for noise in (0.05, 0.005):
-        law = fit_power_law(x, clean * np.exp(rng.normal(size=len(x)) * noise), resamples=60)
+        law = fit_power_law(x, clean * np.exp(rng.normal(size=len(x)) * noise), resamples=40)
         low, high = law.intervals["b"]
         assert low < 0.3 < high
         widths.append(high - low)
