@@ -88,7 +88,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--train-dataset", metavar="NAME[:SPLIT] | PATH",
         help="what linear_probe, knn and few_shot learn from (default: the split train of the data set)")  # fmt: skip
     add("--limit", type=int, help="most records of a split")
-    for key in ("data-dir", "image-key", "caption-key", "label-key"):
+    for key in ("data-dir", "image-key", "caption-key", "language-key", "label-key"):
         add(
             f"--{key}",
             help="of a TFDS data set: where it is" if key == "data-dir" else "of a TFDS data set",
@@ -164,7 +164,7 @@ _ONLY_FOR = {
     "shots": ("few_shot",), "draws": ("few_shot",), "images": ("compositional",),
     "train_dataset": ("linear_probe", "knn", "few_shot"),
 }  # fmt: skip
-_FOR_DATASET = ("limit", "data_dir", "image_key", "caption_key", "label_key")
+_FOR_DATASET = ("limit", "data_dir", "image_key", "caption_key", "language_key", "label_key")
 _FOR_SCALING = ("metric", "x", "plot", "resamples")
 
 
@@ -275,7 +275,7 @@ def _slug(dataset: str) -> str:
 def _source(options: argparse.Namespace, name: str) -> Source:
     from clipjax.data.named import named_source
 
-    keys = ("data_dir", "image_key", "caption_key", "label_key")
+    keys = ("data_dir", "image_key", "caption_key", "language_key", "label_key")
     return named_source(name, **{key: getattr(options, key) for key in keys})
 
 

@@ -22,7 +22,7 @@ def named_source(name: str, default_split: str = "test", **fields: str | None) -
         wanted, its split); a folder with a table captions.csv, .tsv or .jsonl; a folder with one
         folder per class; the path or pattern of WebDataset's .tar files.
       default_split: of a TFDS data set without one.
-      **fields: of `Tfds` (`data_dir`, `label_key`, `caption_key`, `image_key`); None leaves the
+      **fields: of `Tfds` (`data_dir`, `label_key`, `caption_key`, `language_key`, `image_key`); None leaves the
         default.
 
     Raises:
