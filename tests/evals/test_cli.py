@@ -63,11 +63,42 @@ def world(tmp_path_factory):
     return root
 
 
+class OpenedOnce:
+    """A model whose predictor is made once for each batch size, so that the tests compile it once."""
+
+    def __init__(self, pretrained):
+        self._pretrained, self._predictors = pretrained, {}
+
+    def predictor(self, **settings):
+        key = settings.get("batch_size")
+        if key not in self._predictors:
+            self._predictors[key] = self._pretrained.predictor(**settings)
+        return self._predictors[key]
+
+
+@pytest.fixture(scope="module")
+def opened():
+    return {}
+
+
 @pytest.fixture
-def evaluate(world, capsys, monkeypatch):
-    """`evaluate(models, options...)` -> what --json says."""
-    devices = jax.devices()[:1]
+def one_device(opened, monkeypatch):
+    from clipjax import restore
+
+    devices, open_pretrained = jax.devices()[:1], restore.open_pretrained
     monkeypatch.setattr("clipjax.mesh.jax.devices", lambda: devices)
+
+    def open_once(path):
+        if path not in opened:
+            opened[path] = OpenedOnce(open_pretrained(path))
+        return opened[path]
+
+    monkeypatch.setattr(restore, "open_pretrained", open_once)
+
+
+@pytest.fixture
+def evaluate(world, capsys, one_device):
+    """`evaluate(models, options...)` -> what --json says."""
 
     def run(models, *options):
         models = [models] if isinstance(models, (str, Path)) else models
@@ -79,10 +110,7 @@ def evaluate(world, capsys, monkeypatch):
 
 
 @pytest.fixture
-def refused(world, capsys, monkeypatch):
-    devices = jax.devices()[:1]
-    monkeypatch.setattr("clipjax.mesh.jax.devices", lambda: devices)
-
+def refused(world, capsys, one_device):
     def run(models, *options):
         models = [models] if isinstance(models, str) else models
         assert main(["eval", *(str(world / m) for m in models), *map(str, options)]) == 2
@@ -198,9 +226,7 @@ def build_tiny_tfds(folder):
     Colors(data_dir=folder, file_format="array_record").download_and_prepare()
 
 
-def test_a_table_of_several_models(world, capsys, monkeypatch):
-    devices = jax.devices()[:1]
-    monkeypatch.setattr("clipjax.mesh.jax.devices", lambda: devices)
+def test_a_table_of_several_models(world, capsys, one_device):
     models = [str(world / "one"), str(world / "two")]
     data = ["--dataset", str(world / "test-pairs"), "--task", "retrieval"]
     assert main(["eval", *models, *data, "--table", "csv", "--json"]) == 0
@@ -243,15 +269,13 @@ def test_the_robustness_file_is_a_file_of_evaluators():
     ]
 
 
-def test_a_run_and_a_model_side_by_side(evaluate, world, tmp_path, capsys, monkeypatch):
-    devices = jax.devices()[:1]
-    monkeypatch.setattr("clipjax.mesh.jax.devices", lambda: devices)
+def test_a_run_and_a_model_side_by_side(evaluate, world, tmp_path, capsys):
     run = tmp_path / "run"
     assert main(["train", str(TINY), "--workdir", str(run), "--duration.amount", "1"]) == 0
     capsys.readouterr()
     found = evaluate([run, "one"], "--dataset", world / "test-pairs")
     assert found[str(run)]["step"] == 1 and "step" not in found[str(world / "one")]
-    own = evaluate(run, "--batch-size", 3)
+    own = evaluate(run)
     results = json.loads((run / "results.json").read_text())
     assert own["step"] == 1 and own[RETRIEVED] == results[RETRIEVED]
 
