@@ -51,12 +51,14 @@ class Opened:
           results: the model's figures; None evaluates.
         """
         from clipjax.evals.retrieval import RetrievalRunner
+        from clipjax.evals.zeroshot import ZeroShotRunner
         from clipjax.report import REPORT_FILE, environment, write_report
 
         results = self.evaluate() if results is None else results
         retrieval = [r for _, r in self.runners if isinstance(r, RetrievalRunner)]
         chance = {name: value for runner in retrieval for name, value in runner.chance().items()}
         first = retrieval[0] if retrieval else None
+        confusions = [r.confusion() for _, r in self.runners if isinstance(r, ZeroShotRunner)]
         examples = first.examples(self.predictor) if first else ()
         similarities = first.similarities(self.predictor) if first else None
         if jax.process_index() != 0:
@@ -69,6 +71,7 @@ class Opened:
             chance=chance,
             examples=examples,
             similarities=similarities,
+            confusions=[confusion for confusion in confusions if confusion is not None],
             facts={"checkpoint": f"step {self.step:,}"},
         )
 

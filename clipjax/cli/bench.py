@@ -9,6 +9,7 @@ from clipjax.errors import ClipjaxError, did_you_mean
 BENCHES = {
     "caption": ("clipjax.bench.caption", "CaptionBench"),
     "loss": ("clipjax.bench.loss", "LossBench"),
+    "retrieval": ("clipjax.bench.retrieval", "RetrievalBench"),
 }
 """Name -> module and class: a dataclass whose fields are the options, with `run() -> None`."""
 

@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 
 from clipjax.report import charts
-from clipjax.report.contents import Example, Similarities
+from clipjax.report.confusion import row_shares
+from clipjax.report.contents import Confusion, Example, Similarities
 from clipjax.report.pictures import heat_uri, picture_uri, strip_uri
 from clipjax.tracking import headline
 
 REPORT_FILE = "report.html"
 ACCENT = (42, 110, 219)
+MISTAKES = 10  # the most frequent ones, beside a confusion matrix
 SMALL_CHARTS = {
     "lr": "Learning rate",
     "logit_scale": "Logit scale",
@@ -64,6 +66,16 @@ class Heat:
     elsewhere: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Confused:
+    """A confusion matrix, ready to draw, and (class, taken for, how often, of how many)."""
+
+    name: str
+    image: str
+    classes: int
+    mistakes: list[tuple[str, str, int, int]]
+
+
 def write_report(
     run_dir: str | Path,
     *,
@@ -73,6 +85,7 @@ def write_report(
     chance: Mapping[str, float] | None = None,
     examples: Sequence[Example] = (),
     similarities: Similarities | None = None,
+    confusions: Sequence[Confusion] = (),
     title: str | None = None,
     facts: Mapping[str, str] | None = None,
 ) -> Path:
@@ -86,6 +99,7 @@ def write_report(
       chance: what a random order scores, by the same names, where known.
       examples: pictures with the captions they retrieved.
       similarities: pictures against captions.
+      confusions: what classifiers took for what.
       title: heading; default: the folder's name.
       facts: short facts for the line below the heading, such as {"steps": "150"}.
 
@@ -115,6 +129,7 @@ def write_report(
         evaluation_charts=_evaluation_charts(points, results),
         tables=_tables(results),
         heat=_heat(similarities) if similarities is not None else None,
+        confusions=[_confused(c) for c in confusions],
         examples=examples,
         config=config,
         environment=environment,
@@ -231,6 +246,20 @@ def _tables(results: Mapping[str, float]) -> list[ResultTable]:
         table = tables.setdefault(columns, ResultTable([label(c) for c in columns], []))
         table.rows.append((label(prefix), list(cells.values())))
     return list(tables.values())
+
+
+def _confused(confusion: Confusion) -> Confused:
+    """The matrix, and the most frequent mistakes."""
+    counts = np.asarray(confusion.counts)
+    wrong = counts - np.diag(np.diag(counts))
+    worst = np.argsort(-wrong, axis=None, kind="stable")[:MISTAKES]
+    mistakes = [
+        (confusion.classes[i], confusion.classes[j], int(wrong[i, j]), int(counts[i].sum()))
+        for i, j in zip(*np.unravel_index(worst, wrong.shape), strict=True)
+        if wrong[i, j]
+    ]
+    image = heat_uri(row_shares(confusion), 0.0, 1.0, ACCENT)
+    return Confused(label(confusion.name), image, len(counts), mistakes)
 
 
 def _heat(similar: Similarities) -> Heat:

@@ -51,3 +51,15 @@ class Similarities:
     """uint8 [n, H, W, 3]."""
     captions: tuple[str, ...]
     """n captions."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Confusion:
+    """What a classifier took for what."""
+
+    name: str
+    """The evaluator's."""
+    classes: tuple[str, ...]
+    """C names."""
+    counts: np.ndarray
+    """int [C, C]: pictures of a class (row) taken for a class (column)."""
