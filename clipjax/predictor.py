@@ -1,4 +1,4 @@
-"""Predictor: pictures and texts in, embeddings out, in batches of one shape, on any mesh."""
+"""Predictor: pictures and texts in, embeddings (or captions) out, in batches of one shape, on any mesh."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from jax.sharding import Mesh
 from clipjax.data.augment import Resize
 from clipjax.data.tokenizers import TokenizerModel
 from clipjax.errors import ClipjaxError
+from clipjax.generation import Generated, Greedy, Strategy
+from clipjax.generation.generate import compiled, prompt_rows, row_length, special_tokens
 from clipjax.mesh import batch_sharding, batch_shards, replicated
 from clipjax.params import Tree, merge, split
 
@@ -81,6 +83,8 @@ class Predictor:
         self.resize = resize
         self._params, self._model_state = params, model_state
         self._mesh = mesh
+        self._graphdef = graphdef
+        self._captioners: dict[Strategy, Callable[..., Any]] = {}
         out = None if mesh is None else replicated(mesh)  # None: wherever the parameters are
         self._image = jax.jit(
             lambda p, s, x: merge(graphdef, p, s).encode_image(x), out_shardings=out
@@ -128,17 +132,7 @@ class Predictor:
         Raises:
           ClipjaxError: not uint8 RGB pictures.
         """
-        size = self.image_size
-        if isinstance(image, np.ndarray) and image.shape[1:] != (size, size, 3):
-            image = list(image)
-        if not isinstance(image, np.ndarray):
-            image = self._resized(image)
-        if image.dtype != np.uint8:
-            raise ClipjaxError(
-                f"encode_image takes uint8 pixels (0 to 255), not {image.dtype}: the model "
-                "normalizes them itself"
-            )
-        return self._run(self._image, image)
+        return self._run(self._image, self._pictures(image))
 
     def encode_text(self, text: Sequence[str] | np.ndarray) -> np.ndarray:
         """Embeds texts.
@@ -159,6 +153,61 @@ class Predictor:
                 f"{tokens.dtype} {list(tokens.shape)}"
             )
         return self._run(self._text, tokens)
+
+    def caption(
+        self,
+        image: np.ndarray | Sequence[np.ndarray],
+        strategy: Strategy = Greedy(),  # noqa: B008 (frozen)
+        prompt: str | Sequence[str] = "",
+        seed: int = 0,
+    ) -> list[str]:
+        """Captions of pictures, for a model that has a captioning decoder.
+
+        Args:
+          image: as in `encode_image`.
+          strategy: how the next token is chosen; `clipjax.generation` has them.
+          prompt: what every caption, or each of them, begins with; it is part of the result.
+          seed: for strategies that draw at random. A picture's draws depend on the seed and on its
+            place among the pictures, not on batches or the mesh.
+
+        Returns:
+          n captions.
+
+        Raises:
+          ClipjaxError: the model has no decoder or no tokenizer, or a prompt does not fit.
+        """
+        tokens = self.generate(image, strategy, prompt, seed).tokens
+        assert self.tokenizer is not None  # generate refuses to go without
+        return [text.strip() for text in self.tokenizer.decode(np.asarray(tokens))]
+
+    def generate(
+        self,
+        image: np.ndarray | Sequence[np.ndarray],
+        strategy: Strategy = Greedy(),  # noqa: B008 (frozen)
+        prompt: str | Sequence[str] = "",
+        seed: int = 0,
+    ) -> Generated:
+        """What `caption` decodes: tokens int32 [n, L] and scores float32 [n], as NumPy arrays."""
+        if self.tokenizer is None:
+            raise ClipjaxError("this predictor has no tokenizer, and captions cannot do without")
+        images = self._pictures(image)
+        special = special_tokens(self.tokenizer)
+        length = row_length(strategy, special, self.context_length)
+        prompts = prompt_rows(self.tokenizer, prompt, len(images), length)
+        if strategy not in self._captioners:
+            out = None if self._mesh is None else replicated(self._mesh)
+            self._captioners[strategy] = compiled(
+                self._graphdef, strategy, special, out_shardings=out
+            )
+        function = self._captioners[strategy]
+        columns = (images, *prompts, np.arange(len(images), dtype=np.int32))
+        done: list[Generated] = []
+        for batch in zip(*map(self._batches, columns), strict=True):
+            output = function(self._params, self._model_state, batch, np.uint32(seed % 2**32))
+            done.append(jax.tree.map(np.asarray, output))
+        if not done:
+            return Generated(np.zeros((0, length), np.int32), np.zeros(0, np.float32))
+        return Generated(*(np.concatenate(parts)[: len(images)] for parts in zip(*done, strict=True)))
 
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
         """Tokens int32 [n, L] of n strings, worth keeping where texts are embedded again and again.
@@ -190,13 +239,27 @@ class Predictor:
         scale, bias = self._scale_and_bias(self._params, self._model_state, batch)
         return float(scale), None if bias is None else float(bias)
 
+    def _pictures(self, image: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+        """uint8 [n, size, size, 3]: checked, and resized where they must be."""
+        size = self.image_size
+        if isinstance(image, np.ndarray) and image.shape[1:] != (size, size, 3):
+            image = list(image)
+        if not isinstance(image, np.ndarray):
+            image = self._resized(image)
+        if image.dtype != np.uint8:
+            raise ClipjaxError(
+                f"pictures are uint8 pixels (0 to 255), not {image.dtype}: the model "
+                "normalizes them itself"
+            )
+        return image
+
     def _resized(self, images: Sequence[np.ndarray]) -> np.ndarray:
         size = self.image_size
         out = np.empty((len(images), size, size, 3), np.uint8)
         for i, image in enumerate(images):
             if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
                 raise ClipjaxError(
-                    f"encode_image takes uint8 pictures [H, W, 3]; number {i} is {image.dtype} "
+                    f"pictures are uint8 [H, W, 3]; number {i} is {image.dtype} "
                     f"{list(image.shape)}"
                 )
             out[i] = self.resize(image, size)
