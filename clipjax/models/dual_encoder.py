@@ -121,11 +121,11 @@ class DualEncoderModule(nnx.Module):
 
     def _embed_image(self, image, key):
         tokens, pooled = self.image(image, key=key)
-        return tokens, _to_unit(pooled, self.image_projection)
+        return tokens, to_unit(pooled, self.image_projection)
 
     def _embed_text(self, text, key):
         tokens, pooled = self.text(text, key=key)
-        return tokens, _to_unit(pooled, self.text_projection)
+        return tokens, to_unit(pooled, self.text_projection)
 
 
 @jax.custom_vjp
@@ -173,7 +173,7 @@ def _projection(
     return layers.Linear(width, config.embed_dim, rngs, bias=kind == "affine")
 
 
-def _to_unit(pooled: jax.Array, projection: layers.Linear | None) -> jax.Array:
+def to_unit(pooled: jax.Array, projection: layers.Linear | None) -> jax.Array:
     """Projects and normalizes; in float32 after the projection."""
     x = pooled if projection is None else projection(pooled)
     x = x.astype(jnp.float32)

@@ -198,22 +198,26 @@ def changes(before: Any, after: Any, path: str = "") -> list[tuple[str, Any, Any
 
 
 def check_vocabulary(run: Run, tokenizer: Any) -> None:
-    """Refuses a text tower that does not fit the tokenizer, for towers that say what they expect."""
-    text = getattr(run.model, "text", None)
+    """Refuses a text tower (or decoder) that does not fit the tokenizer, where they say what they expect."""
+    for part in ("text", "unimodal"):
+        _check_part(run, part, getattr(run.model, part, None), tokenizer)
+
+
+def _check_part(run: Run, part: str, text: Any, tokenizer: Any) -> None:
     size, length = getattr(text, "vocab_size", None), getattr(text, "context_length", None)
     if size is not None and tokenizer.vocab_size > size:
         raise ClipjaxError(
-            f"model.text.vocab_size={size} is smaller than the tokenizer's {tokenizer.vocab_size} tokens"
+            f"model.{part}.vocab_size={size} is smaller than the tokenizer's {tokenizer.vocab_size} tokens"
         )
     if length is not None and run.data.context_length > length:
         raise ClipjaxError(
-            f"data.context_length={run.data.context_length} is longer than model.text.context_length={length}"
+            f"data.context_length={run.data.context_length} is longer than model.{part}.context_length={length}"
         )
     for name in ("pad_id", "eos_id"):
         wanted, got = getattr(text, name, None), getattr(tokenizer, name)
         if wanted is not None and wanted != got:
             raise ClipjaxError(
-                f"model.text.{name}={wanted}, but the tokenizer's is {got}: make them equal"
+                f"model.{part}.{name}={wanted}, but the tokenizer's is {got}: make them equal"
             )
 
 
