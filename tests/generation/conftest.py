@@ -150,25 +150,35 @@ def complete():
     """`complete(module, memory, strategy, length=..., prompt=None, **more)`: tokens and scores in NumPy."""
     from clipjax.generation import generate
 
-    def run(module, memory, strategy, length=10, prompts=None, **more):
-        rows = np.full((len(memory), length), PAD, np.int32)
-        given = np.ones(len(memory), np.int32)
-        rows[:, 0] = BOS
-        for i, prompt in enumerate(prompts or ()):
-            rows[i, 1 : 1 + len(prompt)] = prompt
-            given[i] += len(prompt)
-        function = jax.jit(
-            lambda memory, rows, given: generate(
+    compiled = {}  # with the module, which keeps its id from being used again
+
+    def function(module, strategy, use_cache):
+        def caption(memory, prompt, prompt_length, seed, rows):
+            return generate(
                 module,
                 memory,
                 strategy,
                 special=SPECIAL,
-                prompt=rows,
-                prompt_length=given,
-                **more,
+                prompt=prompt,
+                prompt_length=prompt_length,
+                seed=seed,
+                rows=rows,
+                use_cache=use_cache,
             )
-        )
-        output = function(memory, rows, given)
+
+        return compiled.setdefault((id(module), strategy, use_cache), (module, jax.jit(caption)))[1]
+
+    def run(
+        module, memory, strategy, length=10, prompts=(), seed=0, rows=None, use_cache=True
+    ):
+        tokens = np.full((len(memory), length), PAD, np.int32)
+        given = np.ones(len(memory), np.int32)
+        tokens[:, 0] = BOS
+        for i, prompt in enumerate(prompts):
+            tokens[i, 1 : 1 + len(prompt)] = prompt
+            given[i] += len(prompt)
+        rows = np.arange(len(memory)) if rows is None else rows
+        output = function(module, strategy, use_cache)(memory, tokens, given, seed, rows)
         return np.asarray(output.tokens), np.asarray(output.scores)
 
     return run

@@ -137,14 +137,14 @@ def every_caption(module, picture, length, length_penalty):
 
 def test_beam_of_width_1_is_greedy(model, memory, complete):
     prompts = [[], [4], [6, 6]] * 3 + [[], []]
-    for extra in ({}, {"repetition_penalty": 1.4, "min_length": 3}):
-        greedy = complete(model, memory, Greedy(**extra), prompts=prompts)
-        for length_penalty in (0.0, 1.0, 3.0):
-            beam = Beam(width=1, length_penalty=length_penalty, **extra)
-            tokens, scores = complete(model, memory, beam, prompts=prompts)
-            np.testing.assert_array_equal(tokens, greedy[0])
-            if length_penalty == 0:
-                np.testing.assert_allclose(scores, greedy[1], rtol=1e-5, atol=1e-5)
+    extra = {"repetition_penalty": 1.4, "min_length": 3}
+    greedy = complete(model, memory, Greedy(**extra), prompts=prompts)
+    for length_penalty in (0.0, 2.0):
+        beam = Beam(width=1, length_penalty=length_penalty, **extra)
+        tokens, scores = complete(model, memory, beam, prompts=prompts)
+        np.testing.assert_array_equal(tokens, greedy[0])
+        if length_penalty == 0:
+            np.testing.assert_allclose(scores, greedy[1], rtol=1e-5, atol=1e-5)
 
 
 def test_a_wider_beam_finds_what_greedy_misses(chain, complete):
@@ -163,15 +163,15 @@ def test_a_wider_beam_finds_what_greedy_misses(chain, complete):
 
 def test_contrastive_search_with_alpha_0_or_k_1_is_greedy(model, memory, complete):
     prompts = [[], [4], [6, 6]] * 3 + [[], []]
-    for extra in ({}, {"repetition_penalty": 1.4}):
-        greedy = complete(model, memory, Greedy(**extra), prompts=prompts)
-        for strategy in (
-            ContrastiveSearch(alpha=0.0, k=5, **extra),
-            ContrastiveSearch(alpha=0.9, k=1, **extra),
-        ):
-            tokens, scores = complete(model, memory, strategy, prompts=prompts)
-            np.testing.assert_array_equal(tokens, greedy[0])
-            np.testing.assert_allclose(scores, greedy[1], rtol=1e-5, atol=1e-5)
+    extra = {"repetition_penalty": 1.4, "min_length": 3}
+    greedy = complete(model, memory, Greedy(**extra), prompts=prompts)
+    for strategy in (
+        ContrastiveSearch(alpha=0.0, k=5, **extra),
+        ContrastiveSearch(alpha=0.9, k=1, **extra),
+    ):
+        tokens, scores = complete(model, memory, strategy, prompts=prompts)
+        np.testing.assert_array_equal(tokens, greedy[0])
+        np.testing.assert_allclose(scores, greedy[1], rtol=1e-5, atol=1e-5)
 
 
 def test_contrastive_search_follows_the_published_score(model, memory, complete):
@@ -211,22 +211,36 @@ def test_samples_have_the_frequencies_of_the_model(chain, complete):
     probs = np.full((6, 6), 1e-12)
     probs[BOS, 3:] = 0.5, 0.3, 0.2
     probs[3:, EOS] = 1.0
-    memory = np.zeros((4000, 1, 1))
-    module = chain(probs, np.eye(6))
+    strategy = Sample(temperature=0.5, top_k=2)
+    tokens, scores = complete(chain(probs, np.eye(6)), np.zeros((4000, 1, 1)), strategy, 3)
+    frequencies = np.bincount(tokens[:, 1], minlength=6) / 4000
+    # Standard deviation: .007
+    np.testing.assert_allclose(frequencies[3:], [0.25 / 0.34, 0.09 / 0.34, 0], atol=0.03)
+    np.testing.assert_allclose(np.exp(scores), probs[BOS, tokens[:, 1]], rtol=1e-4)
 
-    def frequencies(**settings):
-        tokens, scores = complete(module, memory, Sample(**settings), 3)
-        np.testing.assert_allclose(np.exp(scores), probs[BOS, tokens[:, 1]], rtol=1e-4)
-        return np.bincount(tokens[:, 1], minlength=6)[3:] / 4000
 
-    # Standard deviation of a frequency: at most .008
-    np.testing.assert_allclose(frequencies(), [0.5, 0.3, 0.2], atol=0.03)
-    np.testing.assert_allclose(frequencies(top_k=2), [0.625, 0.375, 0], atol=0.03)
-    np.testing.assert_allclose(frequencies(top_p=0.5), [1, 0, 0], atol=0)
-    np.testing.assert_allclose(frequencies(top_p=0.51), [0.625, 0.375, 0], atol=0.03)
-    np.testing.assert_allclose(frequencies(top_p=0.81), [0.5, 0.3, 0.2], atol=0.03)
-    squares = np.array([0.25, 0.09, 0.04])
-    np.testing.assert_allclose(frequencies(temperature=0.5), squares / squares.sum(), atol=0.03)
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [0.5, 0.3, 0.15, 0.05]),
+        ({"top_k": 2}, [0.625, 0.375, 0, 0]),
+        ({"top_k": 9}, [0.5, 0.3, 0.15, 0.05]),
+        ({"top_p": 0.01}, [1, 0, 0, 0]),
+        ({"top_p": 0.5}, [1, 0, 0, 0]),
+        ({"top_p": 0.51}, [0.625, 0.375, 0, 0]),
+        ({"top_p": 0.9}, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
+        # top_p counts in what top_k leaves: .625 of it is the first alone.
+        ({"top_k": 2, "top_p": 0.6}, [1, 0, 0, 0]),
+        ({"temperature": 0.5}, np.array([25, 9, 2.25, 0.25]) / 36.5),
+        # Squared and normalized: .685, .247, ...
+        ({"temperature": 0.5, "top_p": 0.7}, [25 / 34, 9 / 34, 0, 0]),
+    ],
+)
+def test_what_samples_are_drawn_from(settings, expected):
+    order = np.array([2, 0, 3, 1])  # the vocabulary is not sorted by probability
+    log_probs = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))[:, order]
+    kept = Sample(**settings).truncate(log_probs)
+    np.testing.assert_allclose(jax.nn.softmax(kept)[0], np.array(expected)[order], atol=1e-6)
 
 
 def test_samples_depend_on_the_seed_and_the_row_alone(model, memory, complete):
