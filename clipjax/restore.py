@@ -17,6 +17,7 @@ from clipjax.config import Run
 from clipjax.data import load_tokenizer
 from clipjax.errors import ClipjaxError
 from clipjax.evals.base import Evaluator, Runner, build_runners
+from clipjax.evals.captioning import CaptioningRunner
 from clipjax.evals.retrieval import RetrievalRunner
 from clipjax.mesh import MeshShape
 from clipjax.params import abstract, join, select
@@ -52,6 +53,7 @@ class Opened:
         retrieval = [r for _, r in self.runners if isinstance(r, RetrievalRunner)]
         chance = {name: value for runner in retrieval for name, value in runner.chance().items()}
         first = retrieval[0] if retrieval else None
+        captioning = [r for _, r in self.runners if isinstance(r, CaptioningRunner)]
         return write_report(
             self.folder,
             results=results,
@@ -59,6 +61,7 @@ class Opened:
             environment=environment(),
             chance=chance,
             examples=first.examples(self.predictor) if first else (),
+            captions=captioning[0].examples(self.predictor) if captioning else (),
             similarities=first.similarities(self.predictor) if first else None,
             facts={"step": f"{self.step:,}"},
         )

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from clipjax.report import charts
-from clipjax.report.contents import Example, Similarities
+from clipjax.report.contents import CaptionExample, Example, Similarities
 from clipjax.report.pictures import heat_uri, picture_uri, strip_uri
 from clipjax.tracking import headline
 
@@ -71,6 +71,7 @@ def write_report(
     environment: Mapping[str, Any] | None = None,
     chance: Mapping[str, float] | None = None,
     examples: Sequence[Example] = (),
+    captions: Sequence[CaptionExample] = (),
     similarities: Similarities | None = None,
     title: str | None = None,
     facts: Mapping[str, str] | None = None,
@@ -84,6 +85,7 @@ def write_report(
       environment: what `environment()` returned.
       chance: what a random order scores, by the same names, where known.
       examples: pictures with the captions they retrieved.
+      captions: pictures with the captions that the model wrote.
       similarities: pictures against captions.
       title: heading; default: the folder's name.
       facts: short facts for the line below the heading, such as {"steps": "150"}.
@@ -115,6 +117,7 @@ def write_report(
         tables=_tables(results),
         heat=_heat(similarities) if similarities is not None else None,
         examples=examples,
+        captions=captions,
         config=config,
         environment=environment,
         chart=charts,
