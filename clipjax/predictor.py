@@ -42,6 +42,7 @@ class Predictor:
       batch_size: pictures or texts per call of the model.
       tokenizer: turns texts into tokens; None for a model that is only given tokens.
       resize: how pictures of another size are brought to `image_size`.
+      mesh: what batches are split over; None: the default device.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Predictor:
         self.tokenizer, self.context_length, self.image_size = tokenizer, context_length, image_size
         self.resize = resize
         self._params, self._model_state = params, model_state
-        self._mesh = mesh
+        self.mesh = mesh
         self._graphdef = graphdef
         self._captioners: dict[Strategy, Callable[..., Any]] = {}
         out = None if mesh is None else replicated(mesh)  # None: wherever the parameters are
@@ -134,6 +135,20 @@ class Predictor:
         """
         return self._run(self._image, self._pictures(image))
 
+    def encode_image_rows(self, read: Callable[[np.ndarray], np.ndarray], count: int) -> np.ndarray:
+        """Embeds pictures that are read while the ones before are being embedded.
+
+        Args:
+          read: takes indices [k], ascending within 0 .. count - 1; gives uint8 [k, S, S, 3], S the
+            `image_size`. With several processes, each is asked for the rows of its own devices
+            alone.
+          count: how many there are.
+
+        Returns:
+          float32 [count, E], unit norm, in every process.
+        """
+        return self._stream(self._image, read, count, (self.image_size,) * 2 + (3,), np.uint8)
+
     def encode_text(self, text: Sequence[str] | np.ndarray) -> np.ndarray:
         """Embeds texts.
 
@@ -176,9 +191,18 @@ class Predictor:
         Raises:
           ClipjaxError: the model has no decoder or no tokenizer, or a prompt does not fit.
         """
-        tokens = self.generate(image, strategy, prompt, seed).tokens
-        assert self.tokenizer is not None  # generate refuses to go without
-        return [text.strip() for text in self.tokenizer.decode(np.asarray(tokens))]
+        return self._decoded(self.generate(image, strategy, prompt, seed))
+
+    def caption_rows(
+        self,
+        read: Callable[[np.ndarray], np.ndarray],
+        count: int,
+        strategy: Strategy = Greedy(),  # noqa: B008 (frozen)
+        prompt: str | Sequence[str] = "",
+        seed: int = 0,
+    ) -> list[str]:
+        """`caption` of pictures that are read batch by batch, as by `encode_image_rows`."""
+        return self._decoded(self._generate(read, count, strategy, prompt, seed))
 
     def generate(
         self,
@@ -188,26 +212,38 @@ class Predictor:
         seed: int = 0,
     ) -> Generated:
         """What `caption` decodes: tokens int32 [n, L] and scores float32 [n], as NumPy arrays."""
+        images = self._pictures(image)
+        return self._generate(images.__getitem__, len(images), strategy, prompt, seed)
+
+    def _generate(self, read, count, strategy, prompt, seed) -> Generated:
         if self.tokenizer is None:
             raise ClipjaxError("this predictor has no tokenizer, and captions cannot do without")
-        images = self._pictures(image)
         special = special_tokens(self.tokenizer)
         length = row_length(strategy, special, self.context_length)
-        prompts = prompt_rows(self.tokenizer, prompt, len(images), length)
+        prompts = prompt_rows(self.tokenizer, prompt, count, length)
         if strategy not in self._captioners:
-            out = None if self._mesh is None else replicated(self._mesh)
+            out = None if self.mesh is None else replicated(self.mesh)
             self._captioners[strategy] = compiled(
                 self._graphdef, strategy, special, out_shardings=out
             )
         function = self._captioners[strategy]
-        columns = (images, *prompts, np.arange(len(images), dtype=np.int32))
+        pixels = (self.image_size, self.image_size, 3)
         done: list[Generated] = []
-        for batch in zip(*map(self._batches, columns), strict=True):
+        for index in self._indices(count):
+            batch = (
+                self._batch(read, index, pixels),
+                *(self._batch(rows.__getitem__, index, rows.shape[1:]) for rows in prompts),
+                self._batch(lambda rows: rows.astype(np.int32), index, ()),
+            )
             output = function(self._params, self._model_state, batch, np.uint32(seed % 2**32))
             done.append(jax.tree.map(np.asarray, output))
         if not done:
             return Generated(np.zeros((0, length), np.int32), np.zeros(0, np.float32))
-        return Generated(*(np.concatenate(parts)[: len(images)] for parts in zip(*done, strict=True)))
+        return Generated(*(np.concatenate(parts)[:count] for parts in zip(*done, strict=True)))
+
+    def _decoded(self, generated: Generated) -> list[str]:
+        assert self.tokenizer is not None  # _generate refuses to go without
+        return [text.strip() for text in self.tokenizer.decode(np.asarray(generated.tokens))]
 
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
         """Tokens int32 [n, L] of n strings, worth keeping where texts are embedded again and again.
@@ -259,42 +295,65 @@ class Predictor:
         for i, image in enumerate(images):
             if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
                 raise ClipjaxError(
-                    f"pictures are uint8 [H, W, 3]; number {i} is {image.dtype} "
-                    f"{list(image.shape)}"
+                    f"pictures are uint8 [H, W, 3]; number {i} is {image.dtype} {list(image.shape)}"
                 )
             out[i] = self.resize(image, size)
         return out
 
     def _run(self, function: Callable[..., jax.Array], rows: np.ndarray) -> np.ndarray:
         """Applies a compiled encoder to all rows, batch by batch."""
-        if not len(rows):
-            shape = jax.ShapeDtypeStruct((self.batch_size, *rows.shape[1:]), rows.dtype)
-            width = jax.eval_shape(function, self._params, self._model_state, shape).shape[1]
+        return self._stream(function, rows.__getitem__, len(rows), rows.shape[1:], rows.dtype)
+
+    def _stream(self, function, read, count: int, shape: tuple[int, ...], dtype) -> np.ndarray:
+        """The same for rows that `read` gives: [k, *shape] of the indices [k] asked for."""
+        if not count:
+            batch = jax.ShapeDtypeStruct((self.batch_size, *shape), dtype)
+            width = jax.eval_shape(function, self._params, self._model_state, batch).shape[1]
             return np.zeros((0, width), np.float32)
         done: list[np.ndarray] = []
         running: collections.deque[jax.Array] = collections.deque()
-        for batch in self._batches(rows):
+        for index in self._indices(count):
+            batch = self._batch(read, index, shape)
             running.append(function(self._params, self._model_state, batch))
             if len(running) >= _IN_FLIGHT:
                 done.append(np.asarray(running.popleft(), np.float32))
         done.extend(np.asarray(output, np.float32) for output in running)
-        return np.concatenate(done)[: len(rows)]
+        return np.concatenate(done)[:count]
 
-    def _batches(self, rows: np.ndarray) -> Iterator[Any]:
-        for start in range(0, len(rows), self.batch_size):
-            batch = rows[start : start + self.batch_size]
-            if len(batch) < self.batch_size:
-                # Copies of a real row, since zeros need not be a valid input.
-                padding = np.repeat(batch[-1:], self.batch_size - len(batch), axis=0)
-                batch = np.concatenate([batch, padding])
-            yield batch if self._mesh is None else _spread(batch, self._mesh)
+    def _indices(self, count: int) -> Iterator[np.ndarray]:
+        """The rows of each batch: beyond the end the last one again, as zeros need not be valid."""
+        for start in range(0, count, self.batch_size):
+            yield np.minimum(np.arange(start, start + self.batch_size), count - 1)
+
+    def _batch(self, read, index: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | jax.Array:
+        if self.mesh is None:
+            return _read_once(read, index)
+        return _spread(read, index, shape, self.mesh)
 
 
-def _spread(batch: np.ndarray, mesh: Mesh) -> jax.Array:
-    """A global array of which each process provides the rows of its own devices."""
-    return jax.make_array_from_callback(
-        batch.shape, batch_sharding(mesh), lambda index: batch[index]
-    )
+def _read_once(read: Callable[[np.ndarray], np.ndarray], index: np.ndarray) -> np.ndarray:
+    """The rows at ascending indices; one that is repeated at the end is read once."""
+    distinct = int(np.searchsorted(index, index[-1])) + 1
+    rows = read(index[:distinct])
+    if distinct == len(index):
+        return rows
+    return np.concatenate([rows, np.repeat(rows[-1:], len(index) - distinct, axis=0)])
+
+
+def _spread(
+    read: Callable[[np.ndarray], np.ndarray], index: np.ndarray, shape: tuple[int, ...], mesh: Mesh
+) -> jax.Array:
+    """A global array of which each process reads the rows of its own devices, each of them once."""
+    pieces: dict[tuple[int, int], np.ndarray] = {}
+
+    def piece(where: tuple[slice, ...]) -> np.ndarray:
+        rows = slice(*where[0].indices(len(index)))
+        key = (rows.start, rows.stop)
+        if key not in pieces:  # devices along the tensor axis share their rows
+            pieces[key] = _read_once(read, index[rows])
+        return pieces[key]
+
+    return jax.make_array_from_callback((len(index), *shape), batch_sharding(mesh), piece)
 
 
 def _scale_and_bias(encoded: Any) -> tuple[jax.Array, jax.Array | None]:

@@ -10,6 +10,7 @@ from clipjax.data import Source, UnreadableRecord, load_eval
 from clipjax.errors import ClipjaxError
 from clipjax.evals import caption_metrics, java_metrics
 from clipjax.evals.base import Evaluator, Runner
+from clipjax.evals.embed import embed_images
 from clipjax.evals.metrics import top_k
 from clipjax.evals.retrieval import merge_equal, spaced
 from clipjax.generation import Greedy, Strategy
@@ -99,7 +100,7 @@ class CaptioningRunner(Runner):
                 if not config.languages or language in config.languages:
                     references[owner].setdefault(text, language)
         kept = [i for i, own in enumerate(references) if own]
-        self._images = data.images[rows[kept]]
+        self._images, self._rows = data.images, rows[kept]
         self._references = [references[i] for i in kept]
         self._check_languages(data.languages)
         self._training = self._training_captions() if config.training is not None else []
@@ -107,24 +108,22 @@ class CaptioningRunner(Runner):
 
     def evaluate(self, predictor: Predictor) -> dict[str, float]:
         config = self.evaluator
-        captions = self._caption(predictor, self._images)
-        image = predictor.encode_image(self._images) if config.embeddings else None
-        sets = {"": captions}
-        if image is not None and config.training is not None:
+        image = embed_images(predictor, self._images, self._rows)
+        kept = np.flatnonzero(~self._images.unreadable[self._rows])
+        image, references = image[kept], [self._references[i] for i in kept]
+        sets = {"": self._caption(predictor, self._rows[kept])}
+        if config.training is not None:
             sets["retrieved/"] = self._nearest(predictor, image)
+        main, *others = config.languages or (None,)
         results: dict[str, float] = {}
-        for kind, texts in sets.items():
-            tokens = [self._tokens(text) for text in texts]
-            text = None if image is None else predictor.encode_text(texts)
-            first, *others = config.languages or (None,)
-            figures = self._figures(predictor, tokens, first, image, text)
+        for kind, captions in sets.items():
+            figures = self._figures(captions, references, main)
+            if config.embeddings:
+                figures |= self._clip_scores(predictor, image, captions, references, main)
+            for language in (main, *others) if others else ():
+                in_language = self._figures(captions, references, language)
+                figures |= {f"{language}/{name}": value for name, value in in_language.items()}
             results |= {f"{config.name}/{kind}{name}": value for name, value in figures.items()}
-            for language in (first, *others) if others else ():
-                figures = self._figures(predictor, tokens, language)
-                results |= {
-                    f"{config.name}/{kind}{language}/{name}": value
-                    for name, value in figures.items()
-                }
         return results
 
     def examples(self, predictor: Predictor, count: int = 24) -> list[CaptionExample]:
@@ -135,10 +134,10 @@ class CaptioningRunner(Runner):
           count: pictures, evenly spaced over the split.
         """
         self.prepare(predictor)
-        chosen = spaced(len(self._images), count)
-        images = self._images[chosen]
+        chosen = spaced(len(self._rows), count)
+        images = self._images[self._rows[chosen]]
         references = [tuple(self._references[i])[:3] for i in chosen]
-        captions = self._caption(predictor, images)
+        captions = self._caption(predictor, self._rows[chosen])
         image = predictor.encode_image(images) if self.evaluator.embeddings else None
         nearest = self._nearest(predictor, image) if self._training and image is not None else None
 
@@ -163,39 +162,47 @@ class CaptioningRunner(Runner):
             for i, caption in enumerate(scored(captions, everyone))
         ]
 
-    def _caption(self, predictor: Predictor, images: np.ndarray) -> list[str]:
+    def _caption(self, predictor: Predictor, rows: np.ndarray) -> list[str]:
         config = self.evaluator
-        return predictor.caption(images, config.strategy, config.prompt, config.seed)
+        return predictor.caption_rows(
+            lambda index: self._images[rows[index]],
+            len(rows),
+            config.strategy,
+            config.prompt,
+            config.seed,
+        )
 
     def _figures(
+        self, captions: list[str], references: list[dict[str, str]], language: str | None
+    ) -> dict[str, float]:
+        """Figures of captions as text, against the references in a language (None: in all)."""
+        rows, texts = _spoken(references, language)
+        candidates = [self._tokens(captions[i]) for i in rows]
+        wanted = [[self._tokens(text) for text in own] for own in texts]
+        bleu = caption_metrics.bleu(candidates, wanted)
+        figures = {f"BLEU-{n}": value for n, value in enumerate(bleu, 1)}
+        figures["ROUGE-L"] = float(caption_metrics.rouge_l(candidates, wanted).mean())
+        figures["CIDEr-D"] = float(caption_metrics.cider_d(candidates, wanted).mean())
+        return figures | java_metrics.score(self._java(), candidates, wanted)
+
+    def _clip_scores(
         self,
         predictor: Predictor,
-        tokens: list[list[str]],
+        image: np.ndarray,
+        captions: list[str],
+        references: list[dict[str, str]],
         language: str | None,
-        image: np.ndarray | None = None,
-        text: np.ndarray | None = None,
     ) -> dict[str, float]:
-        """Figures of captions against the references in a language (None: in all)."""
-        texts = [
-            [reference for reference, spoken in own.items() if language in (None, spoken)]
-            for own in self._references
-        ]
-        rows = [i for i, own in enumerate(texts) if own]
-        candidates = [tokens[i] for i in rows]
-        references = [[self._tokens(reference) for reference in texts[i]] for i in rows]
-        bleu = caption_metrics.bleu(candidates, references)
-        figures = {f"BLEU-{n}": value for n, value in enumerate(bleu, 1)}
-        figures["ROUGE-L"] = float(caption_metrics.rouge_l(candidates, references).mean())
-        figures["CIDEr-D"] = float(caption_metrics.cider_d(candidates, references).mean())
-        if image is not None and text is not None:
-            image, text = image[rows], text[rows]
-            owner = np.repeat(np.arange(len(rows)), [len(texts[i]) for i in rows])
-            reference = predictor.encode_text([r for i in rows for r in texts[i]])
-            figures["CLIPScore"] = float(caption_metrics.clip_score(image, text).mean())
-            figures["RefCLIPScore"] = float(
-                caption_metrics.ref_clip_score(image, text, reference, owner).mean()
-            )
-        return figures | java_metrics.score(self._java(), candidates, references)
+        """Figures of captions by the model's own embeddings."""
+        rows, texts = _spoken(references, language)
+        image, caption = image[rows], predictor.encode_text([captions[i] for i in rows])
+        owner = np.repeat(np.arange(len(rows)), [len(own) for own in texts])
+        reference = predictor.encode_text([text for own in texts for text in own])
+        with_references = caption_metrics.ref_clip_score(image, caption, reference, owner)
+        return {
+            "CLIPScore": float(caption_metrics.clip_score(image, caption).mean()),
+            "RefCLIPScore": float(with_references.mean()),
+        }
 
     def _java(self) -> list[str]:
         config = self.evaluator
@@ -244,3 +251,12 @@ class CaptioningRunner(Runner):
                 )
         if not self._references:
             raise ClipjaxError(f"{config.source} has no captions to compare with")
+
+
+def _spoken(
+    references: list[dict[str, str]], language: str | None
+) -> tuple[list[int], list[list[str]]]:
+    """(pictures with references in a language, those references); None: in any."""
+    texts = [[t for t, spoken in own.items() if language in (None, spoken)] for own in references]
+    rows = [i for i, own in enumerate(texts) if own]
+    return rows, [texts[i] for i in rows]

@@ -54,6 +54,18 @@ class Similarities:
 
 
 @dataclasses.dataclass(frozen=True)
+class Confusion:
+    """What a classifier took for what."""
+
+    name: str
+    """The evaluator's."""
+    classes: tuple[str, ...]
+    """C names."""
+    counts: np.ndarray
+    """int [C, C]: pictures of a class (row) taken for a class (column)."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ScoredCaption:
     """A caption beside a picture."""
 

@@ -52,7 +52,7 @@ def test_an_empty_caption_scores_nothing():
     ("text", "tokens"),
     [
         ("A man's dog, running!", ["a", "mans", "dog", "running"]),
-        ("T-shirt/jeans — \"new\"  (two)", ["t", "shirt", "jeans", "new", "two"]),
+        ('T-shirt/jeans — "new"  (two)', ["t", "shirt", "jeans", "new", "two"]),
         ("ÉCOLE ＡＢＣ ½", ["école", "abc", "1⁄2"]),
         ("笑顔の犬、two", ["笑", "顔", "の", "犬", "two"]),
         ("中文emoji。", ["中", "文", "emoji"]),

@@ -168,9 +168,7 @@ def complete():
 
         return compiled.setdefault((id(module), strategy, use_cache), (module, jax.jit(caption)))[1]
 
-    def run(
-        module, memory, strategy, length=10, prompts=(), seed=0, rows=None, use_cache=True
-    ):
+    def run(module, memory, strategy, length=10, prompts=(), seed=0, rows=None, use_cache=True):
         tokens = np.full((len(memory), length), PAD, np.int32)
         given = np.ones(len(memory), np.int32)
         tokens[:, 0] = BOS

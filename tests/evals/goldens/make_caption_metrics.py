@@ -15,13 +15,51 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
 SETS = 240
-NOUNS = "dog cat man woman child horse train bus pizza table ball frisbee kite bird boat 山 狗 café".split()
-WHAT = "red small old two wooden happy striped very large".split()
-DOES = "sits stands runs on on in near under with holding next to looking at".split()
+NOUNS = [
+    "dog",
+    "cat",
+    "man",
+    "woman",
+    "child",
+    "horse",
+    "train",
+    "bus",
+    "pizza",
+    "table",
+    "ball",
+    "frisbee",
+    "kite",
+    "bird",
+    "boat",
+    "山",
+    "狗",
+    "café",
+]
+WHAT = ["red", "small", "old", "two", "wooden", "happy", "striped", "very", "large"]
+DOES = [
+    "sits",
+    "stands",
+    "runs",
+    "on",
+    "on",
+    "in",
+    "near",
+    "under",
+    "with",
+    "holding",
+    "next",
+    "to",
+    "looking",
+    "at",
+]
 
 
 def phrase(rng):
-    return ["a"] * (rng.random() < 0.8) + rng.sample(WHAT, rng.choice((0, 0, 1, 2))) + [rng.choice(NOUNS)]
+    return (
+        ["a"] * (rng.random() < 0.8)
+        + rng.sample(WHAT, rng.choice((0, 0, 1, 2)))
+        + [rng.choice(NOUNS)]
+    )
 
 
 def caption(rng):
@@ -56,7 +94,13 @@ def main():
     references, candidates = [], []
     for _ in range(SETS):
         first = caption(rng)
-        own = [first, *(noisy(rng, first) if rng.random() < 0.5 else caption(rng) for _ in range(rng.randrange(5)))]
+        own = [
+            first,
+            *(
+                noisy(rng, first) if rng.random() < 0.5 else caption(rng)
+                for _ in range(rng.randrange(5))
+            ),
+        ]
         candidates.append(noisy(rng, rng.choice(own)) if rng.random() < 0.9 else caption(rng))
         references.append(own)
     gts = {i: [" ".join(r) for r in own] for i, own in enumerate(references)}
