@@ -191,7 +191,7 @@ class Predictor:
         Raises:
           ClipjaxError: the model has no decoder or no tokenizer, or a prompt does not fit.
         """
-        return self._decoded(self.generate(image, strategy, prompt, seed))
+        return self.decode(self.generate(image, strategy, prompt, seed))
 
     def caption_rows(
         self,
@@ -202,7 +202,7 @@ class Predictor:
         seed: int = 0,
     ) -> list[str]:
         """`caption` of pictures that are read batch by batch, as by `encode_image_rows`."""
-        return self._decoded(self._generate(read, count, strategy, prompt, seed))
+        return self.decode(self._generate(read, count, strategy, prompt, seed))
 
     def generate(
         self,
@@ -215,7 +215,7 @@ class Predictor:
         images = self._pictures(image)
         return self._generate(images.__getitem__, len(images), strategy, prompt, seed)
 
-    def _generate(self, read, count, strategy, prompt, seed) -> Generated:
+    def _generate(self, read, count: int, strategy: Strategy, prompt, seed: int) -> Generated:
         if self.tokenizer is None:
             raise ClipjaxError("this predictor has no tokenizer, and captions cannot do without")
         special = special_tokens(self.tokenizer)
@@ -228,7 +228,7 @@ class Predictor:
             )
         function = self._captioners[strategy]
         pixels = (self.image_size, self.image_size, 3)
-        done: list[Generated] = []
+        done: list[Any] = []
         for index in self._indices(count):
             batch = (
                 self._batch(read, index, pixels),
@@ -237,12 +237,13 @@ class Predictor:
             )
             output = function(self._params, self._model_state, batch, np.uint32(seed % 2**32))
             done.append(jax.tree.map(np.asarray, output))
-        if not done:
-            return Generated(np.zeros((0, length), np.int32), np.zeros(0, np.float32))
-        return Generated(*(np.concatenate(parts)[:count] for parts in zip(*done, strict=True)))
+        empty = Generated(np.zeros((0, length), np.int32), np.zeros(0, np.float32))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], empty, *done)
 
-    def _decoded(self, generated: Generated) -> list[str]:
-        assert self.tokenizer is not None  # _generate refuses to go without
+    def decode(self, generated: Generated) -> list[str]:
+        """The n captions that `generate` gave, as text."""
+        if self.tokenizer is None:
+            raise ClipjaxError("this predictor has no tokenizer to read captions with")
         return [text.strip() for text in self.tokenizer.decode(np.asarray(generated.tokens))]
 
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:

@@ -15,6 +15,7 @@ from clipjax.errors import ClipjaxError, did_you_mean
 VERBS = {
     "train": "train CONFIG --workdir DIR, or continue what DIR holds",
     "eval": "run a run's evaluators on one of its checkpoints",
+    "caption": "write captions of pictures with a run's or a model's decoder",
     "report": "write a run's report.html again",
     "config": "print the resolved configuration of a config file or a run",
     "bench": "measure what the documentation claims",

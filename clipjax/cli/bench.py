@@ -7,6 +7,7 @@ import importlib
 from clipjax.errors import ClipjaxError, did_you_mean
 
 BENCHES = {
+    "generate": ("clipjax.bench.generate", "GenerateBench"),
     "loss": ("clipjax.bench.loss", "LossBench"),
 }
 """Name -> module and class: a dataclass whose fields are the options, with `run() -> None`."""

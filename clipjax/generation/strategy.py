@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clipjax.component import Component
 from clipjax.errors import ClipjaxError
@@ -32,8 +33,8 @@ class Generated(NamedTuple):
         counted, the prompt not), as the strategy's docstring qualifies it.
     """
 
-    tokens: jax.Array
-    scores: jax.Array
+    tokens: jax.Array | np.ndarray
+    scores: jax.Array | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
