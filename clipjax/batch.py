@@ -38,8 +38,8 @@ class Encoded:
     """
 
     image: jax.Array
-    text: jax.Array | None
-    logit_scale: jax.Array | None
+    text: jax.Array
+    logit_scale: jax.Array
     logit_bias: jax.Array | None = None
     image_tokens: jax.Array | None = None
     text_tokens: jax.Array | None = None

@@ -245,8 +245,8 @@ class CoCaModule(nnx.Module):
     def __init__(self, config: CoCa, rngs: nnx.Rngs):
         self.config = config
         self.image = config.image.build(rngs)
-        self.text = None if config.text is None else config.text.build(rngs)
-        self.unimodal = None if config.unimodal is None else config.unimodal.build(rngs)
+        self.text: Any = None if config.text is None else config.text.build(rngs)
+        self.unimodal: Any = None if config.unimodal is None else config.unimodal.build(rngs)
         width, image_width = config.decoder.width, _width(self.image, config.image, "image")
         memory_width = image_width if config.poolers is None else width
         self.decoder = CaptionDecoderModule(config.decoder, config.first_half, memory_width, rngs)
@@ -364,8 +364,8 @@ class CoCaModule(nnx.Module):
         hidden = self._first_half.hidden(tokens)[0]
         return self._predict(self.decoder(hidden, memory))
 
-    def scale(self) -> jax.Array | None:
-        """float32 []: `exp(logit_scale)`, at most `logit_scale_max`."""
+    def scale(self) -> Any:
+        """float32 []: `exp(logit_scale)`, at most `logit_scale_max`; None if the model only captions."""
         if self.logit_scale is None:
             return None
         log_scale, maximum = self.logit_scale[...], self.config.logit_scale_max
@@ -378,13 +378,13 @@ class CoCaModule(nnx.Module):
     def _see(self, image, key):
         """The image tower's tokens, the embedding [B, E] and the memory [B, Q, D]."""
         tokens, pooled = self.image(image, key=key)
-        memory = tokens
-        if self.memory_pool is not None:
+        memory, poolers = tokens, self.config.poolers
+        if poolers is not None and self.memory_pool is not None:
             memory = self.memory_pool(tokens)
-            if self.config.poolers.layout == "single":
+            if poolers.layout == "single":
                 pooled, memory = memory[:, 0], memory[:, 1:]
             elif self.contrast_pool is not None:
-                seen = memory if self.config.poolers.layout == "cascade" else tokens
+                seen = memory if poolers.layout == "cascade" else tokens
                 pooled = self.contrast_pool(seen)[:, 0]
         return tokens, to_unit(pooled, self.image_projection), memory
 
@@ -416,10 +416,9 @@ class CoCaModule(nnx.Module):
         """Features [B, L - 1, D] from which text[:, 1:] is predicted."""
         embed_key, parallel_key, block_key = layers.keys(key, 3)
         if hidden is None:
-            hidden = self.unimodal.hidden(text[:, :-1], key=embed_key)[0]
-        else:
-            hidden = hidden[:, :-1]
-        mask = attention_mask(hidden.shape[1], True, None)
+            hidden = self.unimodal.hidden(text, key=embed_key)[0]
+        hidden = hidden[:, :-1]  # nothing follows the last token
+        mask: Any = attention_mask(hidden.shape[1], True, None)
         if self.decoder.mask_token is not None and parallel_key is not None:
             rate = self.config.decoder.parallel
             chosen = jax.random.bernoulli(parallel_key, rate, (len(hidden), 1, 1))
@@ -487,7 +486,7 @@ def _pools(
     return memory, QueryPool(settings, rngs, queries=1, context_width=context, **norms)
 
 
-def _width(module: nnx.Module, config: Tower, name: str) -> int:
+def _width(module: Any, config: Tower | None, name: str) -> int:
     width = getattr(module, "width", None)
     if not isinstance(width, int):
         raise ClipjaxError(

@@ -139,9 +139,7 @@ class TextTransformerModule(nnx.Module):
         hidden, pooled = self.hidden(text, key=key)
         return self.norm(hidden), pooled
 
-    def hidden(
-        self, text: jax.Array, *, key: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array | None]:
+    def hidden(self, text: jax.Array, *, key: jax.Array | None = None) -> tuple[jax.Array, Any]:
         """`__call__` before the last norm: what a decoder's second half goes on from.
 
         Returns:
@@ -187,7 +185,7 @@ class TextTransformerModule(nnx.Module):
         positions = jax.lax.dynamic_slice_in_dim(self.positions[...], start, text.shape[1])
         return (self.embedding[...][text] + positions).astype(self.config.dtype)
 
-    def _pool(self, x: jax.Array, text: jax.Array, valid: jax.Array | None) -> jax.Array | None:
+    def _pool(self, x: jax.Array, text: jax.Array, valid: jax.Array | None) -> Any:
         if self.norm is None:
             return None
         if self.class_token is not None:

@@ -185,6 +185,8 @@ class Block(nnx.Module):
         self.attn = Attention(config, rngs, out_std=out_std)
         self.norm2 = norm(config.width)
         self.mlp = Mlp(config, rngs, out_std=out_std)
+        self.cross: Attention | None
+        self.cross_mlp: Mlp | None
         if memory_width is None:
             self.cross = self.cross_mlp = None
             return
@@ -250,7 +252,7 @@ class Block(nnx.Module):
         x = x + layers.dropout(attended, self.dropout, keys[0])
         if memory is None:
             return self._add_mlp(x, keys[1])
-        if self.cross_mlp is None:
+        if self.cross_mlp is None or self.norm_cross_mlp is None:
             x = self._add_cross(x, memory, keys[2])
             return self._add_mlp(x, keys[1])
         x = self._add_cross(self._add_mlp(x, keys[1]), memory, keys[2])
@@ -260,6 +262,7 @@ class Block(nnx.Module):
         return x + layers.dropout(self.mlp(self.norm2(x)), self.dropout, key)
 
     def _add_cross(self, x, memory, key):
+        assert self.cross is not None
         return x + layers.dropout(self.cross.attend(self.norm_cross(x), *memory), self.dropout, key)
 
 
@@ -271,7 +274,7 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) ->
 
 
 def apply_stack(
-    blocks: nnx.Module | None,
+    blocks: Any,
     x: jax.Array,
     config: Transformer,
     *,
@@ -306,7 +309,7 @@ def apply_stack(
 
 
 def start_cache(
-    blocks: nnx.Module | None,
+    blocks: Any,
     config: Transformer,
     rows: int,
     length: int,
@@ -337,7 +340,7 @@ def start_cache(
 
 
 def decode_stack(
-    blocks: nnx.Module | None, x: jax.Array, config: Transformer, start: jax.Array, cache: Cache
+    blocks: Any, x: jax.Array, config: Transformer, start: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
     """`apply_stack` under a causal mask, for positions whose past is in the cache.
 
