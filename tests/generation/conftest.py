@@ -96,7 +96,8 @@ class Words:
     def encode(self, texts, context_length):
         rows = np.full((len(texts), context_length), PAD, np.int32)
         for row, text in zip(rows, texts, strict=True):
-            ids = [BOS, *(int(word[1:]) for word in text.split())][: context_length - 1] + [EOS]
+            ids = [BOS, *(int(word[1:]) for word in text.split())][: context_length - 1]
+            ids.append(EOS)
             row[: len(ids)] = ids
         return rows
 
@@ -166,7 +167,8 @@ def complete():
                 use_cache=use_cache,
             )
 
-        return compiled.setdefault((id(module), strategy, use_cache), (module, jax.jit(caption)))[1]
+        key = (id(module), strategy, use_cache)
+        return compiled.setdefault(key, (module, jax.jit(caption)))[1]
 
     def run(module, memory, strategy, length=10, prompts=(), seed=0, rows=None, use_cache=True):
         tokens = np.full((len(memory), length), PAD, np.int32)
