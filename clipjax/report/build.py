@@ -29,11 +29,13 @@ SMALL_CHARTS = {
     "bad_steps": "Skipped steps",
 }
 """Figures of training that get a chart besides the loss, where they are logged."""
+FULL_SCALE = {"CIDEr-D": 10.0, "CLIPScore": 2.5}
+"""Greatest value of figures that go beyond 1."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """A headline figure: its value as text, 0..1 for the bar, and what chance would give."""
+    """A headline figure: its value as text, 0..1 for the bar, and what chance or a baseline gives."""
 
     label: str
     value: str
@@ -180,8 +182,12 @@ def _tiles(results: Mapping[str, float], chance: Mapping[str, float]) -> dict[st
     tiles: dict[str, list[Tile]] = {}
     for name, value in headline(results).items():
         evaluator, _, rest = name.partition("/")
-        by_chance = f"chance {figure(name, chance[name])}" if name in chance else ""
-        tile = Tile(label(rest or name), figure(name, value), min(max(value, 0.0), 1.0), by_chance)
+        beside = f"chance {figure(name, chance[name])}" if name in chance else ""
+        baseline = f"{evaluator}/retrieved/{rest}"
+        if baseline in results:
+            beside = f"nearest training caption {figure(baseline, results[baseline])}"
+        share = min(max(value / FULL_SCALE.get(rest, 1.0), 0.0), 1.0)
+        tile = Tile(label(rest or name), figure(name, value), share, beside)
         tiles.setdefault(evaluator, []).append(tile)
     return tiles
 
@@ -218,7 +224,8 @@ def _evaluation_charts(
             short = label(name.split("/", 1)[-1])
             values = [(x, 100 * y) for x, y in points[name]]
             series.append(charts.Series(short, values, color, dashed))
-        drawn.append(charts.line_chart(f"{label(evaluator)}, %", series, from_zero=True))
+        unit = "x 100" if any(last in FULL_SCALE for last in lasts) else "%"
+        drawn.append(charts.line_chart(f"{label(evaluator)}, {unit}", series, from_zero=True))
     return [chart for chart in drawn if chart is not None]
 
 
