@@ -222,10 +222,7 @@ class Predictor:
         length = row_length(strategy, special, self.context_length)
         prompts = prompt_rows(self.tokenizer, prompt, count, length)
         if strategy not in self._captioners:
-            out = None if self.mesh is None else replicated(self.mesh)
-            self._captioners[strategy] = compiled(
-                self._graphdef, strategy, special, out_shardings=out
-            )
+            self._captioners[strategy] = compiled(self._graphdef, strategy, special, self.mesh)
         function = self._captioners[strategy]
         pixels = (self.image_size, self.image_size, 3)
         done: list[Any] = []

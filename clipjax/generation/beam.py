@@ -53,6 +53,7 @@ class Beam(Strategy):
         cut_off = self._scores(beams.totals, task, beams.position)
         cut_off = jnp.where(beams.done[:, None], -jnp.inf, cut_off)
         scores, tokens = _best(
+            task,
             jnp.concatenate([beams.ended_scores, cut_off], axis=1),
             jnp.concatenate([beams.ended, beams.tokens], axis=1),
             1,
@@ -69,7 +70,7 @@ class Beam(Strategy):
 
         # Twice the width: a beam ends in one way only, so that `width` of these go on.
         position = beams.position + 1
-        totals, index = jax.lax.top_k(candidates.reshape(count, -1), 2 * width)
+        totals, index = task.top_k(candidates.reshape(count, -1), 2 * width)
         parent, token = index // vocabulary, (index % vocabulary).astype(jnp.int32)
         tokens = jnp.take_along_axis(beams.tokens, parent[:, :, None], axis=1)
         tokens = put(tokens, position, token)
@@ -78,6 +79,7 @@ class Beam(Strategy):
         # Ended captions count where they are among the best `width`, as open ones do.
         counts = ends & (jnp.arange(2 * width) < width) & ~beams.done[:, None]
         ended_scores, ended = _best(
+            task,
             jnp.concatenate(
                 [
                     beams.ended_scores,
@@ -88,7 +90,7 @@ class Beam(Strategy):
             jnp.concatenate([beams.ended, tokens], axis=1),
             width,
         )
-        totals, chosen = jax.lax.top_k(jnp.where(ends, -jnp.inf, totals), width)
+        totals, chosen = task.top_k(jnp.where(ends, -jnp.inf, totals), width)
         parent = jnp.take_along_axis(parent, chosen, axis=1)
         full = (ended_scores > -jnp.inf).all(axis=1)
         overtaken = self._bound(totals[:, 0], task, position) <= ended_scores[:, 0]
@@ -123,7 +125,9 @@ class _Beams:
     done: jax.Array  # [B]
 
 
-def _best(scores: jax.Array, tokens: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+def _best(
+    task: Task, scores: jax.Array, tokens: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array]:
     """The `count` best of [B, n] scores, best first, with their tokens [B, n, L]."""
-    scores, index = jax.lax.top_k(scores, count)
+    scores, index = task.top_k(scores, count)
     return scores, jnp.take_along_axis(tokens, index[:, :, None], axis=1)

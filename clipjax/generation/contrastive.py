@@ -59,7 +59,7 @@ class ContrastiveSearch(Strategy):
         count, length = rows.tokens.shape
         k = min(self.k, rows.log_probs.shape[1])
         position = rows.position + 1
-        log_probs, token = jax.lax.top_k(rows.log_probs, k)
+        log_probs, token = task.top_k(rows.log_probs, k)
         tokens = put(jnp.repeat(rows.tokens[:, None], k, axis=1), position, token)
         flat = tokens.reshape(count * k, length)
 

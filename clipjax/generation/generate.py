@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from clipjax.data.tokenizers import TokenizerModel
 from clipjax.errors import ClipjaxError
 from clipjax.generation.decoder import Cached, Captioner, Uncached
 from clipjax.generation.greedy import Greedy
 from clipjax.generation.strategy import Generated, SpecialTokens, Strategy, Task
+from clipjax.mesh import replicated
 from clipjax.params import merge
 
 
@@ -29,6 +30,7 @@ def generate(
     seed: int | jax.Array = 0,
     rows: jax.Array | None = None,
     use_cache: bool = True,
+    mesh: Mesh | None = None,
 ) -> Generated:
     """Completes prompts, inside `jax.jit` or outside.
 
@@ -45,15 +47,16 @@ def generate(
       seed: for strategies that draw.
       rows: int32 [B], numbers that the rows draw by; default: 0, 1, ...
       use_cache: False runs the whole row again at every position, for comparison.
+      mesh: what the rows are split over, if they are; B is a multiple of its batch shards.
     """
     rows = jnp.arange(len(memory)) if rows is None else rows
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
     decoder = (Cached if use_cache else Uncached)(module, memory)
-    return strategy.search(Task(decoder, prompt, prompt_length, keys, special))
+    return strategy.search(Task(decoder, prompt, prompt_length, keys, special, mesh))
 
 
 def compiled(
-    graphdef: nnx.GraphDef, strategy: Strategy, special: SpecialTokens, **jit: Any
+    graphdef: nnx.GraphDef, strategy: Strategy, special: SpecialTokens, mesh: Mesh | None = None
 ) -> Callable[..., Generated]:
     """`function(params, model_state, (image, prompt, prompt_length, row), seed) -> Generated`.
 
@@ -61,7 +64,7 @@ def compiled(
       graphdef: static structure of the model.
       strategy: how tokens are chosen.
       special: the tokens that are no text.
-      **jit: keyword arguments of `jax.jit`.
+      mesh: what the rows are split over; every device gets all captions.
     """
 
     def caption(params, model_state, batch, seed):
@@ -80,9 +83,11 @@ def compiled(
             prompt_length=prompt_length,
             seed=seed,
             rows=row,
+            mesh=mesh,
         )
 
-    return jax.jit(caption, **jit)
+    # None: wherever the parameters are.
+    return jax.jit(caption, out_shardings=None if mesh is None else replicated(mesh))
 
 
 def special_tokens(tokenizer: TokenizerModel) -> SpecialTokens:

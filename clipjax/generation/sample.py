@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from clipjax.generation.stepwise import token_by_token
 from clipjax.generation.strategy import Generated, Strategy, Task
+
+TopK = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,18 +38,18 @@ class Sample(Strategy):
 
     def search(self, task: Task) -> Generated:
         def draw(log_probs: jax.Array, position: jax.Array) -> jax.Array:
-            kept = self.truncate(log_probs)
+            kept = self.truncate(log_probs, task.top_k)
             keys = jax.vmap(jax.random.fold_in, (0, None))(task.keys, position)
             noise = jax.vmap(lambda key: jax.random.gumbel(key, kept.shape[1:]))(keys)
             return jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)
 
         return token_by_token(self, task, draw)
 
-    def truncate(self, log_probs: jax.Array) -> jax.Array:
+    def truncate(self, log_probs: jax.Array, top_k: TopK = jax.lax.top_k) -> jax.Array:
         """Log-probabilities [B, V], up to a constant, of what is drawn from; -inf is never drawn."""
         logits = log_probs / self.temperature
         if self.top_k is not None:
-            least = jax.lax.top_k(logits, min(self.top_k, logits.shape[1]))[0][:, -1:]
+            least = top_k(logits, min(self.top_k, logits.shape[1]))[0][:, -1:]
             logits = jnp.where(logits >= least, logits, -jnp.inf)
         if self.top_p < 1:
             ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from clipjax.component import Component
 from clipjax.errors import ClipjaxError
 from clipjax.generation.decoder import Decoder
+from clipjax.mesh import BATCH_AXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Task:
       prompt_length: int32 [B], tokens of each row that are given, bos counted; at least 1.
       keys: PRNG keys [B]; only what draws at random uses them.
       special: the tokens that are no text.
+      mesh: what the rows are split over; None: one device.
     """
 
     decoder: Decoder
@@ -54,11 +58,26 @@ class Task:
     prompt_length: jax.Array
     keys: jax.Array
     special: SpecialTokens
+    mesh: Mesh | None = None
 
     @property
     def length(self) -> int:
         """L, positions of a row."""
         return self.prompt.shape[1]
+
+    def top_k(self, x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+        """`jax.lax.top_k` of [B, n], each device for its own rows.
+
+        The partitioner does not always know that it may: left alone it gathers [B, n].
+        """
+        if self.mesh is None:
+            return jax.lax.top_k(x, k)
+        split = PartitionSpec(BATCH_AXES)
+        own = jax.shard_map(
+            functools.partial(jax.lax.top_k, k=k), mesh=self.mesh, in_specs=split, out_specs=split
+        )
+        values, index = own(x)
+        return values, index
 
     def generated(self, position: jax.Array) -> jax.Array:
         """[B]: how many tokens a row has beyond its prompt once `position` is filled; at least 1."""

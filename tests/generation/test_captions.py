@@ -1,13 +1,16 @@
 """Captions from pictures: `Predictor.caption`, on any mesh, and the same of a real CoCa."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from clipjax.errors import ClipjaxError
-from clipjax.generation import Beam, ContrastiveSearch, Greedy, Sample
-from clipjax.mesh import MeshShape
+from clipjax.generation import Beam, ContrastiveSearch, Greedy, Sample, SpecialTokens
+from clipjax.generation.generate import compiled
+from clipjax.mesh import MeshShape, batch_sharding
 from clipjax.models import CoCa
 from clipjax.models.coca import CaptionDecoder, Poolers
 from clipjax.params import merge, split
@@ -45,6 +48,18 @@ def test_captions_depend_on_neither_batch_nor_mesh(name, predictor, pictures):
         generated = many.generate(pictures, strategy, prompts, seed=3)
         np.testing.assert_array_equal(generated.tokens, one.tokens)
         np.testing.assert_allclose(generated.scores, one.scores, atol=1e-5)
+
+
+def test_no_device_waits_for_another_but_to_stop(scribe, pictures):
+    """In the loop nothing travels but whether all have ended; at its end, the captions."""
+    mesh = MeshShape(2, 4).build()
+    graphdef, params, state = split(scribe(3))
+    function = compiled(graphdef, Beam(width=3), SpecialTokens(bos=1, eos=2, pad=0), mesh)
+    columns = (pictures[:8], np.ones((8, 5), np.int32), np.ones(8, np.int32), np.arange(8))
+    batch = jax.device_put(columns, batch_sharding(mesh))
+    text = function.lower(params, state, batch, 0).compile().as_text()
+    collective = r"= (\S+?)(?:\{\S*)? (?:all-|collective|reduce-scatter)[a-z-]+\("
+    assert set(re.findall(collective, text)) == {"pred[]", "f32[8]", "s32[8,5]"}
 
 
 def test_captions_are_text_and_begin_with_the_prompt(predictor, pictures):
