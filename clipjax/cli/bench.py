@@ -7,6 +7,7 @@ import importlib
 from clipjax.errors import ClipjaxError, did_you_mean
 
 BENCHES = {
+    "caption": ("clipjax.bench.caption", "CaptionBench"),
     "generate": ("clipjax.bench.generate", "GenerateBench"),
     "loss": ("clipjax.bench.loss", "LossBench"),
 }

@@ -22,7 +22,7 @@ class Captioning(PerExample):
     """The padding token; those at the end of a row are not predicted."""
     pad_is_end: bool = False
     """A row's first padding token is its end-of-text token, and predicted (SigLIP's tokenizer)."""
-    chunk: int = 4096
+    chunk: int = 2048
     """Words of the vocabulary at a time: logits are [B, L, chunk] at most."""
 
     def __post_init__(self):

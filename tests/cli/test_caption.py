@@ -13,7 +13,7 @@ from clipjax.cli import main
 from clipjax.data import BPE
 from clipjax.generation import Beam, ContrastiveSearch, Sample
 from clipjax.models import CaptionDecoder, CoCa, DualEncoder, Poolers
-from clipjax.params import split
+from clipjax.params import abstract
 from clipjax.towers import TextTransformer, ViT
 
 SIZES = {"width": 16, "heads": 2, "depth": 1}
@@ -21,7 +21,9 @@ IMAGE = ViT(image_size=8, patch_size=4, pool="mean", **SIZES)
 
 
 def save(model, folder):
-    _, params, state = split(model.build(nnx.Rngs(0)))
+    _, shapes, state = abstract(lambda: model.build(nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
     tokenizer = BPE(vocab_size=280).build(iter(["a cat", "a dog on a mat"]))
     clipjax.Pretrained(model, params, state, tokenizer, context_length=8, image_size=8).save(folder)
     return folder
