@@ -23,7 +23,7 @@ IMAGE = ViT(image_size=8, patch_size=4, pool="mean", **SIZES)
 def save(model, folder):
     _, shapes, state = abstract(lambda: model.build(nnx.Rngs(0)))
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
+    params = jax.tree.map(lambda x: np.asarray(rng.normal(0, 0.3, x.shape), np.float32), shapes)
     tokenizer = BPE(vocab_size=280).build(iter(["a cat", "a dog on a mat"]))
     clipjax.Pretrained(model, params, state, tokenizer, context_length=8, image_size=8).save(folder)
     return folder

@@ -159,9 +159,11 @@ def coca():
     assert not state
     # Large enough for pictures and the past to matter, which they hardly do as drawn by `build`.
     rng = np.random.default_rng(0)
-    draw = lambda leaf: (
-        rng.normal(size=leaf.shape).astype(np.float32) * max(leaf.shape[-1], 4) ** -0.5
-    )
+
+    def draw(leaf):
+        fan_in = max(leaf.shape[-2:][0], 4) if leaf.ndim > 1 else 4
+        return np.asarray(rng.normal(0, fan_in**-0.5, leaf.shape), np.float32)
+
     return graphdef, jax.tree.map(draw, shapes), state
 
 
