@@ -1,4 +1,4 @@
-"""Predictor: pictures and texts in; embeddings, similarities and classes out; on any mesh.
+"""Predictor: pictures and texts in; embeddings, similarities, classes and captions out; on any mesh.
 
 It is what `clipjax.load` returns and what evaluators are given.
 """
@@ -22,6 +22,8 @@ from clipjax.data.augment import Resize
 from clipjax.data.images import decode
 from clipjax.data.tokenizers import TokenizerModel
 from clipjax.errors import ClipjaxError
+from clipjax.generation import Generated, Greedy, Strategy
+from clipjax.generation.generate import compiled, prompt_rows, row_length, special_tokens
 from clipjax.mesh import batch_sharding, batch_shards, replicated
 from clipjax.params import Tree, merge, split
 
@@ -139,6 +141,8 @@ class Predictor:
             lambda p, s, x: _scale_and_bias(merge(graphdef, p, s)(x)),
             out_shardings=out,
         )
+        self._graphdef = graphdef
+        self._captioners: dict[Strategy, Callable[..., Any]] = {}
         self._known_scalars: tuple[float, float | None] | None = None
 
     @classmethod
@@ -301,6 +305,81 @@ class Predictor:
         """
         return self.resize(decode(image, name), self.image_size)
 
+    def caption(
+        self,
+        images: Picture | Sequence[Picture] | np.ndarray,
+        strategy: Strategy = Greedy(),  # noqa: B008 (frozen)
+        prompt: str | Sequence[str] = "",
+        seed: int = 0,
+    ) -> Any:
+        """Captions of pictures, for a model that has a captioning decoder.
+
+        Args:
+          images: as for `encode_image`.
+          strategy: how the next token is chosen; `clipjax.generation` has them.
+          prompt: what every caption, or each of them, begins with; it is part of the result.
+          seed: for strategies that draw at random. A picture's draws depend on the seed and on its
+            place among the pictures, not on batches or the mesh.
+
+        Returns:
+          n captions, a list of strings; for one picture, its caption.
+
+        Raises:
+          ClipjaxError: the model has no decoder or no tokenizer, or a prompt does not fit.
+        """
+        if _is_one_picture(images):
+            return self.caption([images], strategy, prompt, seed)[0]  # type: ignore[list-item]
+        return self.decode(self.generate(images, strategy, prompt, seed))  # type: ignore[arg-type]
+
+    def caption_rows(
+        self,
+        read: Callable[[np.ndarray], np.ndarray],
+        count: int,
+        strategy: Strategy = Greedy(),  # noqa: B008 (frozen)
+        prompt: str | Sequence[str] = "",
+        seed: int = 0,
+    ) -> list[str]:
+        """`caption` of pictures that are read batch by batch, as by `encode_image_rows`."""
+        return self.decode(self._generate(read, count, strategy, prompt, seed))
+
+    def generate(
+        self,
+        images: Sequence[Picture] | np.ndarray,
+        strategy: Strategy = Greedy(),  # noqa: B008 (frozen)
+        prompt: str | Sequence[str] = "",
+        seed: int = 0,
+    ) -> Generated:
+        """What `caption` decodes: tokens int32 [n, L] and scores float32 [n], as NumPy arrays."""
+        return self._generate(*self._reader(images), strategy, prompt, seed)
+
+    def _generate(self, read, count: int, strategy: Strategy, prompt, seed: int) -> Generated:
+        if self.tokenizer is None:
+            raise ClipjaxError("this predictor has no tokenizer, and captions cannot do without")
+        special = special_tokens(self.tokenizer)
+        length = row_length(strategy, special, self.context_length)
+        prompts = prompt_rows(self.tokenizer, prompt, count, length)
+        if strategy not in self._captioners:
+            self._captioners[strategy] = compiled(self._graphdef, strategy, special, self.mesh)
+        function = self._captioners[strategy]
+        pixels = (self.image_size, self.image_size, 3)
+        done: list[Any] = []
+        for index in self._indices(count):
+            batch = (
+                self._batch(read, index, pixels),
+                *(self._batch(rows.__getitem__, index, rows.shape[1:]) for rows in prompts),
+                self._batch(lambda rows: rows.astype(np.int32), index, ()),
+            )
+            output = function(self._params, self._model_state, batch, np.uint32(seed % 2**32))
+            done.append(jax.tree.map(np.asarray, output))
+        empty = Generated(np.zeros((0, length), np.int32), np.zeros(0, np.float32))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], empty, *done)
+
+    def decode(self, generated: Generated) -> list[str]:
+        """The n captions that `generate` gave, as text."""
+        if self.tokenizer is None:
+            raise ClipjaxError("this predictor has no tokenizer to read captions with")
+        return [text.strip() for text in self.tokenizer.decode(np.asarray(generated.tokens))]
+
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
         """Tokens int32 [n, L] of n strings, worth keeping where texts are embedded again and again.
 
@@ -349,7 +428,7 @@ class Predictor:
                 return images.__getitem__, len(images)
             if images.ndim != 4:
                 raise ClipjaxError(
-                    "encode_image takes pictures uint8 [n, H, W, 3] or [H, W, 3], not "
+                    "pictures are uint8 [n, H, W, 3] or [H, W, 3], not "
                     f"{images.dtype} {list(images.shape)}"
                 )
         pictures: list[Any] = list(images)

@@ -50,6 +50,7 @@ class Opened:
         Args:
           results: the model's figures; None evaluates.
         """
+        from clipjax.evals.captioning import CaptioningRunner
         from clipjax.evals.retrieval import RetrievalRunner
         from clipjax.evals.zeroshot import ZeroShotRunner
         from clipjax.report import REPORT_FILE, environment, write_report
@@ -60,6 +61,8 @@ class Opened:
         first = retrieval[0] if retrieval else None
         confusions = [r.confusion() for _, r in self.runners if isinstance(r, ZeroShotRunner)]
         examples = first.examples(self.predictor) if first else ()
+        captioning = [r for _, r in self.runners if isinstance(r, CaptioningRunner)]
+        captions = captioning[0].examples(self.predictor) if captioning else ()
         similarities = first.similarities(self.predictor) if first else None
         if jax.process_index() != 0:
             return self.folder / REPORT_FILE
@@ -70,6 +73,7 @@ class Opened:
             environment=environment(),
             chance=chance,
             examples=examples,
+            captions=captions,
             similarities=similarities,
             confusions=[confusion for confusion in confusions if confusion is not None],
             facts={"checkpoint": f"step {self.step:,}"},

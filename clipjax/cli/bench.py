@@ -8,6 +8,7 @@ from clipjax.errors import ClipjaxError, did_you_mean
 
 BENCHES = {
     "caption": ("clipjax.bench.caption", "CaptionBench"),
+    "generate": ("clipjax.bench.generate", "GenerateBench"),
     "loss": ("clipjax.bench.loss", "LossBench"),
     "retrieval": ("clipjax.bench.retrieval", "RetrievalBench"),
 }

@@ -1,6 +1,7 @@
 """Evaluators: retrieval, classification with and without examples, probes, and the role for one's own."""
 
 from clipjax.evals.base import Evaluator, Every, Runner, build_runners
+from clipjax.evals.captioning import Captioning, CaptioningRunner
 from clipjax.evals.compositional import Compositional
 from clipjax.evals.few_shot import FewShot
 from clipjax.evals.geometry import Geometry
@@ -11,6 +12,8 @@ from clipjax.evals.zeroshot import ZeroShot, ZeroShotRunner
 
 __all__ = [
     "KNN",
+    "Captioning",
+    "CaptioningRunner",
     "Compositional",
     "Evaluator",
     "Every",

@@ -83,7 +83,7 @@ class RetrievalRunner(Runner):
             return
         config = self.evaluator
         data = load_eval(config.source, predictor.image_size, config.limit, predictor.resize)
-        rows, owners = _merge_equal(data.ids)
+        rows, owners = merge_equal(data.ids)
         self._images, self._rows = data.images, rows
         spoken = [
             (text, languages[j] if languages else "", int(owner))
@@ -139,7 +139,7 @@ class RetrievalRunner(Runner):
         searched = [(code, self._subset(code)) for code in self.languages[:languages]]
         searched = searched or [("", self._subset(None))]
         pairs = searched[0][1]
-        chosen = pairs.images[_spaced(len(pairs.images), count)]
+        chosen = pairs.images[spaced(len(pairs.images), count)]
         image = predictor.encode_image(self._pixels(chosen))
         rankings = [self._rank(code, p, chosen, image, text, k) for code, p in searched]
         first = {
@@ -160,7 +160,7 @@ class RetrievalRunner(Runner):
         self.prepare(predictor)
         pairs = self._subset(self.languages[0] if self.languages else None)
         texts, owners = self._first_captions(pairs)
-        chosen = _spaced(len(owners), count)
+        chosen = spaced(len(owners), count)
         images = self._pixels(np.array(owners)[chosen])
         captions = tuple(texts[i] for i in chosen)
         scores = predictor.encode_image(images) @ predictor.encode_text(list(captions)).T
@@ -232,7 +232,7 @@ class RetrievalRunner(Runner):
         return rankings
 
 
-def _merge_equal(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def merge_equal(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(rows of the first of each id, in order; for each row, the place of its id among them)."""
     _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
     order = np.argsort(first)
@@ -241,6 +241,6 @@ def _merge_equal(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return first[order], place[inverse]
 
 
-def _spaced(size: int, count: int) -> np.ndarray:
+def spaced(size: int, count: int) -> np.ndarray:
     """`count` of `range(size)`, evenly spaced; all of it if there are fewer."""
     return np.unique(np.linspace(0, size - 1, min(count, size)).round().astype(int))

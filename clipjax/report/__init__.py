@@ -1,14 +1,23 @@
 """The run's folder as one HTML file."""
 
 from clipjax.report.build import REPORT_FILE, read_metrics, write_report
-from clipjax.report.contents import Example, Guess, Ranking, Similarities
+from clipjax.report.contents import (
+    CaptionExample,
+    Example,
+    Guess,
+    Ranking,
+    ScoredCaption,
+    Similarities,
+)
 from clipjax.report.environment import environment
 
 __all__ = [
     "REPORT_FILE",
+    "CaptionExample",
     "Example",
     "Guess",
     "Ranking",
+    "ScoredCaption",
     "Similarities",
     "environment",
     "read_metrics",

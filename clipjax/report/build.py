@@ -17,7 +17,7 @@ import numpy as np
 
 from clipjax.report import charts
 from clipjax.report.confusion import row_shares
-from clipjax.report.contents import Confusion, Example, Similarities
+from clipjax.report.contents import CaptionExample, Confusion, Example, Similarities
 from clipjax.report.pictures import heat_uri, picture_uri, strip_uri
 from clipjax.tracking import headline
 
@@ -32,11 +32,13 @@ SMALL_CHARTS = {
     "bad_steps": "Skipped steps",
 }
 """Figures of training that get a chart besides the loss, where they are logged."""
+FULL_SCALE = {"CIDEr-D": 10.0, "CLIPScore": 2.5}
+"""Greatest value of figures that go beyond 1."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """A headline figure: its value as text, 0..1 for the bar, and what chance would give."""
+    """A headline figure: its value as text, 0..1 for the bar, and what chance or a baseline gives."""
 
     label: str
     value: str
@@ -84,6 +86,7 @@ def write_report(
     environment: Mapping[str, Any] | None = None,
     chance: Mapping[str, float] | None = None,
     examples: Sequence[Example] = (),
+    captions: Sequence[CaptionExample] = (),
     similarities: Similarities | None = None,
     confusions: Sequence[Confusion] = (),
     title: str | None = None,
@@ -98,6 +101,7 @@ def write_report(
       environment: what `environment()` returned.
       chance: what a random order scores, by the same names, where known.
       examples: pictures with the captions they retrieved.
+      captions: pictures with the captions that the model wrote.
       similarities: pictures against captions.
       confusions: what classifiers took for what.
       title: heading; default: the folder's name.
@@ -131,6 +135,7 @@ def write_report(
         heat=_heat(similarities) if similarities is not None else None,
         confusions=[_confused(c) for c in confusions],
         examples=examples,
+        captions=captions,
         config=config,
         environment=environment,
         chart=charts,
@@ -193,8 +198,12 @@ def _tiles(results: Mapping[str, float], chance: Mapping[str, float]) -> dict[st
     tiles: dict[str, list[Tile]] = {}
     for name, value in headline(results).items():
         evaluator, _, rest = name.partition("/")
-        by_chance = f"chance {figure(name, chance[name])}" if name in chance else ""
-        tile = Tile(label(rest or name), figure(name, value), min(max(value, 0.0), 1.0), by_chance)
+        beside = f"chance {figure(name, chance[name])}" if name in chance else ""
+        baseline = f"{evaluator}/retrieved/{rest}"
+        if baseline in results:
+            beside = f"nearest training caption {figure(baseline, results[baseline])}"
+        share = min(max(value / FULL_SCALE.get(rest, 1.0), 0.0), 1.0)
+        tile = Tile(label(rest or name), figure(name, value), share, beside)
         tiles.setdefault(evaluator, []).append(tile)
     return tiles
 
@@ -231,7 +240,8 @@ def _evaluation_charts(
             short = label(name.split("/", 1)[-1])
             values = [(x, 100 * y) for x, y in points[name]]
             series.append(charts.Series(short, values, color, dashed))
-        drawn.append(charts.line_chart(f"{label(evaluator)}, %", series, from_zero=True))
+        unit = "x 100" if any(last in FULL_SCALE for last in lasts) else "%"
+        drawn.append(charts.line_chart(f"{label(evaluator)}, {unit}", series, from_zero=True))
     return [chart for chart in drawn if chart is not None]
 
 

@@ -153,6 +153,10 @@ class Progress:
         return Group(*lines)
 
 
+HEADLINES = ("R@1", "R@5", "top1", "top5", "CIDEr-D", "BLEU-4", "CLIPScore")
+"""How the names of main figures end."""
+
+
 def print_results(title: str, results: Mapping[str, float], console: Console | None = None) -> None:
     """Prints evaluation results as a table, a row per name.
 
@@ -177,7 +181,7 @@ def headline(metrics: Mapping[str, float]) -> dict[str, float]:
     Of `retrieval/image_to_text/R@1` and `retrieval/en/image_to_text/R@1` the first is kept: it has
     the fewest parts among the names of its evaluator that end alike.
     """
-    main = [n for n in metrics if n.rsplit("/", 1)[-1] in ("R@1", "R@5", "top1", "top5")]
+    main = [n for n in metrics if n.rsplit("/", 1)[-1] in HEADLINES]
     if not main:
         return dict(list(metrics.items())[:4])
     fewest: dict[str, int] = {}
