@@ -8,6 +8,7 @@ and `meta`: the run as JSON and the tokenizer's files.
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import logging
 import math
@@ -185,6 +186,14 @@ def _policy(config: Checkpointing):
     return policy.AnyPreservationPolicy(keep)
 
 
+def latest_step(run_folder: Path) -> int | None:
+    """Step of the newest complete checkpoint in a run's folder, or None; writes nothing."""
+    if not (Path(run_folder) / FOLDER).is_dir():
+        return None
+    with contextlib.closing(Checkpoints(run_folder)) as checkpoints:
+        return checkpoints.latest()
+
+
 def locate(path: Path) -> tuple[Path, int]:
     """The run folder and step that `path` means: a run's folder (its latest) or one `checkpoints/<step>`.
 
@@ -204,9 +213,7 @@ def locate(path: Path) -> tuple[Path, int]:
         raise ClipjaxError(
             f"{path} is no clipjax run: it has no {FOLDER}/ (give the --workdir of a `clipjax train`)"
         )
-    checkpoints = Checkpoints(path)
-    step = checkpoints.latest()
-    checkpoints.close()
+    step = latest_step(path)
     if step is None:
         raise ClipjaxError(f"{path / FOLDER} holds no complete checkpoint yet")
     return path, step

@@ -1,11 +1,17 @@
-"""Predictor: pictures and texts in, embeddings out, in batches of one shape, on any mesh."""
+"""Predictor: pictures and texts in; embeddings, similarities and classes out; on any mesh.
+
+It is what `clipjax.load` returns and what evaluators are given.
+"""
 
 from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -13,23 +19,62 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from clipjax.data.augment import Resize
+from clipjax.data.images import decode
 from clipjax.data.tokenizers import TokenizerModel
 from clipjax.errors import ClipjaxError
 from clipjax.mesh import batch_sharding, batch_shards, replicated
 from clipjax.params import Tree, merge, split
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+    Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+
 PER_SHARD = 64
 """Default rows a device embeds at once. On a CPU, 256 take twice the time a row that 64 do."""
+FEW_PER_SHARD = 4
+"""Rows a device embeds at once where all of a call's rows are fewer than a batch. On a CPU, a
+ViT-B/32 takes about the same time a row from 4 rows to 64, and more with 1."""
 _IN_FLIGHT = 2  # batches dispatched ahead of the device; simulated devices deadlock without a bound
+_READERS = min(8, os.cpu_count() or 1)  # threads; Pillow decodes without holding the interpreter
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """What pictures show, of a set of labels.
+
+    Attributes:
+      labels: C labels, in the order they were given.
+      probabilities: float32 [n, C], or [C] of a single picture. Of a softmax model a row sums to 1;
+        of a sigmoid model each is the probability of that label by itself.
+    """
+
+    labels: tuple[str, ...]
+    probabilities: np.ndarray
+
+    def top(self, k: int = 5) -> Any:
+        """The `k` most probable labels with their probabilities, the most probable first.
+
+        Returns:
+          By picture, a list of (label, probability); of a single picture, that list alone.
+        """
+        if self.probabilities.ndim == 2:
+            return [Classification(self.labels, row).top(k) for row in self.probabilities]
+        order = np.argsort(-self.probabilities, kind="stable")[:k]
+        return [(self.labels[i], float(self.probabilities[i])) for i in order]
 
 
 class Predictor:
-    """A model with weights, ready to embed.
+    """A model with weights, its tokenizer and its preprocessing, ready to use.
 
-    Each of the two encoders is compiled once, for one batch shape: the last batch is padded, and
-    its padding dropped again. Parameters are arguments of the compiled functions, so that
-    `with_params` swaps them for free. Embeddings depend on neither the batch size nor the mesh,
-    up to float32 rounding.
+    Wherever many pictures or texts go in and rows come out, a single one may go in and its row,
+    without the leading axis, comes out.
+
+    Each of the two encoders is compiled for two batch shapes at most: `batch_size` rows, and a few
+    rows for calls with fewer than that, so that one picture does not cost a whole batch. The last
+    batch is padded, and its padding dropped again. Parameters are arguments of the compiled
+    functions, so that `with_params` swaps them for free. Embeddings depend on neither the batch
+    size nor the mesh, up to float32 rounding.
 
     With several processes every process makes the same calls with the same inputs, and gets all of
     the embeddings.
@@ -77,6 +122,7 @@ class Predictor:
         if batch_size < 1:
             raise ClipjaxError(f"Predictor: batch_size={batch_size} must be at least 1")
         self.batch_size = -(-batch_size // shards) * shards
+        self._few = min(FEW_PER_SHARD * shards, self.batch_size)
         self.tokenizer, self.context_length, self.image_size = tokenizer, context_length, image_size
         self.resize = resize
         self._params, self._model_state = params, model_state
@@ -93,6 +139,7 @@ class Predictor:
             lambda p, s, x: _scale_and_bias(merge(graphdef, p, s)(x)),
             out_shardings=out,
         )
+        self._known_scalars: tuple[float, float | None] | None = None
 
     @classmethod
     def from_module(cls, module: nnx.Module, **settings: Any) -> Predictor:
@@ -112,53 +159,151 @@ class Predictor:
           model_state: None keeps the present one.
         """
         other = copy.copy(self)
-        other._params = params
+        other._params, other._known_scalars = params, None
         other._model_state = self._model_state if model_state is None else model_state
         return other
 
-    def encode_image(self, image: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
-        """Embeds pictures; those of another size are resized first.
+    def encode_image(self, images: Picture | Sequence[Picture] | np.ndarray) -> np.ndarray:
+        """Embeds pictures: decodes what is encoded, resizes what is of another size.
 
         Args:
-          image: uint8 [n, H, W, 3], or n pictures uint8 [H, W, 3] of any sizes.
+          images: n pictures, or one: paths, encoded bytes, Pillow pictures, or pixels, uint8
+            [H, W, 3] (or gray [H, W], or with alpha [H, W, 4]); n pictures of one size may be an
+            array [n, H, W, 3].
 
         Returns:
-          float32 [n, E], unit norm.
+          float32 [n, E], unit norm; [E] for one picture.
 
         Raises:
-          ClipjaxError: not uint8 RGB pictures.
+          UnreadableRecord: a picture is missing, damaged, too large or none; it is named.
         """
+        if isinstance(images, jax.Array):
+            images = np.asarray(images)
+        if _is_one_picture(images):
+            return self.encode_image([images])[0]  # type: ignore[list-item]
         size = self.image_size
-        if isinstance(image, np.ndarray) and image.shape[1:] != (size, size, 3):
-            image = list(image)
-        if not isinstance(image, np.ndarray):
-            image = self._resized(image)
-        if image.dtype != np.uint8:
-            raise ClipjaxError(
-                f"encode_image takes uint8 pixels (0 to 255), not {image.dtype}: the model "
-                "normalizes them itself"
-            )
-        return self._run(self._image, image)
+        if isinstance(images, np.ndarray):
+            if images.dtype == np.uint8 and images.shape[1:] == (size, size, 3):
+                return self._run(self._image, len(images), lambda i, j: images[i:j])
+            if images.ndim != 4:
+                raise ClipjaxError(
+                    "encode_image takes pictures uint8 [n, H, W, 3] or [H, W, 3], not "
+                    f"{images.dtype} {list(images.shape)}"
+                )
+        pictures: list[Any] = list(images)  # type: ignore[arg-type]
 
-    def encode_text(self, text: Sequence[str] | np.ndarray) -> np.ndarray:
+        def rows(start: int, stop: int) -> np.ndarray:
+            out = np.empty((stop - start, size, size, 3), np.uint8)
+            numbered = list(enumerate(pictures[start:stop], start))
+            for i, pixels in enumerate(_mapped(self._read_numbered, numbered)):
+                out[i] = pixels
+            return out
+
+        return self._run(self._image, len(pictures), rows)
+
+    def encode_text(self, texts: str | Sequence[str] | np.ndarray) -> np.ndarray:
         """Embeds texts.
 
         Args:
-          text: n strings, or tokens int32 [n, L] as `tokenize` makes them.
+          texts: n strings, or one; or tokens int32 [n, L] as `tokenize` makes them.
 
         Returns:
-          float32 [n, E], unit norm.
+          float32 [n, E], unit norm; [E] for one string.
 
         Raises:
-          ClipjaxError: a single string, or tokens of another length.
+          ClipjaxError: tokens of another length.
         """
-        tokens = text if isinstance(text, np.ndarray) else self.tokenize(text)
+        if isinstance(texts, str):
+            return self.encode_text([texts])[0]
+        tokens = texts if isinstance(texts, np.ndarray) else self.tokenize(texts)
         if tokens.ndim != 2 or tokens.shape[1] != self.context_length or tokens.dtype != np.int32:
             raise ClipjaxError(
                 f"encode_text takes strings or tokens int32 [n, {self.context_length}], not "
                 f"{tokens.dtype} {list(tokens.shape)}"
             )
-        return self._run(self._text, tokens)
+        return self._run(self._text, len(tokens), lambda i, j: tokens[i:j])
+
+    def similarity(
+        self,
+        images: Picture | Sequence[Picture] | np.ndarray,
+        texts: str | Sequence[str] | np.ndarray,
+    ) -> np.ndarray:
+        """Cosine similarities, float32 [n, m], of n pictures and m texts; -1 to 1, not scaled.
+
+        One picture gives [m], one text [n], one of each a number.
+        """
+        return self.encode_image(images) @ self.encode_text(texts).T
+
+    def classify(
+        self,
+        images: Picture | Sequence[Picture] | np.ndarray,
+        labels: Sequence[str],
+        templates: str | Sequence[str] = "{}",
+    ) -> Classification:
+        """Zero-shot classification (CLIP, arXiv:2103.00020, section 3.1).
+
+        With s the cosine similarity of a picture and a class: a model without `logit_bias` was
+        trained to choose (softmax), so its probabilities are softmax(logit_scale * s) over the
+        labels. One with it was trained to accept or refuse each pair by itself (SigLIP,
+        arXiv:2303.15343), so they are sigmoid(logit_scale * s + logit_bias), label by label, and
+        need not sum to 1.
+
+        Args:
+          images: as for `encode_image`.
+          labels: C distinct names.
+          templates: as for `class_embeddings`.
+        """
+        labels = (labels,) if isinstance(labels, str) else tuple(labels)
+        classes = self.class_embeddings(labels, templates)
+        similar = (self.encode_image(images) @ classes.T).astype(np.float64)
+        logits = self.logit_scale * similar + (self.logit_bias or 0.0)
+        if self.logit_bias is None:
+            powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+            probabilities = powers / powers.sum(axis=-1, keepdims=True)
+        else:
+            probabilities = 0.5 * (1.0 + np.tanh(0.5 * logits))  # sigmoid without overflow
+        return Classification(labels, probabilities.astype(np.float32))
+
+    def class_embeddings(
+        self, labels: Sequence[str], templates: str | Sequence[str] = "{}"
+    ) -> np.ndarray:
+        """Embeddings of classes, float32 [C, E], unit norm: a class is the mean of its prompts.
+
+        Args:
+          labels: C distinct names.
+          templates: prompts, or one: "{}" stands for the name, as in "a photo of a {}".
+
+        Raises:
+          ClipjaxError: no labels, a label twice, or a template without "{}".
+        """
+        labels = [labels] if isinstance(labels, str) else list(labels)
+        templates = [templates] if isinstance(templates, str) else list(templates)
+        if not labels:
+            raise ClipjaxError("labels is empty: give at least one name")
+        for label, count in collections.Counter(labels).items():
+            if not label.strip():
+                raise ClipjaxError("a label is empty: give each a name")
+            if count > 1:
+                raise ClipjaxError(f"the label {label!r} is given {count} times: give it once")
+        if not templates:
+            raise ClipjaxError('templates is empty: give at least one, such as "a photo of a {}"')
+        for template in templates:
+            if "{}" not in template:
+                raise ClipjaxError(f"the template {template!r} has no {{}} where the label goes")
+        prompts = self.encode_text([t.replace("{}", label) for label in labels for t in templates])
+        return mean_direction(prompts.reshape(len(labels), len(templates), -1)).astype(np.float32)
+
+    def read(self, image: Picture, name: str = "image") -> np.ndarray:
+        """The model's preprocessing: a picture as the image encoder takes it, uint8 [S, S, 3].
+
+        Args:
+          image: as for `encode_image`.
+          name: what to call it in an error.
+
+        Raises:
+          UnreadableRecord: it is missing, damaged, too large or no picture.
+        """
+        return self.resize(decode(image, name), self.image_size)
 
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
         """Tokens int32 [n, L] of n strings, worth keeping where texts are embedded again and again.
@@ -183,48 +328,79 @@ class Predictor:
         return self._scalars()[1]
 
     def _scalars(self) -> tuple[float, float | None]:
-        batch = {
-            "image": np.zeros((1, self.image_size, self.image_size, 3), np.uint8),
-            "text": np.zeros((1, self.context_length), np.int32),
-        }
-        scale, bias = self._scale_and_bias(self._params, self._model_state, batch)
-        return float(scale), None if bias is None else float(bias)
+        if self._known_scalars is None:
+            rows = self._few
+            batch = {
+                "image": np.zeros((rows, self.image_size, self.image_size, 3), np.uint8),
+                "text": np.zeros((rows, self.context_length), np.int32),
+            }
+            scale, bias = self._scale_and_bias(self._params, self._model_state, batch)
+            self._known_scalars = float(scale), None if bias is None else float(bias)
+        return self._known_scalars
 
-    def _resized(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        size = self.image_size
-        out = np.empty((len(images), size, size, 3), np.uint8)
-        for i, image in enumerate(images):
-            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-                raise ClipjaxError(
-                    f"encode_image takes uint8 pictures [H, W, 3]; number {i} is {image.dtype} "
-                    f"{list(image.shape)}"
-                )
-            out[i] = self.resize(image, size)
-        return out
+    def _read_numbered(self, numbered: tuple[int, Picture]) -> np.ndarray:
+        number, image = numbered
+        named = isinstance(image, (str, os.PathLike))
+        return self.read(image, os.fspath(image) if named else f"image number {number}")  # type: ignore[arg-type]
 
-    def _run(self, function: Callable[..., jax.Array], rows: np.ndarray) -> np.ndarray:
-        """Applies a compiled encoder to all rows, batch by batch."""
-        if not len(rows):
-            shape = jax.ShapeDtypeStruct((self.batch_size, *rows.shape[1:]), rows.dtype)
+    def _run(
+        self,
+        function: Callable[..., jax.Array],
+        count: int,
+        rows: Callable[[int, int], np.ndarray],
+    ) -> np.ndarray:
+        """Applies a compiled encoder to all rows, batch by batch.
+
+        Args:
+          function: one of the encoders.
+          count: number of rows.
+          rows: makes the rows from one number to before another; called as the work proceeds.
+        """
+        if not count:
+            none = rows(0, 0)
+            shape = jax.ShapeDtypeStruct((self.batch_size, *none.shape[1:]), none.dtype)
             width = jax.eval_shape(function, self._params, self._model_state, shape).shape[1]
             return np.zeros((0, width), np.float32)
+        size = self._few if count < self.batch_size else self.batch_size
         done: list[np.ndarray] = []
         running: collections.deque[jax.Array] = collections.deque()
-        for batch in self._batches(rows):
+        for batch in self._batches(count, size, rows):
             running.append(function(self._params, self._model_state, batch))
             if len(running) >= _IN_FLIGHT:
                 done.append(np.asarray(running.popleft(), np.float32))
         done.extend(np.asarray(output, np.float32) for output in running)
-        return np.concatenate(done)[: len(rows)]
+        return np.concatenate(done)[:count]
 
-    def _batches(self, rows: np.ndarray) -> Iterator[Any]:
-        for start in range(0, len(rows), self.batch_size):
-            batch = rows[start : start + self.batch_size]
-            if len(batch) < self.batch_size:
+    def _batches(
+        self, count: int, size: int, rows: Callable[[int, int], np.ndarray]
+    ) -> Iterator[Any]:
+        for start in range(0, count, size):
+            batch = rows(start, min(start + size, count))
+            if len(batch) < size:
                 # Copies of a real row, since zeros need not be a valid input.
-                padding = np.repeat(batch[-1:], self.batch_size - len(batch), axis=0)
+                padding = np.repeat(batch[-1:], size - len(batch), axis=0)
                 batch = np.concatenate([batch, padding])
             yield batch if self._mesh is None else _spread(batch, self._mesh)
+
+
+def mean_direction(x: np.ndarray) -> np.ndarray:
+    """[C, T, E] unit vectors -> [C, E] float64, the normalized mean over T."""
+    mean = x.astype(np.float64).mean(axis=1)
+    return mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
+
+
+def _is_one_picture(images: Any) -> bool:
+    if isinstance(images, np.ndarray):
+        return images.ndim in (2, 3)
+    return isinstance(images, (str, os.PathLike, bytes)) or not hasattr(images, "__iter__")
+
+
+def _mapped(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    if len(items) < 2:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(_READERS) as readers:
+        yield from readers.map(function, items)
 
 
 def _spread(batch: np.ndarray, mesh: Mesh) -> jax.Array:

@@ -15,7 +15,11 @@ from clipjax.errors import ClipjaxError, did_you_mean
 VERBS = {
     "train": "train CONFIG --workdir DIR, or continue what DIR holds",
     "eval": "run a run's evaluators on one of its checkpoints",
+    "classify": "say which of some labels pictures show, with probabilities",
+    "search": "rank the pictures of a folder by words",
+    "embed": "write the embeddings of pictures or texts to Parquet files",
     "report": "write a run's report.html again",
+    "average": "mean of the weights of several models (WiSE-FT, soups)",
     "config": "print the resolved configuration of a config file or a run",
     "import": "turn weights of OpenAI, OpenCLIP, Hugging Face or big_vision into a model folder",
     "export": "write a run or model as other libraries load it",

@@ -11,7 +11,7 @@ from clipjax.data import EvalSet, Source, load_eval
 from clipjax.errors import ClipjaxError
 from clipjax.evals import metrics
 from clipjax.evals.base import Evaluator, Runner
-from clipjax.predictor import Predictor
+from clipjax.predictor import Predictor, mean_direction
 
 Names = tuple[str, ...]
 
@@ -135,12 +135,6 @@ class ZeroShotRunner(Runner):
         name = self.evaluator.name
         main = [name] if task is self._tasks[0] else []
         return main + ([f"{name}/{task.language}"] if len(self._tasks) > 1 else [])
-
-
-def mean_direction(x: np.ndarray) -> np.ndarray:
-    """[C, T, E] unit vectors -> [C, E] float64, the normalized mean over T."""
-    mean = x.astype(np.float64).mean(axis=1)
-    return mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
 
 
 def _templates(config: ZeroShot, language: str) -> Names:

@@ -148,7 +148,10 @@ def stop_if_diverged(session: Session, step: int, metrics: dict[str, jax.Array])
     if streak < session.run.max_bad_steps:
         if streak:
             log.warning(
-                "step %d: loss or gradient is not finite; skipped (%d in a row)", step, streak
+                "step %d: loss or gradient is not finite%s; skipped (%d in a row)",
+                step,
+                _broken(metrics),
+                streak,
             )
         return
     session.checkpoints.wait()
@@ -159,9 +162,17 @@ def stop_if_diverged(session: Session, step: int, metrics: dict[str, jax.Array])
         else "nothing was saved yet"
     )
     raise RunFailed(
-        f"{streak} steps in a row up to step {step} had a loss or gradient that is not finite; {good}. "
+        f"{streak} steps in a row up to step {step} had a loss or gradient that is not finite"
+        f"{_broken(metrics)}; {good}. "
         "Lower optimizer.lr, lengthen the warm-up, or set optimizer.clip_norm"
     )
+
+
+def _broken(metrics: dict[str, jax.Array]) -> str:
+    """Whose embeddings of this step were not finite, in words; nothing if all were."""
+    counts = {name: int(metrics.get(f"broken_rows/{name}", 0)) for name in ("image", "text")}
+    named = " and ".join(f"{count} {name} embeddings" for name, count in counts.items() if count)
+    return f" ({named} hold NaN or infinity)" if named else ""
 
 
 def finish(session: Session, state: TrainState, results: dict[str, float], seconds: float) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from clipjax.checkpoint import FORMAT, Checkpoints, pack_tokenizer, unpack_tokenizer
+from clipjax.checkpoint import FORMAT, Checkpoints, latest_step, pack_tokenizer, unpack_tokenizer
 from clipjax.component import to_json
 from clipjax.config import Run
 from clipjax.data import load_tokenizer
@@ -25,7 +25,7 @@ from clipjax.evals.base import Evaluator, Runner, build_runners
 from clipjax.objectives.pairs import PairEngine
 from clipjax.optim import Scale
 from clipjax.predictor import Predictor
-from clipjax.train.state import Blueprint, TrainState
+from clipjax.train.state import Blueprint, Leaves, TrainState
 from clipjax.train.step import Step, check_batch, jit_step, make_step
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ class Session:
     meta: dict[str, Any]
     evaluators: list[tuple[Evaluator, Runner]]
     predictor: Predictor
+    start_leaves: tuple[Leaves, Leaves]
 
     def evaluate(self, state: TrainState, step: int | None) -> dict[str, float]:
         """The figures of the evaluators due at `step`; of all of them when `step` is None."""
@@ -78,7 +79,7 @@ class Session:
     def restore_or_init(self, start: int | None) -> TrainState:
         """The state to begin with, laid out on the mesh; `start` is the checkpoint to continue from."""
         if start is None:
-            return self.blueprint.init()
+            return self.blueprint.init(self.start_leaves)
         log.info("continuing from step %d of %s", start, self.workdir)
         return self.checkpoints.restore(start, self.blueprint.target())
 
@@ -129,6 +130,7 @@ def setup(run: Run, workdir: Path) -> tuple[Session, int | None]:
         run.seed,
     )
     engine = PairEngine(mesh, run.exchange, run.pair_chunk, run.pair_dtype)
+    log.info(engine.describe(run.data.batch_size, getattr(run.model, "embed_dim", 0)))
     step = make_step(blueprint, run.objective, engine, mesh, run.accumulate, run.ema)
     predictor = Predictor(
         blueprint.graphdef,
@@ -143,6 +145,8 @@ def setup(run: Run, workdir: Path) -> tuple[Session, int | None]:
     evaluators = build_runners(run.evals)
     for _, runner in evaluators:
         runner.prepare(predictor)
+    fresh = latest_step(workdir) is None
+    start_leaves = blueprint.start_leaves(run.start) if run.start and fresh else ({}, {})
     session = Session(
         run=run,
         workdir=workdir,
@@ -156,6 +160,7 @@ def setup(run: Run, workdir: Path) -> tuple[Session, int | None]:
         meta={"format": FORMAT, "run": to_json(run), "tokenizer": pack_tokenizer(tokenizer)},
         evaluators=evaluators,
         predictor=predictor,
+        start_leaves=start_leaves,
     )
     return session, session.checkpoints.latest()
 
