@@ -410,6 +410,8 @@ class Predictor:
                 "text": np.zeros((rows, self.context_length), np.int32),
             }
             scale, bias = self._scale_and_bias(self._params, self._model_state, batch)
+            if scale is None:
+                raise ClipjaxError("this model only captions: it has no scale of similarities")
             self._known_scalars = float(scale), None if bias is None else float(bias)
         return self._known_scalars
 
