@@ -97,9 +97,8 @@ class GenerateBench(Component):
         memory = jax.random.normal(jax.random.key(1), (self.batch, self.queries, self.width))
         memory = memory.astype(self.dtype)
         special = SpecialTokens(bos=1, eos=2, pad=0)
-        prompt = np.zeros((self.batch, self.tokens + 1), np.int32)
-        prompt[:, 0] = special.bos
-        given = np.ones(self.batch, np.int32)
+        prompt = jnp.zeros((self.batch, self.tokens + 1), jnp.int32).at[:, 0].set(1)  # bos
+        given = jnp.ones(self.batch, jnp.int32)
 
         def captioner(use_cache: bool) -> Callable[[], Any]:
             @jax.jit
@@ -124,7 +123,7 @@ class GenerateBench(Component):
             return jnp.concatenate([tokens, jnp.argmax(logits, -1)[:, None]], 1, dtype=jnp.int32)
 
         def by_prefix() -> Any:
-            tokens = jnp.asarray(prompt[:, :1])
+            tokens = prompt[:, :1]
             for _ in range(self.tokens):
                 tokens = following(params, memory, tokens)
             return jax.block_until_ready(tokens)
