@@ -96,8 +96,9 @@ class GenerateBench(Component):
         graphdef, params, state = split(model.build(nnx.Rngs(0)))
         memory = jax.random.normal(jax.random.key(1), (self.batch, self.queries, self.width))
         memory = memory.astype(self.dtype)
-        special = SpecialTokens(bos=1, eos=2, pad=0)
-        prompt = jnp.zeros((self.batch, self.tokens + 1), jnp.int32).at[:, 0].set(1)  # bos
+        bos = 1
+        special = SpecialTokens(bos=bos, eos=2, pad=0)
+        prompt = jnp.zeros((self.batch, self.tokens + 1), jnp.int32).at[:, 0].set(bos)
         given = jnp.ones(self.batch, jnp.int32)
 
         def captioner(use_cache: bool) -> Callable[[], Any]:
@@ -123,7 +124,7 @@ class GenerateBench(Component):
             return jnp.concatenate([tokens, jnp.argmax(logits, -1)[:, None]], 1, dtype=jnp.int32)
 
         def by_prefix() -> Any:
-            tokens = prompt[:, :1]
+            tokens = jnp.asarray(prompt[:, :1])
             for _ in range(self.tokens):
                 tokens = following(params, memory, tokens)
             return jax.block_until_ready(tokens)

@@ -10,6 +10,7 @@ BENCHES = {
     "caption": ("clipjax.bench.caption", "CaptionBench"),
     "generate": ("clipjax.bench.generate", "GenerateBench"),
     "loss": ("clipjax.bench.loss", "LossBench"),
+    "retrieval": ("clipjax.bench.retrieval", "RetrievalBench"),
 }
 """Name -> module and class: a dataclass whose fields are the options, with `run() -> None`."""
 

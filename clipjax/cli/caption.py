@@ -1,4 +1,4 @@
-"""`clipjax caption MODEL IMAGE... [--strategy NAME] [its options]`: captions of pictures."""
+"""`clipjax caption IMAGE... [--strategy NAME] [its options]`: captions of pictures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipjax.cli.arguments import import_files, new_parser
+from clipjax.cli.arguments import new_parser
+from clipjax.cli.models import add_model, open_model
 from clipjax.errors import ClipjaxError
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ STRATEGIES = {
 def main(arguments: list[str]) -> int:
     """Captions, and prints a table."""
     parser = new_parser("caption", "Write captions of pictures.")
-    parser.add_argument("model", type=Path, help="a run's folder, a checkpoint's, or a model's")
-    parser.add_argument("image", type=Path, nargs="+", help="a picture, or a folder of pictures")
+    parser.add_argument(
+        "images", type=Path, nargs="+", metavar="IMAGE", help="a picture, or a folder of pictures"
+    )
     parser.add_argument(
         "--strategy", choices=STRATEGIES, default="greedy",
         help="how tokens are chosen; its own options are listed by --strategy NAME --help",
@@ -36,6 +38,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--json", action="store_true", help="end with one JSON object on the last line"
     )
+    add_model(parser)
     strategy_arguments, arguments = _split(arguments)
     asks_help = [a for a in arguments if a in ("--help", "-h")]
     if asks_help:
@@ -44,20 +47,13 @@ def main(arguments: list[str]) -> int:
         named.add_argument("--strategy", choices=STRATEGIES, default="greedy")
         rest = [a for a in arguments if a not in asks_help]
         _strategy(named.parse_known_args(rest)[0].strategy, ["--help"])
-    namespace = parser.parse_args(arguments)
+    namespace = parser.parse_intermixed_args(arguments)
     strategy = _strategy(namespace.strategy, strategy_arguments)
-    files = _pictures(namespace.image)
+    files = _pictures(namespace.images)
 
-    import_files(namespace.imports)
-    from clipjax.mesh import start_processes
-
-    start_processes()
-    from clipjax.data import decode
-    from clipjax.restore import load
-
-    images = [decode(str(file), str(file)) for file in files]
-    predictor = load(namespace.model)
-    generated = predictor.generate(images, strategy, namespace.prompt, namespace.seed)
+    _, pretrained = open_model(namespace)
+    predictor = pretrained.predictor()
+    generated = predictor.generate(files, strategy, namespace.prompt, namespace.seed)
     captions = predictor.decode(generated)
     rows = list(zip(map(str, files), captions, generated.scores.tolist(), strict=True))
     _print(rows)

@@ -128,7 +128,10 @@ def load_eval(
     opened = source.open()
     count = len(opened) if limit is None else min(limit, len(opened))
     keep = count * image_size * image_size * 3 <= keep_bytes
-    images, index, records, skipped = [], [], [], 0
+    images: list[np.ndarray] = []
+    index: list[int] = []
+    records: list[dict[str, Any]] = []
+    skipped = 0
     for i in range(count):
         try:
             record = opened[i]

@@ -174,7 +174,7 @@ def _entry(where: str, category: str, item: Any) -> _Entry:
     if not isinstance(item, dict):
         raise ClipjaxError(f"{where} is not an object")
     image = next((item[key] for key in IMAGE_KEYS if key in item), None)
-    negative = next((item[key] for key in NEGATIVE_KEYS if key in item), None)
+    negative: Any = next((item[key] for key in NEGATIVE_KEYS if key in item), None)
     for key, value in (
         ("image", image),
         ("caption", item.get("caption")),

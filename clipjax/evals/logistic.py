@@ -73,8 +73,8 @@ def fit(
 ) -> Classifier:
     """The minimum of sum_i loss_i + ||W||^2 / (2 c), as scikit-learn's LogisticRegression has it.
 
-    The bias is not penalized. So features may be centered first, which changes nothing but how
-    fast it goes. Everything is float32, as exact products allow on the device.
+    The bias is not penalized, so features may be centered, and all of them scaled by one number,
+    with the same minimum: the tolerance then means the same for any features.
 
     Args:
       examples: the data.
@@ -110,14 +110,17 @@ def _fit(x, y, used, penalty, w, b):
     """(w, b, center): logits are (x - center) @ w + b."""
     total = used.sum()
     center = (used[:, None] * x).sum(0) / total
+    scale = jnp.sqrt((used[:, None] * (x - center) ** 2).sum() / (total * x.shape[1]))
+    scale = jnp.maximum(scale, 1e-6)
     # What is fitted is the bias for centered features.
-    params = (w, b + center @ w)
+    params = (w * scale, b + center @ w)
 
     def loss(params):
         w, b = params
         dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-        each = optax.softmax_cross_entropy_with_integer_labels(dot(x - center, w) + b, y)
-        return (used * each).sum() / total + 0.5 * penalty * (w**2).sum()
+        logits = dot((x - center) / scale, w) + b
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        return (used * each).sum() / total + 0.5 * penalty / scale**2 * (w**2).sum()
 
     solver = optax.lbfgs(memory_size=20)
     value_and_grad = optax.value_and_grad_from_state(loss)
@@ -142,4 +145,4 @@ def _fit(x, y, used, penalty, w, b):
 
     begin = (params, solver.init(params), jnp.float32(jnp.inf), jnp.int32(0))
     (w, b), _, _, _ = jax.lax.while_loop(going, step, begin)
-    return w, b, center
+    return w / scale, b, center

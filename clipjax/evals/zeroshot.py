@@ -14,7 +14,7 @@ from clipjax.evals.base import Evaluator, Runner
 from clipjax.evals.calibration import calibration
 from clipjax.evals.embed import embed_images
 from clipjax.evals.prompts import Names, label_map, read_class_map, read_classes
-from clipjax.predictor import Predictor
+from clipjax.predictor import Predictor, mean_direction
 from clipjax.report.contents import Confusion
 
 
@@ -183,12 +183,6 @@ class ZeroShotRunner(Runner):
         name = self.evaluator.name
         main = [name] if task is self._tasks[0] else []
         return main + ([f"{name}/{task.language}"] if len(self._tasks) > 1 else [])
-
-
-def mean_direction(x: np.ndarray) -> np.ndarray:
-    """[C, T, E] unit vectors -> [C, E] float64, the normalized mean over T."""
-    mean = x.astype(np.float64).mean(axis=1)
-    return mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
 
 
 @dataclasses.dataclass(frozen=True)

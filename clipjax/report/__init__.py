@@ -1,6 +1,6 @@
 """The run's folder as one HTML file."""
 
-from clipjax.report.build import write_report
+from clipjax.report.build import REPORT_FILE, read_metrics, write_report
 from clipjax.report.contents import (
     CaptionExample,
     Example,
@@ -12,6 +12,7 @@ from clipjax.report.contents import (
 from clipjax.report.environment import environment
 
 __all__ = [
+    "REPORT_FILE",
     "CaptionExample",
     "Example",
     "Guess",
@@ -19,5 +20,6 @@ __all__ = [
     "ScoredCaption",
     "Similarities",
     "environment",
+    "read_metrics",
     "write_report",
 ]

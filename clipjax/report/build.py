@@ -16,11 +16,14 @@ from typing import Any
 import numpy as np
 
 from clipjax.report import charts
-from clipjax.report.contents import CaptionExample, Example, Similarities
+from clipjax.report.confusion import row_shares
+from clipjax.report.contents import CaptionExample, Confusion, Example, Similarities
 from clipjax.report.pictures import heat_uri, picture_uri, strip_uri
 from clipjax.tracking import headline
 
+REPORT_FILE = "report.html"
 ACCENT = (42, 110, 219)
+MISTAKES = 10  # the most frequent ones, beside a confusion matrix
 SMALL_CHARTS = {
     "lr": "Learning rate",
     "logit_scale": "Logit scale",
@@ -65,6 +68,16 @@ class Heat:
     elsewhere: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Confused:
+    """A confusion matrix, ready to draw, and (class, taken for, how often, of how many)."""
+
+    name: str
+    image: str
+    classes: int
+    mistakes: list[tuple[str, str, int, int]]
+
+
 def write_report(
     run_dir: str | Path,
     *,
@@ -75,6 +88,7 @@ def write_report(
     examples: Sequence[Example] = (),
     captions: Sequence[CaptionExample] = (),
     similarities: Similarities | None = None,
+    confusions: Sequence[Confusion] = (),
     title: str | None = None,
     facts: Mapping[str, str] | None = None,
 ) -> Path:
@@ -89,6 +103,7 @@ def write_report(
       examples: pictures with the captions they retrieved.
       captions: pictures with the captions that the model wrote.
       similarities: pictures against captions.
+      confusions: what classifiers took for what.
       title: heading; default: the folder's name.
       facts: short facts for the line below the heading, such as {"steps": "150"}.
 
@@ -118,6 +133,7 @@ def write_report(
         evaluation_charts=_evaluation_charts(points, results),
         tables=_tables(results),
         heat=_heat(similarities) if similarities is not None else None,
+        confusions=[_confused(c) for c in confusions],
         examples=examples,
         captions=captions,
         config=config,
@@ -126,8 +142,8 @@ def write_report(
         json=functools.partial(json.dumps, ensure_ascii=False),
         accent=ACCENT,
     )
-    path = folder / "report.html"
-    temporary = folder / "report.html.tmp"
+    path = folder / REPORT_FILE
+    temporary = folder / (REPORT_FILE + ".tmp")
     temporary.write_text(page, encoding="utf-8", errors="replace")
     os.replace(temporary, path)
     return path
@@ -240,6 +256,20 @@ def _tables(results: Mapping[str, float]) -> list[ResultTable]:
         table = tables.setdefault(columns, ResultTable([label(c) for c in columns], []))
         table.rows.append((label(prefix), list(cells.values())))
     return list(tables.values())
+
+
+def _confused(confusion: Confusion) -> Confused:
+    """The matrix, and the most frequent mistakes."""
+    counts = np.asarray(confusion.counts)
+    wrong = counts - np.diag(np.diag(counts))
+    worst = np.argsort(-wrong, axis=None, kind="stable")[:MISTAKES]
+    mistakes = [
+        (confusion.classes[i], confusion.classes[j], int(wrong[i, j]), int(counts[i].sum()))
+        for i, j in zip(*np.unravel_index(worst, wrong.shape), strict=True)
+        if wrong[i, j]
+    ]
+    image = heat_uri(row_shares(confusion), 0.0, 1.0, ACCENT)
+    return Confused(label(confusion.name), image, len(counts), mistakes)
 
 
 def _heat(similar: Similarities) -> Heat:

@@ -50,6 +50,8 @@ class TextTransformer(TransformerTower):
     """Padding token, never attended to or pooled; None: every token counts (CLIP, SigLIP)."""
     eos_id: int = 2
     """End-of-text token, where pool="eos" looks."""
+    class_position: bool = False
+    """Whether the class token has a learned position too, that after the row's last (OpenCLIP)."""
     legacy_class_mask: bool = False
     """Mask padding one position late, as OpenCLIP's released CoCa weights were trained to expect."""
 
@@ -58,8 +60,9 @@ class TextTransformer(TransformerTower):
         require_positive(self, "vocab_size", "context_length")
         require_choice(self, "pool", ("eos", "last", "mean", "map", "class", "none"))
         require(
-            self.pool == "class" or not self.legacy_class_mask,
-            "TextTransformer.legacy_class_mask is about the class token: it needs pool='class'",
+            self.pool == "class" or not (self.legacy_class_mask or self.class_position),
+            "TextTransformer.legacy_class_mask and class_position are about the class token: they "
+            "need pool='class'",
         )
         for field, value in (("pad_id", self.pad_id), ("eos_id", self.eos_id)):
             require(
@@ -105,7 +108,8 @@ class TextTransformerModule(nnx.Module):
     def __init__(self, config: TextTransformer, rngs: nnx.Rngs):
         self.config, self.width = config, config.width
         self.embedding = layers.normal(rngs, (config.vocab_size, config.width), 0.02)
-        self.positions = layers.normal(rngs, (config.context_length, config.width), 0.01)
+        places = config.context_length + config.class_position
+        self.positions = layers.normal(rngs, (places, config.width), 0.01)
         self.blocks = stack(lambda rngs: Block(config, rngs), config.depth, rngs)
         norm = layers.Norm(config.norm, config.width, config.eps)
         self.norm = None if config.pool == "none" else norm
@@ -153,8 +157,11 @@ class TextTransformerModule(nnx.Module):
         if self.class_token is None:
             mask = attention_mask(text.shape[1], config.causal, valid)
         else:
-            # It has no place of its own in the row, so that padding does not move it.
-            token = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (len(x), 1, self.width))
+            # By default it has no place of its own in the row, so that padding does not move it.
+            token = self.class_token[...]
+            if config.class_position:
+                token = token + self.positions[text.shape[1]]
+            token = jnp.broadcast_to(token.astype(x.dtype), (len(x), 1, self.width))
             x = jnp.concatenate([x, token], axis=1)
             mask = class_mask(text.shape[1], config.causal, valid, config.legacy_class_mask)
         x = apply_stack(self.blocks, x, config, mask=mask, key=block_key)

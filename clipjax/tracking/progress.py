@@ -144,7 +144,7 @@ class Progress:
         bar.add_row(
             Text(f"step {self._step:,}/{self._total:,}", style="bold"),
             ProgressBar(total=self._total, completed=self._step, width=32),
-            Text(self._pace()),
+            Text(self._pace() if self._first else "compiling the first step"),
         )
         lines: list[Any] = [bar, Text(self._state())]
         if self._evaluation:

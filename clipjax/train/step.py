@@ -24,6 +24,7 @@ from clipjax.batch import SHARED, Batch, Encoded
 from clipjax.errors import ClipjaxError
 from clipjax.mesh import BATCH_AXES, batch_shards
 from clipjax.objectives.base import Metrics, Objective
+from clipjax.objectives.diagnostics import broken_rows
 from clipjax.objectives.pairs import PairEngine
 from clipjax.optim import Ema
 from clipjax.params import join, select, split
@@ -86,7 +87,7 @@ def make_step(
             batch,
             key,
         )
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = blueprint.transform.update(grads, state.opt_state, moving)
         moving = optax.apply_updates(moving, updates)
@@ -189,7 +190,8 @@ def _compare(objective: Objective, encoded: Encoded, batch: Batch, engine: PairE
         )
     loss, metrics = objective(encoded, batch, engine)
     scalars = {name: getattr(encoded, name) for name in ("logit_scale", "logit_bias")}
-    return loss, metrics | {name: x for name, x in scalars.items() if x is not None}
+    scalars = {name: x for name, x in scalars.items() if x is not None}
+    return loss, metrics | broken_rows(encoded) | scalars
 
 
 def _check_offer(blueprint: Blueprint, objective: Objective) -> None:

@@ -79,7 +79,7 @@ def captions(capsys, *arguments):
 def test_options_reach_the_strategy(options, strategy, folder, pictures, capsys):
     files = sorted(pictures.glob("*.png"))
     common = ("--prompt", "a dog", "--seed", 7)
-    _, rows = captions(capsys, folder, pictures, *options.split(), *common)
+    _, rows = captions(capsys, "--model", folder, pictures, *options.split(), *common)
     assert [row["image"] for row in rows] == [str(file) for file in files]
     model = clipjax.load(folder)
     images = [np.asarray(Image.open(file)) for file in files]
@@ -91,7 +91,7 @@ def test_options_reach_the_strategy(options, strategy, folder, pictures, capsys)
 
 def test_greedy_is_the_default_and_the_table_shows_captions(folder, pictures, capsys):
     file = pictures / "1.png"
-    table, (row,) = captions(capsys, folder, file, "--min_length", 4)
+    table, (row,) = captions(capsys, "--model", folder, file, "--min_length", 4)
     (caption,) = clipjax.load(folder).caption(
         [np.asarray(Image.open(file))], clipjax.generation.Greedy(min_length=4)
     )
@@ -116,12 +116,12 @@ def test_mistakes_are_told_before_a_model_is_opened(folder, pictures, tmp_path, 
         assert code == 2
         return capsys.readouterr().err
 
-    assert "there is no picture 'nowhere.png'" in fails(folder, "nowhere.png")
-    assert "holds no pictures (.jpg" in fails(folder, tmp_path)
-    assert "not an image" in fails(folder, pictures / "notes.txt")
-    assert "--width" in fails(folder, pictures, "--width", 3)  # no option of greedy
-    assert "width=0" in fails(folder, pictures, "--strategy", "beam", "--width", 0)
-    assert "invalid choice: 'bean'" in fails(folder, pictures, "--strategy", "bean")
+    assert "there is no picture 'nowhere.png'" in fails("--model", folder, "nowhere.png")
+    assert "holds no pictures (.jpg" in fails("--model", folder, tmp_path)
+    assert "not an image" in fails("--model", folder, pictures / "notes.txt")
+    assert "--width" in fails("--model", folder, pictures, "--width", 3)  # no option of greedy
+    assert "width=0" in fails("--model", folder, pictures, "--strategy", "beam", "--width", 0)
+    assert "invalid choice: 'bean'" in fails("--model", folder, pictures, "--strategy", "bean")
     text = TextTransformer(vocab_size=280, context_length=8, **SIZES)
     dual = save(DualEncoder(IMAGE, text, embed_dim=8), tmp_path / "dual")
-    assert "has no captioning decoder" in fails(dual, pictures)
+    assert "has no captioning decoder" in fails("--model", dual, pictures)

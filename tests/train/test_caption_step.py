@@ -28,7 +28,7 @@ from clipjax.objectives import (
     Softmax,
 )
 from clipjax.optim import SGD, Constant, Scale
-from clipjax.params import merge, paths
+from clipjax.params import map_with_path, merge, paths
 from clipjax.sharding import Sharding
 from clipjax.towers import TextTransformer, ViT
 from clipjax.train.state import Blueprint
@@ -68,6 +68,21 @@ def draw(model, objective, mesh, fsdp=False):
     return Blueprint.draw(model, objective, PLAIN, None, mesh, sharding, 10, Scale(16, 64), seed=0)
 
 
+def begin(blueprint):
+    """A first state, drawn by NumPy: compiling JAX's own drawing takes longer than all else here."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        value = rng.normal(size=leaf.shape) * (leaf.shape[-2] if leaf.ndim > 1 else 9) ** -0.5
+        if path.endswith("logit_scale"):
+            value = np.log(5.0)
+        return np.asarray(value + path.endswith("/scale"), leaf.dtype)
+
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), blueprint.abstract)
+    state = dataclasses.replace(zeros, params=map_with_path(draw, blueprint.abstract.params))
+    return jax.device_put(state, blueprint.shardings)
+
+
 @functools.cache
 def one_step(
     objective=COCA,
@@ -86,7 +101,7 @@ def one_step(
         in_shardings=(blueprint.shardings, None),
         out_shardings=(blueprint.shardings, None),
     )
-    before = blueprint.init()
+    before = begin(blueprint)
     start = {name: np.array(leaf) for name, leaf in paths(before.params)}
     after, metrics = step(before, to_global(make_batch(), mesh))
     grads = {name: (start[name] - np.array(leaf)) / LR for name, leaf in paths(after.params)}
@@ -145,19 +160,11 @@ class Tilt(PerExample):
         return value, {"tilt": value}
 
 
-@pytest.mark.parametrize(
-    "objective",
-    [Caption(), EISL() + Softmax() * 0.5 + Tilt()],
-    ids=["captions-alone", "with-a-user's"],
-)
-def test_other_mixtures_accumulate_too(objective):
+def test_other_mixtures_accumulate_too():
+    objective = EISL() + Softmax() * 0.5 + Tilt()
     got, expected = one_step(objective, accumulate=2), one_step(objective)
-    common = {name: value for name, value in expected[0].items() if name in got[0]}
-    assert set(expected[0]) - set(got[0]) <= {"logit_scale"}  # no first pass: nobody asked for it
-    assert {name: got[0][name] for name in common} == pytest.approx(common, rel=1e-5)
-    for name, reference in expected[1].items():
-        scale = max(np.abs(reference).max(), 1e-4)
-        assert np.abs(got[1][name] - reference).max() < 1e-5 * scale, name
+    assert_close(got, expected)
+    assert {"loss/eisl", "loss/softmax", "loss/tilt", "tilt"} <= got[0].keys()
 
 
 def test_accumulation_replays_dropout():
@@ -171,7 +178,7 @@ def test_accumulation_replays_dropout():
     )
     got = one_step(model=model, accumulate=k)
     blueprint = draw(model, COCA, MeshShape().build(jax.devices()[:1]))
-    state = blueprint.init()
+    state = begin(blueprint)
     keys = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(state.key), 0), k)
     batch = make_batch()
 
