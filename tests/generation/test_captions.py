@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -13,7 +14,7 @@ from clipjax.generation.generate import compiled
 from clipjax.mesh import MeshShape, batch_sharding
 from clipjax.models import CoCa
 from clipjax.models.coca import CaptionDecoder, Poolers
-from clipjax.params import abstract, merge, split
+from clipjax.params import abstract, map_with_path, merge, split
 from clipjax.predictor import Predictor
 from clipjax.sharding import Sharding
 from clipjax.towers import TextTransformer, ViT
@@ -160,11 +161,13 @@ def coca():
     # Large enough for pictures and the past to matter, which they hardly do as drawn by `build`.
     rng = np.random.default_rng(0)
 
-    def draw(leaf):
-        fan_in = max(leaf.shape[-2:][0], 4) if leaf.ndim > 1 else 4
-        return np.asarray(rng.normal(0, fan_in**-0.5, leaf.shape), np.float32)
+    def draw(path, leaf):
+        if path.endswith(("bias", "scale")):
+            return jnp.full(leaf.shape, float(path.endswith("scale")))
+        std = 2 * leaf.shape[-2] ** -0.5 if path.endswith("kernel") else 1.0
+        return jnp.asarray(rng.normal(0, std, leaf.shape), jnp.float32)
 
-    return graphdef, jax.tree.map(draw, shapes), state
+    return graphdef, map_with_path(draw, shapes), state
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
