@@ -157,9 +157,8 @@ def test_examples_show_caption_references_and_cosines():
 
 
 def test_the_report_shows_what_was_written(tmp_path):
-    runners = build_runners(
-        [Captioning(Shades(), languages=("en",), training=Shades(captions=(("a cup",),) * 3))]
-    )
+    training = Shades(captions=(("a cup",),) * 3, languages=(("en",),) * 3)
+    runners = build_runners([Captioning(Shades(), languages=("en",), training=training)])
     page = Opened(tmp_path, 3, None, Writer(), runners).report().read_text()
     text = " ".join(page.split())
     assert "What the model writes" in text and "nearest training caption" in text
