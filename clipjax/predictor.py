@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from clipjax.data.augment import Resize
 from clipjax.data.tokenizers import TokenizerModel
 from clipjax.errors import ClipjaxError
+from clipjax.layout import on_mesh
 from clipjax.mesh import batch_sharding, batch_shards, replicated
 from clipjax.params import Tree, merge, split
 
@@ -211,7 +212,8 @@ class Predictor:
         done: list[np.ndarray] = []
         running: collections.deque[jax.Array] = collections.deque()
         for batch in self._batches(rows):
-            running.append(function(self._params, self._model_state, batch))
+            with on_mesh(self._mesh):
+                running.append(function(self._params, self._model_state, batch))
             if len(running) >= _IN_FLIGHT:
                 done.append(np.asarray(running.popleft(), np.float32))
         done.extend(np.asarray(output, np.float32) for output in running)

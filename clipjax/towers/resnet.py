@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clipjax.errors import ClipjaxError, did_you_mean
+from clipjax.layout import batch_first
 from clipjax.towers import layers
 from clipjax.towers.base import Tower, require, require_choice, require_positive
 from clipjax.towers.pixels import normalize, require_images, require_normalization
@@ -189,13 +190,14 @@ class Conv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, in] -> [B, H / stride, W / stride, out], in the dtype of `x`."""
-        return jax.lax.conv_general_dilated(
+        y = jax.lax.conv_general_dilated(
             x,
             self.kernel[...].astype(x.dtype),
             window_strides=(self.stride, self.stride),
             padding=[(self.padding, self.padding)] * 2,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
+        return batch_first(y)
 
 
 class BatchNorm(nnx.Module):

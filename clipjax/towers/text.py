@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clipjax.errors import ClipjaxError, did_you_mean
+from clipjax.layout import gathered
 from clipjax.towers import layers
 from clipjax.towers.base import require, require_choice, require_positive
 from clipjax.towers.pooling import AttentionPool, last_valid, mean_pool, take
@@ -110,6 +111,7 @@ class TextTransformerModule(nnx.Module):
           ClipjaxError: the array is no [B, L] of integers, or longer than the context.
         """
         config = self.config
+        text = jnp.asarray(text)
         self._check(text)
         drop_key, block_key = layers.keys(key, 2)
         valid = None
@@ -117,7 +119,7 @@ class TextTransformerModule(nnx.Module):
             valid = text != config.pad_id
             valid = valid.at[:, 0].set(valid[:, 0] | ~valid.any(axis=1))
         length = text.shape[1]
-        x = self.embedding[...][text] + self.positions[:length]
+        x = gathered(self.embedding[...])[text] + self.positions[:length]
         x = layers.dropout(x.astype(config.dtype), config.dropout, drop_key)
         mask = attention_mask(length, config.causal, valid)
         tokens = self.norm(apply_stack(self.blocks, x, config, mask=mask, key=block_key))

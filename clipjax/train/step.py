@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from clipjax.batch import Batch, Encoded
 from clipjax.errors import ClipjaxError
+from clipjax.layout import on_mesh
 from clipjax.mesh import BATCH_AXES, batch_shards
 from clipjax.objectives.base import Metrics, Objective
 from clipjax.objectives.pairs import PairEngine
@@ -56,7 +57,8 @@ def make_step(
 
     def forward(params, model_state, batch, key):
         module = blueprint.module(params, model_state)
-        encoded = module(batch, key=key)
+        with on_mesh(mesh):
+            encoded = module(batch, key=key)
         return encoded, split(module)[2]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
