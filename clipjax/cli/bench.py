@@ -7,7 +7,9 @@ import importlib
 from clipjax.errors import ClipjaxError, did_you_mean
 
 BENCHES = {
+    "compile": ("clipjax.bench.compile", "CompileBench"),
     "loss": ("clipjax.bench.loss", "LossBench"),
+    "memory": ("clipjax.bench.memory", "MemoryBench"),
 }
 """Name -> module and class: a dataclass whose fields are the options, with `run() -> None`."""
 
