@@ -312,7 +312,8 @@ class Stage(nnx.Module):
     def __call__(self, x: jax.Array, training: bool) -> jax.Array:
         """[B, H, W, d_in] -> [B, H / stride, W / stride, 4 * width]."""
         x, stats = self._run(x, *nnx.split(self.first), training, looped=False)
-        nnx.update(self.first, stats)
+        if training:
+            nnx.update(self.first, stats)
         if self.blocks is None:
             return x
         graphdef, state = nnx.split(self.blocks)
@@ -328,16 +329,17 @@ class Stage(nnx.Module):
                 x, stats = step(x, jax.tree.map(lambda leaf, i=i: leaf[i], state))
                 each.append(stats)
             stats = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-        nnx.update(self.blocks, stats)
+        if training:
+            nnx.update(self.blocks, stats)
         return x
 
     def _run(self, x, graphdef, state, training, looped):
-        """The output of one block, and its statistics, updated if in training."""
+        """The output of one block, and in training its updated statistics (None in inference)."""
 
         def block(x, state):
             module = nnx.merge(graphdef, state)
             y = module(x, training)
-            return y, nnx.state(module, nnx.BatchStat)
+            return y, nnx.state(module, nnx.BatchStat) if training else None
 
         if self.remat:
             # In a loop the compiler cannot undo the recomputation: no barriers against that needed.

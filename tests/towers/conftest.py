@@ -12,6 +12,9 @@ from flax import nnx
 
 from clipjax.params import abstract, map_with_path, merge
 
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Machine code that is quick to make: a run takes no time here, compiling it does."""
+
 
 def _load_oracles():
     spec = importlib.util.spec_from_file_location("oracles", Path(__file__).with_name("oracles.py"))
@@ -51,7 +54,7 @@ def drawn():
 def _tower(config):
     graphdef, params = _drawn(lambda: config.build(nnx.Rngs(0)))
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def run(params, inputs, key=None):
         return merge(graphdef, params, {})(inputs, key=key)
 
