@@ -21,7 +21,7 @@ def step():
 
 
 def test_each_device_holds_an_eighth(step):
-    results, compiled, blueprint = step
+    results, _, blueprint = step
     params = sum(leaf.size for leaf in jax.tree.leaves(blueprint.abstract.params))
     assert params == pytest.approx(149.62e6, rel=1e-3)  # CLIP ViT-B/16
     whole = 3 * 4 * params  # AdamW: two moments a parameter, all float32
