@@ -134,7 +134,8 @@ def compile_step(bench: MemoryBench) -> tuple[Any, Any]:
         "id": jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=split),
     }
     step = make_step(blueprint, objective, PairEngine(mesh), mesh, bench.accumulate)
-    lowered = jit_step(step, blueprint).lower(blueprint.target(), batch)
+    jitted: Any = jit_step(step, blueprint)
+    lowered = jitted.lower(blueprint.target(), batch)
     return lowered.compile(compiler_options=READ_ONLY), blueprint
 
 

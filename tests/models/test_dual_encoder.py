@@ -15,6 +15,8 @@ from clipjax.models.dual_encoder import clamp_max
 from clipjax.params import abstract, count, merge, split
 from clipjax.towers import ResNet, TextTransformer, Tower, ViT
 
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Machine code that is quick to make: a run takes no time here, compiling it does."""
 SHAPE = dict(width=8, heads=2, depth=1, mlp_dim=8)
 CONFIG = DualEncoder(
     image=ViT(image_size=8, patch_size=4, pool="mean", **SHAPE),
@@ -35,7 +37,11 @@ def encode():
 
     def run(config, batch=BATCH, key=None, **arguments):
         graphdef, params, state = split(config.build(nnx.Rngs(0)))
-        call = jax.jit(lambda p, b: merge(graphdef, p, state)(b, key=key, **arguments))
+
+        def forward(p, b):
+            return merge(graphdef, p, state)(b, key=key, **arguments)
+
+        call = jax.jit(forward, compiler_options=QUICK)
         return params, call(params, batch)
 
     return run
