@@ -13,6 +13,8 @@ _HOMES = {
     "open_run": "clipjax.restore",
     "open_pretrained": "clipjax.restore",
     "Pretrained": "clipjax.pretrained",
+    "StartFrom": "clipjax.start",
+    "Average": "clipjax.start",
     "Component": "clipjax.component",
     "ClipjaxError": "clipjax.errors",
     "Predictor": "clipjax.predictor",

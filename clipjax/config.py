@@ -25,6 +25,7 @@ from clipjax.objectives.base import Objective
 from clipjax.objectives.pairs import AllGather, Exchange
 from clipjax.optim import Duration, Ema, Optimizer
 from clipjax.sharding import Sharding
+from clipjax.start import Start
 from clipjax.tracking import TensorBoard, Tracker
 
 
@@ -38,6 +39,8 @@ class Run(Component):
     optimizer: Optimizer
     duration: Duration
     """Length of training."""
+    start: Start | None = None
+    """Weights to begin with; None: random."""
     evals: tuple[Evaluator, ...] = ()
     mesh: MeshShape = MeshShape()
     sharding: Sharding = Sharding()

@@ -1,11 +1,17 @@
-"""Predictor: pictures and texts in, embeddings out, in batches of one shape, on any mesh."""
+"""Predictor: pictures and texts in; embeddings, similarities, classes and captions out; on any mesh.
+
+It is what `clipjax.load` returns and what evaluators are given.
+"""
 
 from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -13,24 +19,65 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from clipjax.data.augment import Resize
+from clipjax.data.images import decode
 from clipjax.data.tokenizers import TokenizerModel
 from clipjax.errors import ClipjaxError
+from clipjax.generation import Generated, Greedy, Strategy
+from clipjax.generation.generate import compiled, prompt_rows, row_length, special_tokens
 from clipjax.layout import on_mesh
 from clipjax.mesh import batch_sharding, batch_shards, replicated
 from clipjax.params import Tree, merge, split
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+    Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+
 PER_SHARD = 64
 """Default rows a device embeds at once. On a CPU, 256 take twice the time a row that 64 do."""
+FEW_PER_SHARD = 4
+"""Rows a device embeds at once where all of a call's rows are fewer than a batch. On a CPU, a
+ViT-B/32 takes about the same time a row from 4 rows to 64, and more with 1."""
 _IN_FLIGHT = 2  # batches dispatched ahead of the device; simulated devices deadlock without a bound
+_READERS = min(8, os.cpu_count() or 1)  # threads; Pillow decodes without holding the interpreter
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """What pictures show, of a set of labels.
+
+    Attributes:
+      labels: C labels, in the order they were given.
+      probabilities: float32 [n, C], or [C] of a single picture. Of a softmax model a row sums to 1;
+        of a sigmoid model each is the probability of that label by itself.
+    """
+
+    labels: tuple[str, ...]
+    probabilities: np.ndarray
+
+    def top(self, k: int = 5) -> Any:
+        """The `k` most probable labels with their probabilities, the most probable first.
+
+        Returns:
+          By picture, a list of (label, probability); of a single picture, that list alone.
+        """
+        if self.probabilities.ndim == 2:
+            return [Classification(self.labels, row).top(k) for row in self.probabilities]
+        order = np.argsort(-self.probabilities, kind="stable")[:k]
+        return [(self.labels[i], float(self.probabilities[i])) for i in order]
 
 
 class Predictor:
-    """A model with weights, ready to embed.
+    """A model with weights, its tokenizer and its preprocessing, ready to use.
 
-    Each of the two encoders is compiled once, for one batch shape: the last batch is padded, and
-    its padding dropped again. Parameters are arguments of the compiled functions, so that
-    `with_params` swaps them for free. Embeddings depend on neither the batch size nor the mesh,
-    up to float32 rounding.
+    Wherever many pictures or texts go in and rows come out, a single one may go in and its row,
+    without the leading axis, comes out.
+
+    Each of the two encoders is compiled for two batch shapes at most: `batch_size` rows, and a few
+    rows for calls with fewer than that, so that one picture does not cost a whole batch. The last
+    batch is padded, and its padding dropped again. Parameters are arguments of the compiled
+    functions, so that `with_params` swaps them for free. Embeddings depend on neither the batch
+    size nor the mesh, up to float32 rounding.
 
     With several processes every process makes the same calls with the same inputs, and gets all of
     the embeddings.
@@ -78,10 +125,11 @@ class Predictor:
         if batch_size < 1:
             raise ClipjaxError(f"Predictor: batch_size={batch_size} must be at least 1")
         self.batch_size = -(-batch_size // shards) * shards
+        self._few = min(FEW_PER_SHARD * shards, self.batch_size)
         self.tokenizer, self.context_length, self.image_size = tokenizer, context_length, image_size
         self.resize = resize
         self._params, self._model_state = params, model_state
-        self._mesh = mesh
+        self.mesh = mesh
         out = None if mesh is None else replicated(mesh)  # None: wherever the parameters are
         self._image = jax.jit(
             lambda p, s, x: merge(graphdef, p, s).encode_image(x), out_shardings=out
@@ -94,6 +142,9 @@ class Predictor:
             lambda p, s, x: _scale_and_bias(merge(graphdef, p, s)(x)),
             out_shardings=out,
         )
+        self._graphdef = graphdef
+        self._captioners: dict[Strategy, Callable[..., Any]] = {}
+        self._known_scalars: tuple[float, float | None] | None = None
 
     @classmethod
     def from_module(cls, module: nnx.Module, **settings: Any) -> Predictor:
@@ -113,53 +164,222 @@ class Predictor:
           model_state: None keeps the present one.
         """
         other = copy.copy(self)
-        other._params = params
+        other._params, other._known_scalars = params, None
         other._model_state = self._model_state if model_state is None else model_state
         return other
 
-    def encode_image(self, image: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
-        """Embeds pictures; those of another size are resized first.
+    def encode_image(self, images: Picture | Sequence[Picture] | np.ndarray) -> np.ndarray:
+        """Embeds pictures: decodes what is encoded, resizes what is of another size.
 
         Args:
-          image: uint8 [n, H, W, 3], or n pictures uint8 [H, W, 3] of any sizes.
+          images: n pictures, or one: paths, encoded bytes, Pillow pictures, or pixels, uint8
+            [H, W, 3] (or gray [H, W], or with alpha [H, W, 4]); n pictures of one size may be an
+            array [n, H, W, 3].
 
         Returns:
-          float32 [n, E], unit norm.
+          float32 [n, E], unit norm; [E] for one picture.
 
         Raises:
-          ClipjaxError: not uint8 RGB pictures.
+          UnreadableRecord: a picture is missing, damaged, too large or none; it is named.
         """
-        size = self.image_size
-        if isinstance(image, np.ndarray) and image.shape[1:] != (size, size, 3):
-            image = list(image)
-        if not isinstance(image, np.ndarray):
-            image = self._resized(image)
-        if image.dtype != np.uint8:
-            raise ClipjaxError(
-                f"encode_image takes uint8 pixels (0 to 255), not {image.dtype}: the model "
-                "normalizes them itself"
-            )
-        return self._run(self._image, image)
+        if isinstance(images, jax.Array):
+            images = np.asarray(images)
+        if _is_one_picture(images):
+            return self.encode_image([images])[0]  # type: ignore[list-item]
+        return self.encode_image_rows(*self._reader(images))  # type: ignore[arg-type]
 
-    def encode_text(self, text: Sequence[str] | np.ndarray) -> np.ndarray:
+    def encode_image_rows(self, read: Callable[[np.ndarray], np.ndarray], count: int) -> np.ndarray:
+        """Embeds pictures that are read while the ones before are being embedded.
+
+        Args:
+          read: takes indices [k], ascending within 0 .. count - 1; gives uint8 [k, S, S, 3], S the
+            `image_size`. With several processes, each is asked for the rows of its own devices
+            alone.
+          count: how many there are.
+
+        Returns:
+          float32 [count, E], unit norm, in every process.
+        """
+        return self._stream(self._image, read, count, (self.image_size,) * 2 + (3,), np.uint8)
+
+    def encode_text(self, texts: str | Sequence[str] | np.ndarray) -> np.ndarray:
         """Embeds texts.
 
         Args:
-          text: n strings, or tokens int32 [n, L] as `tokenize` makes them.
+          texts: n strings, or one; or tokens int32 [n, L] as `tokenize` makes them.
 
         Returns:
-          float32 [n, E], unit norm.
+          float32 [n, E], unit norm; [E] for one string.
 
         Raises:
-          ClipjaxError: a single string, or tokens of another length.
+          ClipjaxError: tokens of another length.
         """
-        tokens = text if isinstance(text, np.ndarray) else self.tokenize(text)
+        if isinstance(texts, str):
+            return self.encode_text([texts])[0]
+        tokens = texts if isinstance(texts, np.ndarray) else self.tokenize(texts)
         if tokens.ndim != 2 or tokens.shape[1] != self.context_length or tokens.dtype != np.int32:
             raise ClipjaxError(
                 f"encode_text takes strings or tokens int32 [n, {self.context_length}], not "
                 f"{tokens.dtype} {list(tokens.shape)}"
             )
-        return self._run(self._text, tokens)
+        return self._stream(self._text, tokens.__getitem__, len(tokens), tokens.shape[1:], np.int32)
+
+    def similarity(
+        self,
+        images: Picture | Sequence[Picture] | np.ndarray,
+        texts: str | Sequence[str] | np.ndarray,
+    ) -> np.ndarray:
+        """Cosine similarities, float32 [n, m], of n pictures and m texts; -1 to 1, not scaled.
+
+        One picture gives [m], one text [n], one of each a number.
+        """
+        return self.encode_image(images) @ self.encode_text(texts).T
+
+    def classify(
+        self,
+        images: Picture | Sequence[Picture] | np.ndarray,
+        labels: Sequence[str],
+        templates: str | Sequence[str] = "{}",
+    ) -> Classification:
+        """Zero-shot classification (CLIP, arXiv:2103.00020, section 3.1).
+
+        With s the cosine similarity of a picture and a class: a model without `logit_bias` was
+        trained to choose (softmax), so its probabilities are softmax(logit_scale * s) over the
+        labels. One with it was trained to accept or refuse each pair by itself (SigLIP,
+        arXiv:2303.15343), so they are sigmoid(logit_scale * s + logit_bias), label by label, and
+        need not sum to 1.
+
+        Args:
+          images: as for `encode_image`.
+          labels: C distinct names.
+          templates: as for `class_embeddings`.
+        """
+        labels = (labels,) if isinstance(labels, str) else tuple(labels)
+        classes = self.class_embeddings(labels, templates)
+        similar = (self.encode_image(images) @ classes.T).astype(np.float64)
+        logits = self.logit_scale * similar + (self.logit_bias or 0.0)
+        if self.logit_bias is None:
+            powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+            probabilities = powers / powers.sum(axis=-1, keepdims=True)
+        else:
+            probabilities = 0.5 * (1.0 + np.tanh(0.5 * logits))  # sigmoid without overflow
+        return Classification(labels, probabilities.astype(np.float32))
+
+    def class_embeddings(
+        self, labels: Sequence[str], templates: str | Sequence[str] = "{}"
+    ) -> np.ndarray:
+        """Embeddings of classes, float32 [C, E], unit norm: a class is the mean of its prompts.
+
+        Args:
+          labels: C distinct names.
+          templates: prompts, or one: "{}" stands for the name, as in "a photo of a {}".
+
+        Raises:
+          ClipjaxError: no labels, a label twice, or a template without "{}".
+        """
+        labels = [labels] if isinstance(labels, str) else list(labels)
+        templates = [templates] if isinstance(templates, str) else list(templates)
+        if not labels:
+            raise ClipjaxError("labels is empty: give at least one name")
+        for label, count in collections.Counter(labels).items():
+            if not label.strip():
+                raise ClipjaxError("a label is empty: give each a name")
+            if count > 1:
+                raise ClipjaxError(f"the label {label!r} is given {count} times: give it once")
+        if not templates:
+            raise ClipjaxError('templates is empty: give at least one, such as "a photo of a {}"')
+        for template in templates:
+            if "{}" not in template:
+                raise ClipjaxError(f"the template {template!r} has no {{}} where the label goes")
+        prompts = self.encode_text([t.replace("{}", label) for label in labels for t in templates])
+        return mean_direction(prompts.reshape(len(labels), len(templates), -1)).astype(np.float32)
+
+    def read(self, image: Picture, name: str = "image") -> np.ndarray:
+        """The model's preprocessing: a picture as the image encoder takes it, uint8 [S, S, 3].
+
+        Args:
+          image: as for `encode_image`.
+          name: what to call it in an error.
+
+        Raises:
+          UnreadableRecord: it is missing, damaged, too large or no picture.
+        """
+        return self.resize(decode(image, name), self.image_size)
+
+    def caption(
+        self,
+        images: Picture | Sequence[Picture] | np.ndarray,
+        strategy: Strategy = Greedy(),  # noqa: B008 (frozen)
+        prompt: str | Sequence[str] = "",
+        seed: int = 0,
+    ) -> Any:
+        """Captions of pictures, for a model that has a captioning decoder.
+
+        Args:
+          images: as for `encode_image`.
+          strategy: how the next token is chosen; `clipjax.generation` has them.
+          prompt: what every caption, or each of them, begins with; it is part of the result.
+          seed: for strategies that draw at random. A picture's draws depend on the seed and on its
+            place among the pictures, not on batches or the mesh.
+
+        Returns:
+          n captions, a list of strings; for one picture, its caption.
+
+        Raises:
+          ClipjaxError: the model has no decoder or no tokenizer, or a prompt does not fit.
+        """
+        if _is_one_picture(images):
+            return self.caption([images], strategy, prompt, seed)[0]  # type: ignore[list-item]
+        return self.decode(self.generate(images, strategy, prompt, seed))  # type: ignore[arg-type]
+
+    def caption_rows(
+        self,
+        read: Callable[[np.ndarray], np.ndarray],
+        count: int,
+        strategy: Strategy = Greedy(),  # noqa: B008 (frozen)
+        prompt: str | Sequence[str] = "",
+        seed: int = 0,
+    ) -> list[str]:
+        """`caption` of pictures that are read batch by batch, as by `encode_image_rows`."""
+        return self.decode(self._generate(read, count, strategy, prompt, seed))
+
+    def generate(
+        self,
+        images: Sequence[Picture] | np.ndarray,
+        strategy: Strategy = Greedy(),  # noqa: B008 (frozen)
+        prompt: str | Sequence[str] = "",
+        seed: int = 0,
+    ) -> Generated:
+        """What `caption` decodes: tokens int32 [n, L] and scores float32 [n], as NumPy arrays."""
+        return self._generate(*self._reader(images), strategy, prompt, seed)
+
+    def _generate(self, read, count: int, strategy: Strategy, prompt, seed: int) -> Generated:
+        if self.tokenizer is None:
+            raise ClipjaxError("this predictor has no tokenizer, and captions cannot do without")
+        special = special_tokens(self.tokenizer)
+        length = row_length(strategy, special, self.context_length)
+        prompts = prompt_rows(self.tokenizer, prompt, count, length)
+        if strategy not in self._captioners:
+            self._captioners[strategy] = compiled(self._graphdef, strategy, special, self.mesh)
+        function = self._captioners[strategy]
+        pixels = (self.image_size, self.image_size, 3)
+        done: list[Any] = []
+        for index in self._indices(count):
+            batch = (
+                self._batch(read, index, pixels),
+                *(self._batch(rows.__getitem__, index, rows.shape[1:]) for rows in prompts),
+                self._batch(lambda rows: rows.astype(np.int32), index, ()),
+            )
+            output = function(self._params, self._model_state, batch, np.uint32(seed % 2**32))
+            done.append(jax.tree.map(np.asarray, output))
+        empty = Generated(np.zeros((0, length), np.int32), np.zeros(0, np.float32))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], empty, *done)
+
+    def decode(self, generated: Generated) -> list[str]:
+        """The n captions that `generate` gave, as text."""
+        if self.tokenizer is None:
+            raise ClipjaxError("this predictor has no tokenizer to read captions with")
+        return [text.strip() for text in self.tokenizer.decode(np.asarray(generated.tokens))]
 
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
         """Tokens int32 [n, L] of n strings, worth keeping where texts are embedded again and again.
@@ -184,56 +404,137 @@ class Predictor:
         return self._scalars()[1]
 
     def _scalars(self) -> tuple[float, float | None]:
-        batch = {
-            "image": np.zeros((1, self.image_size, self.image_size, 3), np.uint8),
-            "text": np.zeros((1, self.context_length), np.int32),
-        }
-        scale, bias = self._scale_and_bias(self._params, self._model_state, batch)
-        return float(scale), None if bias is None else float(bias)
+        if self._known_scalars is None:
+            rows = self._few
+            batch = {
+                "image": np.zeros((rows, self.image_size, self.image_size, 3), np.uint8),
+                "text": np.zeros((rows, self.context_length), np.int32),
+            }
+            scale, bias = self._scale_and_bias(self._params, self._model_state, batch)
+            if scale is None:
+                raise ClipjaxError("this model only captions: it has no scale of similarities")
+            self._known_scalars = float(scale), None if bias is None else float(bias)
+        return self._known_scalars
 
-    def _resized(self, images: Sequence[np.ndarray]) -> np.ndarray:
+    def _read_numbered(self, numbered: tuple[int, Picture]) -> np.ndarray:
+        number, image = numbered
+        named = isinstance(image, (str, os.PathLike))
+        return self.read(image, os.fspath(image) if named else f"image number {number}")  # type: ignore[arg-type]
+
+    def _reader(
+        self, images: Sequence[Picture] | np.ndarray
+    ) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
+        """What gives the rows uint8 [k, S, S, 3] at indices [k] of some pictures; their number."""
         size = self.image_size
-        out = np.empty((len(images), size, size, 3), np.uint8)
-        for i, image in enumerate(images):
-            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        if isinstance(images, np.ndarray):
+            if images.dtype == np.uint8 and images.shape[1:] == (size, size, 3):
+                return images.__getitem__, len(images)
+            if images.ndim != 4:
                 raise ClipjaxError(
-                    f"encode_image takes uint8 pictures [H, W, 3]; number {i} is {image.dtype} "
-                    f"{list(image.shape)}"
+                    "pictures are uint8 [n, H, W, 3] or [H, W, 3], not "
+                    f"{images.dtype} {list(images.shape)}"
                 )
-            out[i] = self.resize(image, size)
-        return out
+        pictures: list[Any] = list(images)
 
-    def _run(self, function: Callable[..., jax.Array], rows: np.ndarray) -> np.ndarray:
-        """Applies a compiled encoder to all rows, batch by batch."""
-        if not len(rows):
-            shape = jax.ShapeDtypeStruct((self.batch_size, *rows.shape[1:]), rows.dtype)
-            width = jax.eval_shape(function, self._params, self._model_state, shape).shape[1]
+        def read(index: np.ndarray) -> np.ndarray:
+            out = np.empty((len(index), size, size, 3), np.uint8)
+            numbered = [(number, pictures[number]) for number in index.tolist()]
+            for i, pixels in enumerate(_mapped(self._read_numbered, numbered)):
+                out[i] = pixels
+            return out
+
+        return read, len(pictures)
+
+    def _stream(
+        self,
+        function: Callable[..., jax.Array],
+        read: Callable[[np.ndarray], np.ndarray],
+        count: int,
+        shape: tuple[int, ...],
+        dtype: Any,
+    ) -> np.ndarray:
+        """Applies a compiled encoder to all rows, batch by batch, reading ahead of the device.
+
+        Args:
+          function: one of the encoders.
+          read: gives the rows [k, *shape] at ascending indices [k].
+          count: number of rows.
+          shape: of one row.
+          dtype: of the rows.
+        """
+        if not count:
+            like = jax.ShapeDtypeStruct((self.batch_size, *shape), dtype)
+            width = jax.eval_shape(function, self._params, self._model_state, like).shape[1]
             return np.zeros((0, width), np.float32)
         done: list[np.ndarray] = []
         running: collections.deque[jax.Array] = collections.deque()
-        for batch in self._batches(rows):
-            with on_mesh(self._mesh):
+        for index in self._indices(count):
+            batch = self._batch(read, index, shape)
+            with on_mesh(self.mesh):
                 running.append(function(self._params, self._model_state, batch))
             if len(running) >= _IN_FLIGHT:
                 done.append(np.asarray(running.popleft(), np.float32))
         done.extend(np.asarray(output, np.float32) for output in running)
-        return np.concatenate(done)[: len(rows)]
+        return np.concatenate(done)[:count]
 
-    def _batches(self, rows: np.ndarray) -> Iterator[Any]:
-        for start in range(0, len(rows), self.batch_size):
-            batch = rows[start : start + self.batch_size]
-            if len(batch) < self.batch_size:
-                # Copies of a real row, since zeros need not be a valid input.
-                padding = np.repeat(batch[-1:], self.batch_size - len(batch), axis=0)
-                batch = np.concatenate([batch, padding])
-            yield batch if self._mesh is None else _spread(batch, self._mesh)
+    def _indices(self, count: int) -> Iterator[np.ndarray]:
+        """The rows of each batch: beyond the end the last one again, as zeros need not be valid."""
+        size = self._few if count < self.batch_size else self.batch_size
+        for start in range(0, count, size):
+            yield np.minimum(np.arange(start, start + size), count - 1)
+
+    def _batch(
+        self, read: Callable[[np.ndarray], np.ndarray], index: np.ndarray, shape: tuple[int, ...]
+    ) -> np.ndarray | jax.Array:
+        """The rows [k, *shape] at these indices, split over the mesh if there is one."""
+        if self.mesh is None:
+            return _read_once(read, index)
+        return _spread(read, index, shape, self.mesh)
 
 
-def _spread(batch: np.ndarray, mesh: Mesh) -> jax.Array:
-    """A global array of which each process provides the rows of its own devices."""
-    return jax.make_array_from_callback(
-        batch.shape, batch_sharding(mesh), lambda index: batch[index]
-    )
+def mean_direction(x: np.ndarray) -> np.ndarray:
+    """[C, T, E] unit vectors -> [C, E] float64, the normalized mean over T."""
+    mean = x.astype(np.float64).mean(axis=1)
+    return mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
+
+
+def _is_one_picture(images: Any) -> bool:
+    if isinstance(images, np.ndarray):
+        return images.ndim in (2, 3)
+    return isinstance(images, (str, os.PathLike, bytes)) or not hasattr(images, "__iter__")
+
+
+def _mapped(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    if len(items) < 2:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(_READERS) as readers:
+        yield from readers.map(function, items)
+
+
+def _read_once(read: Callable[[np.ndarray], np.ndarray], index: np.ndarray) -> np.ndarray:
+    """The rows at ascending indices; one that is repeated at the end is read once."""
+    distinct = int(np.searchsorted(index, index[-1])) + 1
+    rows = read(index[:distinct])
+    if distinct == len(index):
+        return rows
+    return np.concatenate([rows, np.repeat(rows[-1:], len(index) - distinct, axis=0)])
+
+
+def _spread(
+    read: Callable[[np.ndarray], np.ndarray], index: np.ndarray, shape: tuple[int, ...], mesh: Mesh
+) -> jax.Array:
+    """A global array of which each process reads the rows of its own devices, each of them once."""
+    pieces: dict[tuple[int, int], np.ndarray] = {}
+
+    def piece(where: Any) -> np.ndarray:
+        rows = slice(*where[0].indices(len(index)))
+        key = (rows.start, rows.stop)
+        if key not in pieces:  # devices along the tensor axis share their rows
+            pieces[key] = _read_once(read, index[rows])
+        return pieces[key]
+
+    return jax.make_array_from_callback((len(index), *shape), batch_sharding(mesh), piece)
 
 
 def _scale_and_bias(encoded: Any) -> tuple[jax.Array, jax.Array | None]:

@@ -11,8 +11,11 @@ and what a run may start from. As a folder:
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +82,11 @@ class Pretrained:
                     f"the weights have {name!r}, which the model lacks{did_you_mean(name, wanted)}"
                 )
 
+    def folded(self) -> Pretrained:
+        """The same model without what only training needs, such as LoRA's factors beside the kernels."""
+        model, params = self.model.folded(self.params)
+        return dataclasses.replace(self, model=model, params=params)
+
     def predictor(
         self,
         mesh: Mesh | None = None,
@@ -107,6 +115,37 @@ class Pretrained:
             mesh=mesh,
             **settings,
         )
+
+    def fingerprint(self) -> str:
+        """32 hex digits that change with the weights, the architecture and the preprocessing.
+
+        Equal fingerprints give equal embeddings, wherever the model was loaded from.
+        """
+        tree = {"params": self.params, "model_state": self.model_state}
+        named = sorted(paths(tree), key=lambda pair: pair[0])
+
+        def digest(pair: tuple[str, Any]) -> bytes:
+            name, leaf = pair
+            array = np.ascontiguousarray(leaf)
+            content = hashlib.blake2b(
+                f"{name} {array.dtype} {array.shape}\n".encode(), digest_size=16
+            )
+            content.update(array.reshape(-1).view(np.uint8))
+            return content.digest()
+
+        facts = json.dumps(
+            [to_json(self.model), self.context_length, self.image_size, to_json(self.resize)]
+        )
+        total = hashlib.blake2b(facts.encode(), digest_size=16)
+        with ThreadPoolExecutor() as threads:  # hashing releases the interpreter
+            for part in threads.map(digest, named):
+                total.update(part)
+        if self.tokenizer is not None:
+            with tempfile.TemporaryDirectory() as scratch:
+                self.tokenizer.save(scratch)
+                for file in sorted(Path(scratch).iterdir()):
+                    total.update(file.read_bytes())
+        return total.hexdigest()
 
     def save(self, folder: str | Path) -> None:
         """Writes the model's folder; `model.json` last, so that a folder that has it is complete.

@@ -5,24 +5,26 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from clipjax.checkpoint import FORMAT, Checkpoints, locate, unpack_tokenizer
 from clipjax.component import from_json, to_json
-from clipjax.config import Run
 from clipjax.data import load_tokenizer
 from clipjax.errors import ClipjaxError
-from clipjax.evals.base import Evaluator, Runner, build_runners
-from clipjax.evals.retrieval import RetrievalRunner
 from clipjax.mesh import MeshShape
 from clipjax.params import abstract, join, select
 from clipjax.predictor import Predictor
 from clipjax.pretrained import Pretrained, is_pretrained, read_pretrained
-from clipjax.report import environment, write_report
+
+if TYPE_CHECKING:
+    from clipjax.config import Run
+    from clipjax.evals.base import Evaluator, Runner
+
+# What only runs need (Orbax, evaluators, reports) is imported where a run is opened, and what reads
+# other people's weights where there are any: a model's folder opens in half the time without.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,24 +45,38 @@ class Opened:
         return results
 
     def report(self, results: dict[str, float] | None = None) -> Path:
-        """Writes `report.html` into the run's folder.
+        """Writes `report.html` into the run's folder: all processes embed, the first one writes.
 
         Args:
           results: the model's figures; None evaluates.
         """
+        from clipjax.evals.captioning import CaptioningRunner
+        from clipjax.evals.retrieval import RetrievalRunner
+        from clipjax.evals.zeroshot import ZeroShotRunner
+        from clipjax.report import REPORT_FILE, environment, write_report
+
         results = self.evaluate() if results is None else results
         retrieval = [r for _, r in self.runners if isinstance(r, RetrievalRunner)]
         chance = {name: value for runner in retrieval for name, value in runner.chance().items()}
         first = retrieval[0] if retrieval else None
+        confusions = [r.confusion() for _, r in self.runners if isinstance(r, ZeroShotRunner)]
+        examples = first.examples(self.predictor) if first else ()
+        captioning = [r for _, r in self.runners if isinstance(r, CaptioningRunner)]
+        captions = captioning[0].examples(self.predictor) if captioning else ()
+        similarities = first.similarities(self.predictor) if first else None
+        if jax.process_index() != 0:
+            return self.folder / REPORT_FILE
         return write_report(
             self.folder,
             results=results,
             config=to_json(self.run),
             environment=environment(),
             chance=chance,
-            examples=first.examples(self.predictor) if first else (),
-            similarities=first.similarities(self.predictor) if first else None,
-            facts={"step": f"{self.step:,}"},
+            examples=examples,
+            captions=captions,
+            similarities=similarities,
+            confusions=[confusion for confusion in confusions if confusion is not None],
+            facts={"checkpoint": f"step {self.step:,}"},
         )
 
 
@@ -76,6 +92,8 @@ def open_run(path: str | Path, mesh: Mesh | None = None) -> Opened:
     Raises:
       ClipjaxError: there is no checkpoint, or it names components that are unknown here.
     """
+    from clipjax.evals.base import build_runners
+
     mesh = mesh or MeshShape().build()
     folder, step, run, pretrained = _restore(Path(path), mesh)
     predictor = pretrained.predictor(mesh, run.sharding)
@@ -86,7 +104,8 @@ def open_pretrained(path: str | Path, mesh: Mesh | None = None) -> Pretrained:
     """The model, weights, tokenizer and preprocessing that `path` holds, whatever wrote them.
 
     Args:
-      path: a run's folder, one of its `checkpoints/<step>`, or a folder that `Pretrained.save` wrote.
+      path: a run's folder, one of its `checkpoints/<step>`, a folder that `Pretrained.save` wrote, or
+        other people's weights, as `clipjax.interop.import_weights` takes them.
       mesh: what a run's checkpoint is restored onto; default: all devices along the data axis.
 
     Raises:
@@ -94,19 +113,38 @@ def open_pretrained(path: str | Path, mesh: Mesh | None = None) -> Pretrained:
     """
     if is_pretrained(Path(path)):
         return read_pretrained(path)
+    from clipjax.interop.source import is_source
+
+    if is_source(Path(path)):
+        from clipjax.interop import import_weights
+
+        return import_weights(path)
     return _restore(Path(path), mesh or MeshShape().build())[3]
 
 
-def load(path: str | Path, mesh: Mesh | None = None) -> Predictor:
-    """A model, ready to embed pictures and texts: `clipjax.load("runs/quickstart")`.
+def load(path: str | Path, mesh: Mesh | None = None, batch_size: int | None = None) -> Predictor:
+    """A model with its tokenizer and preprocessing, ready to use, on the devices that are there.
 
-    Args and errors as in `open_pretrained`.
+        model = clipjax.load("runs/quickstart")
+        model.classify("cat.jpg", ["cat", "dog"], "a photo of a {}").top(1)  # [("cat", 0.98)]
+        model.similarity(["a.jpg", "b.jpg"], ["a cat", "a dog"])  # [2, 2]
+        model.encode_image("cat.jpg"), model.encode_text("a cat")  # [E] each
+
+    Args:
+      path: a run's folder, one of its `checkpoints/<step>`, or whatever else `open_pretrained` opens.
+      mesh: devices to use; default: all of them, along the data axis.
+      batch_size: pictures or texts per call of the model; default: 64 a device.
+
+    Raises:
+      ClipjaxError: as `open_pretrained`, or `batch_size` is below 1.
     """
-    return open_pretrained(path, mesh).predictor(mesh)
+    return open_pretrained(path, mesh).predictor(mesh, batch_size=batch_size)
 
 
 def _restore(path: Path, mesh: Mesh) -> tuple[Path, int, Run, Pretrained]:
     """(run's folder, step, run, its model with the weights that evaluators see)."""
+    from clipjax.checkpoint import Checkpoints, locate, unpack_tokenizer
+
     folder, step = locate(path)
     checkpoints = Checkpoints(folder)
     try:
@@ -146,6 +184,9 @@ def _restore(path: Path, mesh: Mesh) -> tuple[Path, int, Run, Pretrained]:
 
 
 def _read_run(meta: dict[str, Any], folder: Path) -> Run:
+    from clipjax.checkpoint import FORMAT
+    from clipjax.config import Run
+
     if meta.get("format") != FORMAT:
         raise ClipjaxError(
             f"{folder} was written in format {meta.get('format')}, and this clipjax reads format {FORMAT}"

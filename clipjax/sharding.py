@@ -33,13 +33,14 @@ class Rule(Component):
 
 
 TRANSFORMER_RULES = (
-    Rule(r"/(q|k|v|fc1|gate)/kernel$", tensor=-1),
+    Rule(r"/(q|k|v|fc1|gate|head)/kernel$", tensor=-1),
     Rule(r"/(q|k|v|fc1|gate)/bias$", tensor=-1),
     Rule(r"/(out|fc2)/kernel$", tensor=-2),
     Rule(r".*"),
 )
 """Column-parallel into attention heads and the hidden layer, row-parallel out of them (Megatron-LM,
-arXiv:1909.08053): one all-reduce per sub-layer. Everything else is not split over `tensor`."""
+arXiv:1909.08053): one all-reduce per sub-layer. A vocabulary head (CoCa's) is split by words, as its losses and
+logits are. Everything else is not split over `tensor`."""
 
 
 @dataclasses.dataclass(frozen=True)

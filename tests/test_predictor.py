@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from clipjax.batch import Encoded
 from clipjax.data import Resize
@@ -129,7 +130,20 @@ params = jax.tree.map(lambda x: jax.device_put(np.asarray(x), replicated(mesh)),
 predictor = Predictor(graphdef, params, state, tokenizer=Bytes(), context_length=LENGTH,
                       image_size=SIZE, mesh=mesh, batch_size=6)
 images = np.random.default_rng(0).integers(0, 256, (21, SIZE, SIZE, 3), np.uint8)
-np.savez(out + str(index), image=predictor.encode_image(images), scale=predictor.logit_scale,
+from clipjax.data import Resize
+from clipjax.data.evalset import Pictures
+from clipjax.evals.embed import embed_images
+asked = []
+def read(rows):
+    asked.extend(rows.tolist())
+    return images[rows]
+rows = predictor.encode_image_rows(read, 21)
+records = [{"image": image, "key": str(i)} for i, image in enumerate(images)]
+records[13]["image"] = b"no picture"
+pictures = Pictures(records, np.arange(21), SIZE, Resize())
+embedded = embed_images(predictor, pictures)
+np.savez(out + str(index), rows=rows, asked=asked, embedded=embedded, unreadable=pictures.unreadable,
+         image=predictor.encode_image(images), scale=predictor.logit_scale,
          text=predictor.encode_text(TEXTS), processes=jax.process_count())
 """
 
@@ -152,10 +166,16 @@ def test_every_process_gets_all_embeddings(images, tmp_path):
     for process in processes:
         assert process.wait(timeout=120) == 0, process.stderr.read()[-2000:]
     alone = plain()
+    shares = [set(np.load(tmp_path / f"out{i}.npz")["asked"].tolist()) for i in range(2)]
+    assert shares[0] | shares[1] == set(range(21)) and not shares[0] & shares[1]
     for i in range(2):
         got = np.load(tmp_path / f"out{i}.npz")
         assert got["processes"] == 2
         np.testing.assert_allclose(got["image"], alone.encode_image(images), atol=1e-6)
+        np.testing.assert_array_equal(got["rows"], got["image"])
+        assert np.flatnonzero(got["unreadable"]).tolist() == [13]
+        seen = np.arange(21) != 13
+        np.testing.assert_array_equal(got["embedded"][seen], got["image"][seen])
         np.testing.assert_allclose(got["text"], alone.encode_text(TEXTS), atol=1e-6)
         assert float(got["scale"]) == pytest.approx(alone.logit_scale)
 
@@ -174,12 +194,105 @@ def test_other_weights_take_effect_without_compiling_again(images):
     np.testing.assert_array_equal(predictor.encode_image(images), before)
 
 
-def test_one_shape_is_compiled_whatever_the_number_of_inputs(images):
-    predictor = plain(batch_size=8)
+def test_two_shapes_are_compiled_whatever_the_number_of_inputs(images):
+    predictor = plain(batch_size=16)
     traces = Plain.traces
-    for n in (1, 5, 8, 9, 21):
+    for n in (3, 1, 2, 9, 15):
         assert predictor.encode_image(images[:n]).shape == (n, 4)
-    assert Plain.traces == traces + 1
+    assert Plain.traces == traces + 1  # few rows at a time, for all that fit into a batch
+    for n in (16, 17, 21, 5):
+        assert predictor.encode_image(images[:n]).shape == (n, 4)
+    assert Plain.traces == traces + 2
+
+
+def test_one_picture_does_not_cost_a_batch(images, monkeypatch):
+    predictor = plain()
+    assert predictor.batch_size == 64
+    rows = []
+    encoder = predictor._image
+    monkeypatch.setattr(
+        predictor, "_image", lambda p, s, x: rows.append(len(x)) or encoder(p, s, x)
+    )
+    predictor.encode_image(images[0])
+    predictor.encode_image(images[:21])
+    assert rows == [4] * 7
+
+
+def test_any_kind_of_picture_one_or_many(images, tmp_path):
+    image = images[0]
+    picture = Image.fromarray(image)
+    picture.save(tmp_path / "a.png")
+    path, content = tmp_path / "a.png", (tmp_path / "a.png").read_bytes()
+    predictor = plain()
+    expected = predictor.encode_image(images[:1])
+    for one in (path, str(path), content, picture, image, jnp.asarray(image)):
+        assert predictor.encode_image(one).shape == (4,)
+        np.testing.assert_array_equal(predictor.encode_image(one), expected[0])
+    many = predictor.encode_image([path, str(path), content, picture, image])
+    np.testing.assert_array_equal(many, np.repeat(expected, 5, axis=0))
+    np.testing.assert_array_equal(predictor.encode_image((path,)), expected)
+    transparent = picture.convert("RGBA")
+    np.testing.assert_array_equal(predictor.encode_image(transparent), expected[0])
+    assert predictor.encode_text("a cat").shape == (4,)
+    np.testing.assert_array_equal(
+        predictor.encode_text("a cat"), predictor.encode_text(["a cat"])[0]
+    )
+
+
+def test_similarity_is_the_cosine(images):
+    predictor = plain()
+    u, v = predictor.encode_image(images), predictor.encode_text(TEXTS[:3])
+    expected = np.einsum("ie,je->ij", u.astype(np.float64), v)
+    np.testing.assert_allclose(predictor.similarity(images, TEXTS[:3]), expected, atol=1e-6)
+    np.testing.assert_allclose(predictor.similarity(images[0], TEXTS[:3]), expected[0], atol=1e-6)
+    np.testing.assert_allclose(predictor.similarity(images, TEXTS[0]), expected[:, 0], atol=1e-6)
+    assert predictor.similarity(images[0], TEXTS[0]) == pytest.approx(expected[0, 0], abs=1e-6)
+
+
+def test_softmax_models_choose_among_labels(images):
+    predictor = plain()
+    found = predictor.classify(images, ["cat", "dog", "ox"], ["a {}", "{} and {}"])
+    prompts = [["a cat", "cat and cat"], ["a dog", "dog and dog"], ["a ox", "ox and ox"]]
+    classes = np.stack([predictor.encode_text(p).astype(np.float64).mean(0) for p in prompts])
+    classes /= np.linalg.norm(classes, axis=1, keepdims=True)
+    powers = np.exp(np.exp(2.0) * predictor.encode_image(images) @ classes.T)
+    expected = powers / powers.sum(1, keepdims=True)
+    np.testing.assert_allclose(found.probabilities, expected, atol=1e-5)
+    assert found.labels == ("cat", "dog", "ox") and found.probabilities.dtype == np.float32
+    one = predictor.classify(images[4], ["cat", "dog", "ox"], ["a {}", "{} and {}"])
+    np.testing.assert_allclose(one.probabilities, expected[4], atol=1e-5)
+    order = np.argsort(-expected[4])
+    assert [label for label, _ in one.top(2)] == [("cat", "dog", "ox")[i] for i in order[:2]]
+    assert [p for _, p in found.top()[4]] == pytest.approx(expected[4][order], abs=1e-5)
+
+
+class Accepting(Plain):
+    """The same with a bias, as sigmoid models have."""
+
+    def __call__(self, batch, key=None):
+        encoded = super().__call__(batch)
+        return Encoded(encoded.image, encoded.text, encoded.logit_scale, jnp.float32(-6.0))
+
+
+def test_sigmoid_models_accept_or_refuse_each_label(images):
+    settings = {"tokenizer": Bytes(), "context_length": LENGTH, "image_size": SIZE}
+    predictor = Predictor.from_module(Accepting(nnx.Rngs(0)), **settings)
+    found = predictor.classify(images, ["cat", "dog"]).probabilities
+    cosine = predictor.similarity(images, ["cat", "dog"]).astype(np.float64)
+    np.testing.assert_allclose(found, 1 / (1 + np.exp(6.0 - np.exp(2.0) * cosine)), atol=1e-5)
+
+
+def test_bad_labels_and_templates_are_refused(images):
+    predictor = plain()
+    for labels, templates, message in (
+        ([], "{}", "labels is empty"),
+        (["a", "b", "a"], "{}", "the label 'a' is given 2 times"),
+        (["a", " "], "{}", "a label is empty"),
+        (["a"], [], "templates is empty"),
+        (["a"], "a photo", r"template 'a photo' has no \{\}"),
+    ):
+        with pytest.raises(ClipjaxError, match=message):
+            predictor.classify(images[0], labels, templates)
 
 
 def test_texts_and_their_tokens_embed_alike():
@@ -214,12 +327,18 @@ def test_pictures_of_other_sizes_are_resized_as_in_evaluation():
 
 def test_bad_input_is_refused_by_name(images):
     predictor = plain()
-    with pytest.raises(ClipjaxError, match=r"uint8 pixels.*not float32"):
+    with pytest.raises(ClipjaxError, match=r"number 0: pixels must be uint8.*not float32"):
         predictor.encode_image(images.astype(np.float32))
-    with pytest.raises(ClipjaxError, match=r"number 1 is uint8 \[4, 4\]"):
-        predictor.encode_image([images[0], np.zeros((4, 4), np.uint8)])
+    with pytest.raises(ClipjaxError, match=r"number 1: pixels must be uint8.*\[4, 4, 5\]"):
+        predictor.encode_image([images[0], np.zeros((4, 4, 5), np.uint8)])
+    with pytest.raises(ClipjaxError, match="number 1: .* not dict"):
+        predictor.encode_image([images[0], {}])
+    with pytest.raises(ClipjaxError, match=r"not uint8 \[1, 21, 16, 16, 3\]"):
+        predictor.encode_image(images[None])
+    with pytest.raises(ClipjaxError, match="nowhere.png: there is no file"):
+        predictor.encode_image("nowhere.png")
     with pytest.raises(ClipjaxError, match="a list of texts, not one string"):
-        predictor.encode_text("a cat")
+        predictor.tokenize("a cat")
     with pytest.raises(ClipjaxError, match=r"int32 \[n, 8\], not int32 \[2, 5\]"):
         predictor.encode_text(np.zeros((2, 5), np.int32))
     with pytest.raises(ClipjaxError, match="no tokenizer"):

@@ -1,5 +1,6 @@
 """A model as a folder: what is saved comes back, and what does not fit is refused by name."""
 
+import dataclasses
 import json
 
 import jax
@@ -68,3 +69,18 @@ def test_missing_and_unknown_arrays_are_named(pretrained):
     extra = params | {"logit_scale": scale, "logit_scales": scale}
     with pytest.raises(ClipjaxError, match="'params/logit_scales', which the model lacks"):
         Pretrained(MODEL, extra, {}, None, 8, 16).check()
+
+
+def test_the_fingerprint_follows_what_decides_embeddings(pretrained, tmp_path):
+    mark = pretrained.fingerprint()
+    pretrained.save(tmp_path / "model")
+    assert read_pretrained(tmp_path / "model").fingerprint() == mark
+    params = jax.tree.map(np.array, pretrained.params)
+    params["image_projection"]["kernel"][0, 0] += 1e-6
+    others = [
+        dataclasses.replace(pretrained, params=params),
+        dataclasses.replace(pretrained, resize=Resize("squash")),
+        dataclasses.replace(pretrained, model=dataclasses.replace(MODEL, logit_scale_max=None)),
+        dataclasses.replace(pretrained, tokenizer=BPE(vocab_size=270).build(["other words"])),
+    ]
+    assert len({mark, *(other.fingerprint() for other in others)}) == 5

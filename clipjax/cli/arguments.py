@@ -26,9 +26,9 @@ def new_parser(verb: str, description: str) -> argparse.ArgumentParser:
 
 def import_files(files: list[Path]) -> None:
     """Imports the user's own files, so that the components in them are known."""
-    from clipjax.config import load_module
-
     for file in files:
+        from clipjax.config import load_module  # imports all that a run needs: not for nothing
+
         load_module(file)
 
 

@@ -10,12 +10,13 @@ from clipjax.data.augment import (
     Shift,
 )
 from clipjax.data.evalset import EvalSet, load_eval
-from clipjax.data.folder import ClassFolder, ImageFolder
+from clipjax.data.folder import ClassFolder, ImageFolder, PictureFolder
 from clipjax.data.images import decode
 from clipjax.data.loader import Data, Loader
 from clipjax.data.sources import Mixture, RandomAccess, Record, Source, Tfds, UnreadableRecord
 from clipjax.data.tokenizers import (
     BPE,
+    ClipBPE,
     SentencePiece,
     Tokenizer,
     TokenizerFile,
@@ -29,6 +30,7 @@ __all__ = [
     "Augmentation",
     "CaptionChoice",
     "ClassFolder",
+    "ClipBPE",
     "ColorJitter",
     "Data",
     "EvalSet",
@@ -36,6 +38,7 @@ __all__ = [
     "ImageFolder",
     "Loader",
     "Mixture",
+    "PictureFolder",
     "RandomAccess",
     "RandomResizedCrop",
     "Record",

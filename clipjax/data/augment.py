@@ -37,22 +37,37 @@ class Augmentation(Component):
 
 @dataclasses.dataclass(frozen=True)
 class Resize(Augmentation):
-    """To the run's size, bicubic. Draws nothing: this is also how evaluation sees pictures."""
+    """To the run's size. Draws nothing: this is also how evaluation sees pictures."""
 
     mode: Literal["squash", "crop"] = "squash"
-    """"squash" ignores the aspect ratio; "crop" keeps it and cuts the center out."""
+    """"squash" ignores the aspect ratio; "crop" keeps it and cuts the center out, as CLIP does."""
+    method: Literal["bicubic", "bilinear"] = "bicubic"
+    """Interpolation, antialiased."""
+    half_pixel: Literal["even", "down"] = "even"
+    """Where a margin to crop is half a pixel too wide: torchvision rounds to even, transformers down."""
 
     def __post_init__(self):
-        if self.mode not in ("squash", "crop"):
-            raise ClipjaxError(f"Resize: mode={self.mode!r} is neither 'squash' nor 'crop'")
+        for field, choices in (
+            ("mode", ("squash", "crop")),
+            ("method", ("bicubic", "bilinear")),
+            ("half_pixel", ("even", "down")),
+        ):
+            value = getattr(self, field)
+            if value not in choices:
+                raise ClipjaxError(
+                    f"Resize: {field}={value!r} is neither {' nor '.join(map(repr, choices))}"
+                )
 
     def __call__(self, image, size, rng=None):
         height, width = image.shape[:2]
         if self.mode == "squash" or height == width:
-            return resize(image, (size, size))
-        side = min(height, width)
-        left, top = (width - side) / 2, (height - side) / 2
-        return resize(image, (size, size), (left, top, left + side, top + side))
+            return resize(image, (size, size), method=self.method)
+        short = min(height, width)
+        height, width = size * height // short, size * width // short
+        center = round if self.half_pixel == "even" else math.floor
+        top, left = center((height - size) / 2), center((width - size) / 2)
+        resized = resize(image, (height, width), method=self.method)
+        return resized[top : top + size, left : left + size]
 
 
 @dataclasses.dataclass(frozen=True)

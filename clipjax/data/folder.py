@@ -5,12 +5,17 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import logging
+import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipjax.data.sources import RandomAccess, Record, Source
+from clipjax.data.sources import RandomAccess, Record, Source, UnreadableRecord
 from clipjax.errors import ClipjaxError, did_you_mean
+
+logger = logging.getLogger(__name__)
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -20,7 +25,8 @@ class ImageFolder(Source):
     """Picture files, with captions in a .csv, .tsv or .jsonl table.
 
     Rows that name the same picture are one record with several captions. The picture's identity is
-    its order of first appearance.
+    its order of first appearance. A path that leads out of `root` (`../`, an absolute one, a link)
+    makes its record unreadable: a table must not choose what else is read.
     """
 
     root: str
@@ -93,16 +99,102 @@ class ClassFolder(Source):
             }
             for folder in sorted(p for p in root.iterdir() if p.is_dir())
             for path in sorted(folder.rglob("*"))
-            if path.suffix.lower() in PICTURE_SUFFIXES
+            if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
         }
         if not images:
             raise ClipjaxError(f"no folder in {self.root!r} holds a picture")
         return _OpenFolder(root, images, labeled=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class PictureFolder(Source):
+    """All picture files in a folder and the folders in it, without captions."""
+
+    root: str
+    """Folder with the pictures."""
+
+    def open(self) -> RandomAccess:
+        names, refused = find_pictures(self.root)
+        for reason in refused:
+            logger.warning("left out: %s", reason)
+        if not names:
+            raise ClipjaxError(
+                f"the folder {self.root!r} holds no picture ({', '.join(PICTURE_SUFFIXES)})"
+            )
+        images: dict[str, dict[str, Any]] = {
+            name: {"captions": [], "languages": [], "label": None} for name in names
+        }
+        return _OpenFolder(Path(self.root).expanduser(), images, labeled=False)
+
+
+def find_pictures(root: str | Path) -> tuple[list[str], list[str]]:
+    """The picture files in a folder and the folders in it, by the ends of their names.
+
+    Hidden files and folders (".cache") are left out. Links to folders are not followed, and links
+    to files only within `root`.
+
+    Returns:
+      (sorted paths relative to `root`, one message for each picture or link that is left out).
+
+    Raises:
+      ClipjaxError: there is no such folder, or it cannot be read.
+    """
+    top = os.path.realpath(Path(root).expanduser())
+    if not os.path.isdir(top):
+        raise ClipjaxError(f"there is no folder {str(root)!r}")
+    found, refused, folders = [], [], [""]
+    while folders:
+        inner = folders.pop()
+        try:
+            with os.scandir(os.path.join(top, inner)) as listing:
+                entries = list(listing)
+        except OSError as error:
+            if not inner:
+                raise ClipjaxError(f"{str(root)!r}: {error.strerror}") from error
+            refused.append(f"{inner}: {error.strerror}")
+            continue
+        for entry in entries:
+            name = os.path.join(inner, entry.name)
+            pictured = entry.name.lower().endswith(PICTURE_SUFFIXES)
+            if entry.name.startswith("."):
+                continue
+            if any(unicodedata.category(c) in ("Cc", "Cs") for c in entry.name):
+                # They would steer the terminal they are printed on, or could not be printed at all.
+                refused.append(f"{name!a}: a name with control characters, or not UTF-8")
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(name)
+            elif entry.is_file(follow_symlinks=False):
+                found += [name] * pictured
+            elif entry.is_symlink() and entry.is_dir():
+                refused.append(f"{name}: a link to a folder, which is not followed")
+            elif pictured and not stays_inside(top, name):
+                refused.append(f"{name}: a link out of the folder")
+            elif pictured and not entry.is_file():
+                refused.append(f"{name}: no regular file")
+            else:
+                found += [name] * pictured
+    return sorted(found), sorted(refused)
+
+
+def stays_inside(root: str, path: str | Path) -> bool:
+    """Whether `path`, relative to `root` or absolute, leads to something in `root`, links resolved.
+
+    Args:
+      root: a folder as `os.path.realpath` gives it.
+      path: need not exist.
+    """
+    try:
+        target = os.path.realpath(os.path.join(root, path))
+    except ValueError:  # a NUL in the name
+        return False
+    return target == root or target.startswith(root.rstrip(os.sep) + os.sep)
+
+
 class _OpenFolder(Sequence):
     def __init__(self, root: Path, images: dict[str, dict[str, Any]], labeled: bool):
         self._root, self._images = root, list(images.items())
+        self._real_root = os.path.realpath(root)
         names = sorted({image["label"] for image in images.values()}) if labeled else []
         self.class_names = tuple(names) or None
         self._label_of = {name: i for i, name in enumerate(names)}
@@ -112,6 +204,11 @@ class _OpenFolder(Sequence):
 
     def __getitem__(self, index):
         path, image = self._images[index]
+        if not stays_inside(self._real_root, path):
+            raise UnreadableRecord(
+                f"{path}: leads out of the folder {str(self._root)!r}; make root a folder that holds "
+                "all pictures"
+            )
         record = Record(
             image=self._root / path,
             captions=tuple(image["captions"]),

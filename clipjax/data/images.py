@@ -1,4 +1,4 @@
-"""Decoding: bytes, a path or pixels in; uint8 RGB out, or one error that names the record."""
+"""Decoding: bytes, a path, a Pillow picture or pixels in; uint8 RGB out, or one error that names the record."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 64_000_000
 """Pictures with more pixels than this are refused unread: a small file can hold a huge picture."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+"""What is decoded, by content, whatever a file's name says. Pillow knows more, among them formats
+that it hands to other programs (EPS to Ghostscript), which a stranger's file must not choose."""
 
 
 def decode(
-    image: bytes | str | os.PathLike[str] | np.ndarray,
+    image: bytes | str | os.PathLike[str] | np.ndarray | Image.Image,
     name: str = "image",
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
@@ -28,7 +31,8 @@ def decode(
     EXIF orientation is applied. Of an animation, the first frame counts.
 
     Args:
-      image: encoded bytes, a path, or pixels: uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
+      image: encoded bytes, a path, a Pillow picture, or pixels: uint8 [H, W], [H, W, 1], [H, W, 3]
+        or [H, W, 4].
       name: what to call the picture in an error.
       max_pixels: largest width x height accepted.
 
@@ -42,42 +46,50 @@ def decode(
 
     if isinstance(image, np.ndarray):
         return _from_pixels(image, name)
+    file: Any = image
     if isinstance(image, bytes):
-        file: Any = io.BytesIO(image)
+        file = io.BytesIO(image)
     elif isinstance(image, (str, os.PathLike)):
-        file = image
-    else:
+        if os.path.exists(image) and not os.path.isfile(image):  # a pipe would never end
+            raise UnreadableRecord(f"{name}: {os.fspath(image)!r} is no regular file")
+    elif not isinstance(image, Image.Image):
         raise UnreadableRecord(
-            f"{name}: an image must be bytes, a path or a uint8 array, not {type(image).__name__}"
+            f"{name}: an image must be bytes, a path, a Pillow picture or a uint8 array, not "
+            f"{type(image).__name__}"
         )
     try:
-        with Image.open(file) as picture:
-            if picture.width * picture.height > max_pixels:
-                raise UnreadableRecord(
-                    f"{name}: {picture.width} x {picture.height} pixels exceed the limit of "
-                    f"{max_pixels:,}"
-                )
-            return np.asarray(_to_rgb(picture))
+        if isinstance(file, Image.Image):
+            return _checked(file, name, max_pixels)
+        with Image.open(file, formats=FORMATS) as picture:
+            return _checked(picture, name, max_pixels)
     except FileNotFoundError as error:
         raise UnreadableRecord(f"{name}: there is no file {os.fspath(file)!r}") from error
     except UnreadableRecord:
         raise
     except Image.UnidentifiedImageError as error:
-        raise UnreadableRecord(f"{name}: not an image in a format that Pillow knows") from error
+        raise UnreadableRecord(f"{name}: not an image in a known format") from error
+    except Image.DecompressionBombError as error:
+        raise UnreadableRecord(
+            f"{name}: more pixels than the limit of {max_pixels:,} ({error})"
+        ) from error
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableRecord(f"{name}: the image does not decode ({reason})") from error
 
 
 def resize(
-    image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
+    image: np.ndarray,
+    size: tuple[int, int],
+    box: tuple[float, float, float, float] | None = None,
+    method: str = "bicubic",
 ) -> np.ndarray:
-    """Bicubic, antialiased resize of a picture, or of a box in it.
+    """Antialiased resize of a picture, or of a box in it.
 
     Args:
       image: uint8 [H, W, 3].
       size: (height, width) of the result.
       box: (left, top, right, bottom) in pixels of `image`; None is all of it.
+      method: bicubic or bilinear.
 
     Returns:
       uint8 [height, width, 3].
@@ -87,8 +99,17 @@ def resize(
     height, width = size
     if box is None and image.shape[:2] == (height, width):
         return image
-    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC, box=box)
+    resample = Image.Resampling[method.upper()]
+    resized = Image.fromarray(image).resize((width, height), resample, box=box)
     return np.asarray(resized)
+
+
+def _checked(picture: Image.Image, name: str, max_pixels: int) -> np.ndarray:
+    if picture.width * picture.height > max_pixels:
+        raise UnreadableRecord(
+            f"{name}: {picture.width} x {picture.height} pixels exceed the limit of {max_pixels:,}"
+        )
+    return np.asarray(_to_rgb(picture))
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import html
+import io
 import itertools
 import json
 import string
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +23,7 @@ _FACTS_FILE = "tokenizer_facts.json"
 _VOCABULARY_FILES = {"tokenizers": "tokenizer.json", "sentencepiece": "tokenizer.model"}
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
-Clean = Literal["keep", "lower", "canonical"]
+Clean = Literal["keep", "lower", "canonical", "clip"]
 
 
 class TokenizerModel:
@@ -104,6 +108,42 @@ class TokenizerModel:
         }
         (folder / _FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
 
+    def token(self, i: int) -> str:
+        """The token of an id."""
+        if self._kind == "sentencepiece":
+            return self._vocabulary.id_to_piece(i)
+        return self._vocabulary.id_to_token(i)
+
+    @property
+    def clean(self) -> Clean:
+        """What happens to texts before they are encoded."""
+        return self._clean
+
+    def standalone(self) -> tuple[str, bytes]:
+        """The vocabulary as others read it: a file's usual name, and its contents.
+
+        A `tokenizer.json` holds all that `encode` does by itself, bos and eos included, but for
+        padding, truncation, and what ftfy and HTML entities are to clean="clip". A SentencePiece
+        model has no room for cleaning.
+        """
+        if self._kind == "sentencepiece":
+            return "spiece.model", self._vocabulary.serialized_model_proto()
+        from tokenizers import Tokenizer as Vocabulary
+        from tokenizers import normalizers, processors
+
+        vocabulary = Vocabulary.from_str(self._vocabulary.to_str())
+        own = [] if vocabulary.normalizer is None else [vocabulary.normalizer]
+        vocabulary.normalizer = normalizers.Sequence(_cleaning(self._clean) + own)
+        ids = [i for i in (self.bos_id, self.eos_id) if i is not None]
+        tokens = [(self.token(i), i) for i in ids]
+        template = [name for name, _ in tokens]
+        template.insert(len(template) - 1, "$A")
+        vocabulary.post_processor = processors.TemplateProcessing(
+            single=" ".join(template), special_tokens=tokens
+        )
+        vocabulary.add_special_tokens(list(dict.fromkeys(name for name, _ in tokens)))
+        return "tokenizer.json", vocabulary.to_str(pretty=True).encode()
+
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if self._kind == "sentencepiece":
             return self._vocabulary.encode(texts)
@@ -112,6 +152,8 @@ class TokenizerModel:
     def _cleaned(self, text: str) -> str:
         if self._clean == "keep":
             return text
+        if self._clean == "clip":
+            text = _repaired(text)
         text = text.lower()
         if self._clean == "canonical":
             text = text.translate(_PUNCTUATION)
@@ -190,7 +232,7 @@ class TokenizerFile(Tokenizer):
     eos: str | None = None
     """Last token; default: a token with a usual name."""
     clean: Clean = "keep"
-    """Before encoding: "lower", or "canonical" (lower case, no ASCII punctuation; SigLIP)."""
+    """Before encoding: lower, canonical (that and no ASCII punctuation: SigLIP), or clip (OpenAI's)."""
 
     def build(self, captions=()):
         from tokenizers import Tokenizer as Vocabulary
@@ -229,7 +271,7 @@ class SentencePiece(Tokenizer):
     eos: str | None = None
     """Last piece; default: the file's own, or a piece with a usual name."""
     clean: Clean = "keep"
-    """Before encoding: "lower", or "canonical" (lower case, no ASCII punctuation; SigLIP)."""
+    """Before encoding: lower, canonical (that and no ASCII punctuation: SigLIP), or clip (OpenAI's)."""
 
     def build(self, captions=()):
         path = _existing(self.path)
@@ -255,6 +297,56 @@ class SentencePiece(Tokenizer):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class ClipBPE(Tokenizer):
+    """OpenAI's BPE for CLIP (arXiv:2103.00020), from its merges: `bpe_simple_vocab_16e6.txt.gz`.
+
+    Texts are repaired (ftfy), their HTML entities resolved, and lower-cased before, as OpenAI and
+    OpenCLIP do. Ids: 256 bytes, the same ending a word, the merges, then bos and eos; padding is 0.
+    """
+
+    path: str
+    """The merges, one a line after a first line that is skipped; plain or gzip."""
+
+    def build(self, captions=()):
+        from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
+        from tokenizers import Tokenizer as Vocabulary
+
+        end = "</w>"
+        alphabet = _byte_alphabet()
+        merges = _read_merges(_existing(self.path))
+        tokens = [*alphabet, *(letter + end for letter in alphabet), *(a + b for a, b in merges)]
+        vocabulary_of = {token: i for i, token in enumerate(tokens)}
+        for pair in merges:
+            for part in pair:
+                if part not in vocabulary_of:
+                    raise ClipjaxError(
+                        f"{self.path!r} merges {part!r}, which is no token before that"
+                    )
+        bos, eos = "<|startoftext|>", "<|endoftext|>"
+        ids = vocabulary_of | {bos: len(vocabulary_of), eos: len(vocabulary_of) + 1}
+        vocabulary = Vocabulary(models.BPE(ids, merges, end_of_word_suffix=end, unk_token=eos))
+        # For whoever reads the tokenizer.json: here, `clean` does this and more before.
+        vocabulary.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        word = Regex(r"'[sſ]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+        vocabulary.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(word, "removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        vocabulary.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A {eos}", special_tokens=[(bos, ids[bos]), (eos, ids[eos])]
+        )
+        vocabulary.decoder = decoders.Sequence(
+            [decoders.ByteLevel(), decoders.Replace(end, " "), decoders.Strip(" ", 0, 1)]
+        )
+        vocabulary.add_special_tokens([bos, eos])
+        return TokenizerModel("tokenizers", vocabulary, 0, ids[bos], ids[eos], "clip")
+
+
 def load_tokenizer(folder: str | Path) -> TokenizerModel:
     """Opens what `TokenizerModel.save` wrote.
 
@@ -277,6 +369,52 @@ def load_tokenizer(folder: str | Path) -> TokenizerModel:
 _PAD_NAMES = ["<pad>", "[PAD]", "<|pad|>", "<|padding|>"]
 _BOS_NAMES = ["<bos>", "<s>", "[CLS]", "<|startoftext|>", "<start_of_text>", "[BOS]"]
 _EOS_NAMES = ["<eos>", "</s>", "[SEP]", "<|endoftext|>", "<end_of_text>", "[EOS]"]
+
+
+_MAX_MERGES = 16 * 2**20  # bytes; CLIP's merges have three million
+_CLIP_MERGES = 49152 - 256 - 2  # how many of the file's merges CLIP uses
+
+
+def _read_merges(path: Path) -> list[tuple[str, str]]:
+    raw = path.read_bytes()
+    try:
+        if raw[:2] == b"\x1f\x8b":
+            with gzip.GzipFile(fileobj=io.BytesIO(raw)) as file:
+                raw = file.read(_MAX_MERGES)
+        text = raw.decode("utf-8")
+        pairs = [line.split() for line in text.split("\n")[1 : _CLIP_MERGES + 1] if line]
+        return [(first, second) for first, second in pairs]
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise ClipjaxError(
+            f"{str(path)!r} is no list of merges, two tokens a line ({error})"
+        ) from error
+
+
+def _byte_alphabet() -> list[str]:
+    """The letter that stands for each byte in a byte-level BPE: printable ones first, as themselves."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return [*map(chr, printable), *(chr(256 + i) for i in range(len(others)))]
+
+
+def _cleaning(clean: Clean) -> list[Any]:
+    """The normalizers of `tokenizers` that clean as `TokenizerModel` does (clip brings its own)."""
+    from tokenizers import Regex, normalizers
+
+    if clean in ("keep", "clip"):
+        return []
+    steps: list[Any] = [normalizers.Lowercase()]
+    if clean == "canonical":
+        marks = "".join("\\" + mark for mark in string.punctuation)
+        steps.append(normalizers.Replace(Regex(f"[{marks}]"), ""))
+    return [*steps, normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+
+
+def _repaired(text: str) -> str:
+    """Mends broken encodings and resolves HTML entities, as CLIP does before it lower-cases."""
+    import ftfy
+
+    return html.unescape(html.unescape(ftfy.fix_text(text)))
 
 
 def _special(config: Any, role: str, find: Any, names: Sequence[str | None]) -> int:

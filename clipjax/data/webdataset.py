@@ -18,6 +18,7 @@ import os
 import re
 import tarfile
 import threading
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,8 @@ from clipjax.errors import ClipjaxError
 logger = logging.getLogger(__name__)
 
 OPEN_FILES = 32  # tars a thread keeps open
+MAX_BYTES = 1 << 28
+"""Files in a tar that are larger than this are refused unread: a header may claim any size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +101,14 @@ class _OpenTars:
         tar = int(np.searchsorted(self._ends, index, side="right"))
         stems, places = self._tables[tar]
         row = index - (int(self._ends[tar - 1]) if tar else 0)
-        key = f"{os.path.basename(self._paths[tar])}:{stems[row].decode()}"
+        key = f"{os.path.basename(self._paths[tar])}:{stems[row].decode(errors='replace')}"
 
         def read(extension: str) -> bytes | None:
             offset, size = places[row, self._extensions.index(extension)].tolist()
+            if size > MAX_BYTES:
+                raise UnreadableRecord(
+                    f"{key}: .{extension} has {size:,} bytes, above {MAX_BYTES:,}"
+                )
             return None if size < 0 else self._read(tar, offset, size)
 
         images = (read(extension) for extension in self._config.image_keys)
@@ -153,9 +160,13 @@ def _contents(
     mark = f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns} {' '.join(extensions)}"
     name = f"{Path(path).stem}-{hashlib.blake2b(mark.encode(), digest_size=8).hexdigest()}.npz"
     kept = Path(index_dir).expanduser() / name
-    if kept.is_file():
+    try:
         with np.load(kept) as table:
             return table["stems"], table["places"]
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        logger.warning("%s is damaged (%s): scanning the tar again", kept, error)
     stems, places = _scan(path, extensions)
     kept.parent.mkdir(parents=True, exist_ok=True)
     scratch = kept.with_name(f"{name}.{os.getpid()}.tmp")  # whole or absent, also under a race
@@ -168,24 +179,35 @@ def _contents(
 def _scan(path: str, extensions: list[str]) -> tuple[np.ndarray, np.ndarray]:
     column = {extension: i for i, extension in enumerate(extensions)}
     length = os.path.getsize(path)
+    outside = 0
     stems: list[bytes] = []
     places: list[np.ndarray] = []
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # or it keeps every header
-                if not member.isfile():
+                if member.size < 0:  # the next header would lie before this one, for ever
+                    raise ClipjaxError(f"the tar {path!r} gives {member.name!r} a negative size")
+                if not member.isfile() or member.issparse():
+                    continue
+                if member.name.startswith("/") or ".." in member.name.split("/"):
+                    # Nothing is ever extracted, but names travel on, to where somebody may.
+                    if not outside:
+                        logger.warning("%s: left out %r, outside of the tar", path, member.name)
+                    outside += 1
                     continue
                 if member.offset_data + member.size > length:
                     raise ClipjaxError(f"the tar {path!r} is cut short in {member.name!r}")
                 folder, _, base = member.name.rpartition("/")
                 stem, _, extension = base.partition(".")
-                stem_bytes = f"{folder}/{stem}".strip("/").encode()
+                stem_bytes = f"{folder}/{stem}".strip("/").encode(errors="surrogateescape")
                 if not stems or stems[-1] != stem_bytes:
                     stems.append(stem_bytes)
                     places.append(np.full((len(extensions), 2), -1, np.int64))
                 if extension.lower() in column:
                     places[-1][column[extension.lower()]] = member.offset_data, member.size
+        if outside > 1:
+            logger.warning("%s: left out %d files with names like that", path, outside)
     except tarfile.TarError as error:
         raise ClipjaxError(f"{path!r} is not an uncompressed tar file ({error})") from error
     return np.array(stems, dtype=np.bytes_), np.array(places).reshape(-1, len(extensions), 2)

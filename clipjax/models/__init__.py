@@ -1,4 +1,8 @@
 """Models: what joins towers."""
 
 from clipjax.models.base import Model as Model
+from clipjax.models.coca import CaptionDecoder as CaptionDecoder
+from clipjax.models.coca import CoCa as CoCa
+from clipjax.models.coca import Poolers as Poolers
 from clipjax.models.dual_encoder import DualEncoder as DualEncoder
+from clipjax.models.lora import Lora as Lora

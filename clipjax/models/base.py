@@ -8,6 +8,7 @@ from typing import Any
 from flax import nnx
 
 from clipjax.component import Component
+from clipjax.params import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,3 +23,7 @@ class Model(Component):
     def build(self, rngs: nnx.Rngs) -> Any:
         """Makes the module, drawing its parameters from `rngs.params()`."""
         raise NotImplementedError
+
+    def folded(self, params: Tree) -> tuple[Model, Tree]:
+        """The same model without what only training needs (`Lora` adds its updates to the kernels)."""
+        return self, params

@@ -18,7 +18,7 @@ from clipjax.towers.base import Tower, require, require_choice, require_positive
 from clipjax.towers.text import TextTransformer
 from clipjax.towers.vit import ViT
 
-PROJECTIONS = ("linear", "affine", "none")
+PROJECTIONS = ("linear", "affine", "mlp", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,8 @@ class DualEncoder(Model):
     logit_bias_init: float | None = None
     """What is added to scaled similarities at first (-10 in SigLIP); None: no bias (CLIP)."""
     image_projection: str = "linear"
-    """From the image tower's width to embed_dim: linear, affine (with a bias), or none."""
+    """From the image tower's width to embed_dim: linear, affine (with a bias),
+    mlp (one hidden layer of 4 times the width, GELU), or none."""
     text_projection: str = "linear"
     """The same for the text tower."""
 
@@ -122,11 +123,23 @@ class DualEncoderModule(nnx.Module):
 
     def _embed_image(self, image, key):
         tokens, pooled = self.image(image, key=key)
-        return tokens, _to_unit(pooled, self.image_projection)
+        return tokens, to_unit(pooled, self.image_projection)
 
     def _embed_text(self, text, key):
         tokens, pooled = self.text(text, key=key)
-        return tokens, _to_unit(pooled, self.text_projection)
+        return tokens, to_unit(pooled, self.text_projection)
+
+
+class Head(nnx.Module):
+    """`fc2(gelu(fc1(x)))`: what adapts a frozen tower where one matrix is too little."""
+
+    def __init__(self, width: int, embed_dim: int, rngs: nnx.Rngs):
+        self.fc1 = layers.Linear(width, 4 * width, rngs)
+        self.fc2 = layers.Linear(4 * width, embed_dim, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., E]."""
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
 
 
 @jax.custom_vjp
@@ -156,7 +169,7 @@ clamp_max.defvjp(_clamp_max_forward, _clamp_max_backward)
 
 def _projection(
     config: DualEncoder, side: str, tower: nnx.Module, rngs: nnx.Rngs
-) -> layers.Linear | None:
+) -> layers.Linear | Head | None:
     width = getattr(tower, "width", None)
     if not isinstance(width, int):
         raise ClipjaxError(
@@ -171,10 +184,12 @@ def _projection(
             f"make them equal, or set DualEncoder.{side}_projection to 'linear'",
         )
         return None
+    if kind == "mlp":
+        return Head(width, config.embed_dim, rngs)
     return layers.Linear(width, config.embed_dim, rngs, bias=kind == "affine")
 
 
-def _to_unit(pooled: jax.Array, projection: layers.Linear | None) -> jax.Array:
+def to_unit(pooled: jax.Array, projection: layers.Linear | Head | None) -> jax.Array:
     """Projects and normalizes; in float32 after the projection."""
     x = pooled if projection is None else projection(pooled)
     x = batch_first(x.astype(jnp.float32))

@@ -1,8 +1,10 @@
 """What a run minimizes: objectives, and the pair engine under them."""
 
-from clipjax.objectives.base import Objective, Sum, Term
+from clipjax.objectives.base import Objective, PerExample, Sum, Term
+from clipjax.objectives.caption import Caption
 from clipjax.objectives.decoupled import Decoupled
 from clipjax.objectives.diagnostics import Diagnostics
+from clipjax.objectives.eisl import EISL
 from clipjax.objectives.multi_positive import DecoupledSoftmax, MultiPositive
 from clipjax.objectives.pairs import AllGather, Auto, Grouped, Hierarchical, PairEngine, Ring
 from clipjax.objectives.sigmoid import Sigmoid
@@ -11,8 +13,10 @@ from clipjax.objectives.softmax import Softmax
 from clipjax.objectives.weighted import Weighted
 
 __all__ = [
+    "EISL",
     "AllGather",
     "Auto",
+    "Caption",
     "Decoupled",
     "DecoupledSoftmax",
     "Diagnostics",
@@ -21,6 +25,7 @@ __all__ = [
     "MultiPositive",
     "Objective",
     "PairEngine",
+    "PerExample",
     "Ring",
     "Sigmoid",
     "SoftTarget",

@@ -8,7 +8,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from clipjax.objectives.base import Objective
+from clipjax.batch import Encoded
+from clipjax.objectives.base import Metrics, Objective
 from clipjax.objectives.pairs import LogSumExp, PairEngine
 
 
@@ -38,6 +39,15 @@ class Diagnostics(Objective):
             "temperature": 1 / jax.lax.stop_gradient(encoded.logit_scale),
         }
         return jnp.zeros((), jnp.float32), metrics
+
+
+def broken_rows(encoded: Encoded) -> Metrics:
+    """How many embeddings of each modality hold a NaN or an infinity: names what broke a loss."""
+    return {
+        f"broken_rows/{name}": jnp.sum(~jnp.isfinite(array).all(-1))
+        for name, array in (("image", encoded.image), ("text", encoded.text))
+        if array is not None
+    }
 
 
 def uniformity(a: jax.Array, b: jax.Array, engine: PairEngine) -> jax.Array:

@@ -199,6 +199,10 @@ def _dot_fwd(dtype, a, b):
 def _dot_bwd(dtype, residuals, d):
     # The cotangent is narrowed too: all three products run at the operands' speed.
     a, b = residuals
+    if jax.default_backend() == "cpu":  # d.T @ a is a quarter faster with d.T laid out first
+        return _contract(dtype, d, b, 1, 0), _contract(
+            dtype, lax.optimization_barrier(d.T), a, 1, 0
+        )
     return _contract(dtype, d, b, 1, 0), _contract(dtype, d, a, 0, 0)
 
 

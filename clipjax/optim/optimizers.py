@@ -13,12 +13,13 @@ import re
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
 from clipjax.component import Component
 from clipjax.errors import ClipjaxError, did_you_mean
-from clipjax.optim.duration import Scale
+from clipjax.optim.duration import Duration, Scale
 from clipjax.optim.schedules import Cosine, Schedule
 from clipjax.params import map_with_path, paths
 
@@ -35,6 +36,9 @@ class Group(Component):
     """Multiplies the learning rate."""
     weight_decay: float | None = None
     """Replaces the optimizer's weight decay, biases and norms included; None keeps the usual rule."""
+    starts: Duration = Duration(0)
+    """Staged unfreezing: nothing moves before so much of the run has passed. Until then the gradient is
+    taken all the same, and the optimizer's moments follow it."""
     frozen: bool = False
     """Not trained at all. Locking the image tower (LiT, arXiv:2111.07991) is `Group("^image/", frozen=True)`."""
 
@@ -106,6 +110,7 @@ class Optimizer(Component):
 
         decay = map_with_path(lambda name, _: self._decay(name), params)
         multiplier = map_with_path(lambda name, _: self._group(name).lr, params)
+        starts = map_with_path(lambda name, _: self._group(name).starts.steps(scale), params)
         transform = optax.chain(
             *([optax.clip_by_global_norm(self.clip_norm)] if self.clip_norm else []),
             self.rule(params),
@@ -117,6 +122,7 @@ class Optimizer(Component):
             optax.stateless(
                 lambda updates, _: jax.tree.map(lambda u, m: u * m, updates, multiplier)
             ),
+            *([_hold_until(starts)] if any(jax.tree.leaves(starts)) else []),
             optax.scale_by_learning_rate(learning_rate),
         )
         return transform, learning_rate
@@ -129,6 +135,19 @@ class Optimizer(Component):
         if special is not None:
             return special
         return self.weight_decay if _regex(self.decayed).search(name) else 0.0
+
+
+def _hold_until(starts: Any) -> optax.GradientTransformation:
+    """Zero updates for each leaf until its number of steps in the tree `starts` has passed."""
+
+    def update(updates, state, params=None):
+        held = jax.tree.map(lambda u, s: jnp.where(state.count >= s, u, 0), updates, starts)
+        return held, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+
+    def init(params):
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    return optax.GradientTransformation(init, update)
 
 
 def _regex(pattern: str) -> re.Pattern:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clipjax.towers import layers
-from clipjax.towers.transformer import Attention, Mlp, TransformerTower
+from clipjax.towers.transformer import Attention, Mlp, Transformer
 
 
 def mean_pool(tokens: jax.Array, valid: jax.Array | None = None) -> jax.Array:
@@ -40,7 +40,7 @@ class AttentionPool(nnx.Module):
     (arXiv:2106.04560) and SigLIP (arXiv:2303.15343).
     """
 
-    def __init__(self, config: TransformerTower, rngs: nnx.Rngs):
+    def __init__(self, config: Transformer, rngs: nnx.Rngs):
         self.probe = layers.normal(rngs, (config.width,), config.width**-0.5)
         self.attn = Attention(config, rngs)
         self.norm = layers.Norm(config.norm, config.width, config.eps)
@@ -54,3 +54,38 @@ class AttentionPool(nnx.Module):
         mask = None if valid is None else valid[:, None, None, :]
         x = self.attn(probe, tokens, mask)
         return (x + self.mlp(self.norm(x)))[:, 0]
+
+
+class QueryPool(nnx.Module):
+    """Attentional pooler of CoCa (arXiv:2205.01917): one cross-attention of learned queries.
+
+    Unlike `AttentionPool` it makes as many tokens as it has queries, and has neither residual nor
+    MLP. Queries and (with `norm_context`) tokens are normed first; with `norm_out`, what comes out.
+    """
+
+    def __init__(
+        self,
+        config: Transformer,
+        rngs: nnx.Rngs,
+        *,
+        queries: int,
+        context_width: int,
+        norm_context: bool = True,
+        norm_out: bool = False,
+    ):
+        def norm(width: int) -> layers.Norm:
+            return layers.Norm(config.norm, width, config.eps)
+
+        self.queries = layers.normal(rngs, (queries, config.width), 1.0)
+        self.norm_queries = norm(config.width)
+        self.norm_context = norm(context_width) if norm_context else None
+        self.attn = Attention(config, rngs, memory_width=context_width)
+        self.norm_out = norm(config.width) if norm_out else None
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """[B, N, D_context] -> [B, queries, D]."""
+        queries = self.norm_queries(self.queries[...].astype(tokens.dtype))
+        queries = jnp.broadcast_to(queries, (tokens.shape[0], *queries.shape))
+        context = tokens if self.norm_context is None else self.norm_context(tokens)
+        pooled = self.attn(queries, context)
+        return pooled if self.norm_out is None else self.norm_out(pooled)

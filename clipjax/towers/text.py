@@ -14,7 +14,15 @@ from clipjax.layout import gathered
 from clipjax.towers import layers
 from clipjax.towers.base import require, require_choice, require_positive
 from clipjax.towers.pooling import AttentionPool, last_valid, mean_pool, take
-from clipjax.towers.transformer import Block, TransformerTower, apply_stack, stack
+from clipjax.towers.transformer import (
+    Block,
+    Cache,
+    TransformerTower,
+    apply_stack,
+    decode_stack,
+    stack,
+    start_cache,
+)
 
 SIZES = {
     # The towers that CLIP and OpenCLIP pair with the ViT of that name: (width, depth, heads)
@@ -37,16 +45,26 @@ class TextTransformer(TransformerTower):
     causal: bool = True
     """Whether a position sees only itself and what comes before."""
     pool: str = "eos"
-    """eos (the first end-of-text token), last (the last token that is no padding), mean, or map."""
+    """eos (the first end-of-text token), last (the last token that is no padding), mean, map, class
+    (appended: it sees the text and no text token sees it, CoCa), or none (a decoder's first half)."""
     pad_id: int | None = 0
     """Padding token, never attended to or pooled; None: every token counts (CLIP, SigLIP)."""
     eos_id: int = 2
     """End-of-text token, where pool="eos" looks."""
+    class_position: bool = False
+    """Whether the class token has a learned position too, that after the row's last (OpenCLIP)."""
+    legacy_class_mask: bool = False
+    """Mask padding one position late, as OpenCLIP's released CoCa weights were trained to expect."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "vocab_size", "context_length")
-        require_choice(self, "pool", ("eos", "last", "mean", "map"))
+        require_choice(self, "pool", ("eos", "last", "mean", "map", "class", "none"))
+        require(
+            self.pool == "class" or not (self.legacy_class_mask or self.class_position),
+            "TextTransformer.legacy_class_mask and class_position are about the class token: they "
+            "need pool='class'",
+        )
         for field, value in (("pad_id", self.pad_id), ("eos_id", self.eos_id)):
             require(
                 value is None or 0 <= value < self.vocab_size,
@@ -58,6 +76,10 @@ class TextTransformer(TransformerTower):
             f"TextTransformer.pad_id={self.pad_id} is also the eos_id, and pool='eos' would look "
             "for a token that is masked: give padding its own token, or set pad_id to None",
         )
+
+    @property
+    def _may_be_empty(self) -> bool:
+        return self.pool == "none"  # embeddings alone: a decoder without a first half
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> TextTransformer:
@@ -87,10 +109,14 @@ class TextTransformerModule(nnx.Module):
     def __init__(self, config: TextTransformer, rngs: nnx.Rngs):
         self.config, self.width = config, config.width
         self.embedding = layers.normal(rngs, (config.vocab_size, config.width), 0.02)
-        self.positions = layers.normal(rngs, (config.context_length, config.width), 0.01)
+        places = config.context_length + config.class_position
+        self.positions = layers.normal(rngs, (places, config.width), 0.01)
         self.blocks = stack(lambda rngs: Block(config, rngs), config.depth, rngs)
-        self.norm = layers.Norm(config.norm, config.width, config.eps)
+        norm = layers.Norm(config.norm, config.width, config.eps)
+        self.norm = None if config.pool == "none" else norm
         self.pool = AttentionPool(config, rngs) if config.pool == "map" else None
+        has_class = config.pool == "class"
+        self.class_token = layers.normal(rngs, (config.width,), 0.01) if has_class else None
 
     def __call__(
         self, text: jax.Array, *, key: jax.Array | None = None
@@ -110,22 +136,70 @@ class TextTransformerModule(nnx.Module):
         Raises:
           ClipjaxError: the array is no [B, L] of integers, or longer than the context.
         """
+        if self.norm is None:
+            raise ClipjaxError(
+                "TextTransformer.pool='none' makes no vector of a text: it is for "
+                "CoCa.unimodal alone; choose another pool"
+            )
+        hidden, pooled = self.hidden(text, key=key)
+        return self.norm(hidden), pooled
+
+    def hidden(self, text: jax.Array, *, key: jax.Array | None = None) -> tuple[jax.Array, Any]:
+        """`__call__` before the last norm: what a decoder's second half goes on from.
+
+        Returns:
+          hidden [B, L, D], and pooled [B, D] (None for pool="none").
+        """
         config = self.config
         text = jnp.asarray(text)
         self._check(text)
         drop_key, block_key = layers.keys(key, 2)
-        valid = None
-        if config.pad_id is not None:
-            valid = text != config.pad_id
-            valid = valid.at[:, 0].set(valid[:, 0] | ~valid.any(axis=1))
-        length = text.shape[1]
-        x = gathered(self.embedding[...])[text] + self.positions[:length]
-        x = layers.dropout(x.astype(config.dtype), config.dropout, drop_key)
-        mask = attention_mask(length, config.causal, valid)
-        tokens = self.norm(apply_stack(self.blocks, x, config, mask=mask, key=block_key))
-        return tokens, self._pool(tokens, text, valid)
+        valid = self.valid(text) if config.pool != "none" else None
+        x = layers.dropout(self._embed(text, 0), config.dropout, drop_key)
+        if self.class_token is None:
+            mask = attention_mask(text.shape[1], config.causal, valid)
+        else:
+            # By default it has no place of its own in the row, so that padding does not move it.
+            token = self.class_token[...]
+            if config.class_position:
+                token = token + self.positions[text.shape[1]]
+            token = jnp.broadcast_to(token.astype(x.dtype), (len(x), 1, self.width))
+            x = jnp.concatenate([x, token], axis=1)
+            mask = class_mask(text.shape[1], config.causal, valid, config.legacy_class_mask)
+        x = apply_stack(self.blocks, x, config, mask=mask, key=block_key)
+        return (x if self.class_token is None else x[:, :-1]), self._pool(x, text, valid)
 
-    def _pool(self, tokens: jax.Array, text: jax.Array, valid: jax.Array | None) -> jax.Array:
+    def start_cache(self, rows: int, length: int) -> Cache:
+        """An empty cache of `length` positions for `decode`.
+
+        Raises:
+          ClipjaxError: the context is shorter than that.
+        """
+        self._check_length(length)
+        return start_cache(self.blocks, self.config, rows, length)
+
+    def decode(self, tokens: jax.Array, start: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """`hidden` of int32 [B, T] at positions from `start`, given the cache of those before."""
+        x = self._embed(tokens, start)
+        return decode_stack(self.blocks, x, self.config, start, cache)
+
+    def valid(self, text: jax.Array) -> jax.Array | None:
+        """bool [B, L], False for padding; None where every token counts."""
+        if self.config.pad_id is None:
+            return None
+        valid = jnp.not_equal(text, self.config.pad_id)
+        return valid.at[:, 0].set(valid[:, 0] | ~valid.any(axis=1))
+
+    def _embed(self, text: jax.Array, start: jax.Array | int) -> jax.Array:
+        positions = jax.lax.dynamic_slice_in_dim(self.positions[...], start, text.shape[1])
+        return (gathered(self.embedding[...])[text] + positions).astype(self.config.dtype)
+
+    def _pool(self, x: jax.Array, text: jax.Array, valid: jax.Array | None) -> Any:
+        if self.norm is None:
+            return None
+        if self.class_token is not None:
+            return self.norm(x[:, -1])
+        tokens = self.norm(x)
         if self.pool is not None:
             return self.pool(tokens, valid)
         if self.config.pool == "mean":
@@ -141,9 +215,12 @@ class TextTransformerModule(nnx.Module):
             text.ndim == 2 and jnp.issubdtype(text.dtype, jnp.integer),
             f"TextTransformer takes integers [B, L], got {text.dtype} {list(text.shape)}",
         )
+        self._check_length(text.shape[1])
+
+    def _check_length(self, length: int) -> None:
         require(
-            text.shape[1] <= self.config.context_length,
-            f"texts of {text.shape[1]} tokens are longer than "
+            length <= self.config.context_length,
+            f"texts of {length} tokens are longer than "
             f"TextTransformer.context_length={self.config.context_length}",
         )
 
@@ -161,3 +238,26 @@ def attention_mask(length: int, causal: bool, valid: jax.Array | None) -> jax.Ar
         return mask
     keys = valid[:, None, None, :]
     return keys if mask is None else mask & keys
+
+
+def class_mask(length: int, causal: bool, valid: jax.Array | None, late: bool) -> jax.Array:
+    """`attention_mask` for a row of L tokens and a class token after them, [B or 1, 1, L+1, L+1].
+
+    The class token sees itself and all tokens but padding; no token sees it. Causal tokens need no
+    mask against padding, which comes after them.
+
+    Args:
+      length: L.
+      causal: tokens see those at or before them only.
+      valid: bool [B, L], False for padding; None for none.
+      late: shift by one what the class token sees: the first token counts as valid, the next as
+        the first does, and so on; the class token itself as the last.
+    """
+    token_rows = attention_mask(length, causal, None if causal else valid)
+    if token_rows is None:
+        token_rows = jnp.ones((1, 1, length, length), bool)
+    seen = jnp.ones((1, length), bool) if valid is None else valid
+    seen = jnp.pad(seen, ((0, 0), (1, 0) if late else (0, 1)), constant_values=True)
+    token_rows = jnp.broadcast_to(token_rows, (len(seen), 1, length, length))
+    token_rows = jnp.pad(token_rows, ((0, 0), (0, 0), (0, 0), (0, 1)))
+    return jnp.concatenate([token_rows, seen[:, None, None, :]], axis=2)

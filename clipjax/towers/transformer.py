@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from clipjax.component import Component
 from clipjax.towers import layers
 from clipjax.towers.base import (
     Tower,
@@ -22,10 +23,13 @@ from clipjax.towers.base import (
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "activation", "dots", "full")
 
+Cache = dict[str, jax.Array]
+"""Keys and values of the positions up to now, every leaf [layers, B, ...]."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerTower(Tower):
-    """What the transformer towers have in common."""
+class Transformer(Component):
+    """The settings of a stack of blocks."""
 
     width: int = 512
     """Channels of every token, D."""
@@ -55,7 +59,9 @@ class TransformerTower(Tower):
     """Recomputed in the backward pass: none, activation, dots (all but matrix products), full."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "width", "depth", "heads", "scan_unroll")
+        require_positive(self, "width", "heads", "scan_unroll")
+        if self.depth != 0 or not self._may_be_empty:
+            require_positive(self, "depth")
         if self.mlp_dim is not None:
             require_positive(self, "mlp_dim")
         name = type(self).__name__
@@ -71,20 +77,38 @@ class TransformerTower(Tower):
         require(self.eps > 0, f"{name}.eps={self.eps!r} must be above 0")
 
     @property
+    def _may_be_empty(self) -> bool:
+        """Whether no blocks at all make sense."""
+        return False
+
+    @property
     def hidden(self) -> int:
         """Hidden channels of the MLP."""
         return 4 * self.width if self.mlp_dim is None else self.mlp_dim
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerTower(Transformer, Tower):
+    """What the transformer towers have in common."""
+
+
 class Attention(nnx.Module):
     """Multi-head attention (arXiv:1706.03762) with separate projections."""
 
-    def __init__(self, config: TransformerTower, rngs: nnx.Rngs, *, out_std: float | None = None):
+    def __init__(
+        self,
+        config: Transformer,
+        rngs: nnx.Rngs,
+        *,
+        out_std: float | None = None,
+        memory_width: int | None = None,
+    ):
         width, std, bias = config.width, config.width**-0.5, config.qkv_bias
+        d_in = width if memory_width is None else memory_width
         self.heads = config.heads
         self.q = layers.Linear(width, width, rngs, bias=bias, std=std)
-        self.k = layers.Linear(width, width, rngs, bias=bias, std=std)
-        self.v = layers.Linear(width, width, rngs, bias=bias, std=std)
+        self.k = layers.Linear(d_in, width, rngs, bias=bias, std=d_in**-0.5)
+        self.v = layers.Linear(d_in, width, rngs, bias=bias, std=d_in**-0.5)
         self.out = layers.Linear(width, width, rngs, std=std if out_std is None else out_std)
 
     def __call__(self, x: jax.Array, memory: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -94,7 +118,17 @@ class Attention(nnx.Module):
           mask: bool, broadcastable to [B, heads, N, M]; False is not attended to. Every query must
             be left at least one key.
         """
-        q, k, v = self._heads(self.q(x)), self._heads(self.k(memory)), self._heads(self.v(memory))
+        return self.attend(x, *self.keys_values(memory), mask)
+
+    def keys_values(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B, M, D] -> keys and values [B, M, heads, D / heads]: what a cache keeps."""
+        return self._heads(self.k(memory)), self._heads(self.v(memory))
+
+    def attend(
+        self, x: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None
+    ) -> jax.Array:
+        """`__call__` with the keys and values at hand."""
+        q = self._heads(self.q(x))
         scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
         scores = scores * q.shape[-1] ** -0.5
         if mask is not None:
@@ -109,7 +143,7 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """`fc2(activation(fc1(x)))`."""
 
-    def __init__(self, config: TransformerTower, rngs: nnx.Rngs, *, out_std: float | None = None):
+    def __init__(self, config: Transformer, rngs: nnx.Rngs, *, out_std: float | None = None):
         self.activation = config.activation
         self.remat = config.remat == "activation"
         self.fc1 = layers.Linear(config.width, config.hidden, rngs, std=(2 * config.width) ** -0.5)
@@ -124,38 +158,128 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """`x + attn(norm1(x))`, then `x + mlp(norm2(x))`."""
+    """`x + attn(norm1(x))`, then `x + mlp(norm2(x))`; in between, a decoder looks at its memory.
 
-    def __init__(self, config: TransformerTower, rngs: nnx.Rngs):
-        # As in GPT-2 and CLIP: what 2 * depth sub-layers add together has the variance of one.
-        out_std = config.width**-0.5 * (2 * config.depth) ** -0.5
+    With `memory_width`, `x + cross(norm_cross(x), norm_memory(memory))` comes between the two. With
+    `cross_mlp` as well, it comes after both and has an MLP of its own (OpenCLIP's CoCa: a block
+    that attends to the text, then one that attends to the image).
+    """
+
+    def __init__(
+        self,
+        config: Transformer,
+        rngs: nnx.Rngs,
+        *,
+        memory_width: int | None = None,
+        cross_mlp: bool = False,
+    ):
+        sublayers = 2 + (memory_width is not None) + cross_mlp
+        # As in GPT-2 and CLIP: what all sub-layers of the stack add has the variance of one.
+        out_std = config.width**-0.5 * (sublayers * config.depth) ** -0.5
+
+        def norm(width: int) -> layers.Norm:
+            return layers.Norm(config.norm, width, config.eps)
+
         self.dropout = config.dropout
-        self.norm1 = layers.Norm(config.norm, config.width, config.eps)
+        self.norm1 = norm(config.width)
         self.attn = Attention(config, rngs, out_std=out_std)
-        self.norm2 = layers.Norm(config.norm, config.width, config.eps)
+        self.norm2 = norm(config.width)
         self.mlp = Mlp(config, rngs, out_std=out_std)
+        self.cross: Attention | None
+        self.cross_mlp: Mlp | None
+        if memory_width is None:
+            self.cross = self.cross_mlp = None
+            return
+        self.norm_cross, self.norm_memory = norm(config.width), norm(memory_width)
+        self.cross = Attention(config, rngs, out_std=out_std, memory_width=memory_width)
+        self.norm_cross_mlp = norm(config.width) if cross_mlp else None
+        self.cross_mlp = Mlp(config, rngs, out_std=out_std) if cross_mlp else None
 
     def __call__(
-        self, x: jax.Array, *, mask: jax.Array | None = None, key: jax.Array | None = None
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        memory: jax.Array | None = None,
+        key: jax.Array | None = None,
     ) -> jax.Array:
-        """[B, N, D] -> [B, N, D]; `mask` as in `Attention`, `key` for dropout."""
-        key1, key2 = layers.keys(key, 2)
+        """[B, N, D] -> [B, N, D].
+
+        Args:
+          mask: as in `Attention`.
+          memory: [B, M, D_memory] to look at; None leaves that out.
+          key: for dropout.
+        """
         y = self.norm1(x)
-        x = x + layers.dropout(self.attn(y, y, mask), self.dropout, key1)
-        return x + layers.dropout(self.mlp(self.norm2(x)), self.dropout, key2)
+        seen = None if memory is None else self.memory(memory)
+        return self._after_attention(x, self.attn(y, y, mask), seen, key)
+
+    def memory(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The memory's keys and values, as `Attention.keys_values`."""
+        assert self.cross is not None, "a block without cross-attention has no memory"
+        return self.cross.keys_values(self.norm_memory(memory))
+
+    def decode(
+        self,
+        x: jax.Array,
+        start: jax.Array,
+        past: tuple[jax.Array, jax.Array],
+        memory: tuple[jax.Array, jax.Array] | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """`__call__` under a causal mask, for positions whose past is in a cache.
+
+        Args:
+          x: [B, T, D], positions start to start + T - 1.
+          start: int32 [].
+          past: keys and values [B, length, heads, D / heads], of which those before `start` count.
+          memory: what `memory` returned, or None.
+
+        Returns:
+          [B, T, D], and the new positions' keys and values [B, T, heads, D / heads].
+        """
+        y = self.norm1(x)
+        new = self.attn.keys_values(y)
+        k, v = (
+            jax.lax.dynamic_update_slice_in_dim(a, b, start, 1)
+            for a, b in zip(past, new, strict=True)
+        )
+        mask = jnp.arange(k.shape[1]) <= start + jnp.arange(x.shape[1])[:, None]
+        return self._after_attention(x, self.attn.attend(y, k, v, mask), memory, None), new
+
+    def _after_attention(self, x, attended, memory, key):
+        """The rest of the block, given what self-attention adds and the memory's keys and values."""
+        keys = layers.keys(key, 2 if memory is None else 4)
+        x = x + layers.dropout(attended, self.dropout, keys[0])
+        if memory is None:
+            return self._add_mlp(x, keys[1])
+        if self.cross_mlp is None or self.norm_cross_mlp is None:
+            x = self._add_cross(x, memory, keys[2])
+            return self._add_mlp(x, keys[1])
+        x = self._add_cross(self._add_mlp(x, keys[1]), memory, keys[2])
+        return x + layers.dropout(self.cross_mlp(self.norm_cross_mlp(x)), self.dropout, keys[3])
+
+    def _add_mlp(self, x, key):
+        return x + layers.dropout(self.mlp(self.norm2(x)), self.dropout, key)
+
+    def _add_cross(self, x, memory, key):
+        assert self.cross is not None
+        return x + layers.dropout(self.cross.attend(self.norm_cross(x), *memory), self.dropout, key)
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> Any:
-    """`depth` modules as one, whose every parameter has a leading layer axis."""
+    """`depth` modules as one, whose every parameter has a leading layer axis; None for no module."""
+    if depth == 0:
+        return None
     return nnx.split_rngs(splits=depth)(nnx.vmap(make))(rngs)
 
 
 def apply_stack(
-    blocks: nnx.Module,
+    blocks: Any,
     x: jax.Array,
-    config: TransformerTower,
+    config: Transformer,
     *,
     mask: jax.Array | None = None,
+    memory: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
     """Runs stacked blocks one after another, scanned or unrolled as `config` says.
@@ -164,24 +288,106 @@ def apply_stack(
       blocks: what `stack` made.
       x: [B, N, D].
       mask: the same for all blocks.
+      memory: [B, M, D_memory] for their cross-attention, the same for all blocks; None: without.
       key: for dropout; every block gets its own.
     """
+    if blocks is None:
+        return x
     graphdef, state = nnx.split(blocks)
     block_keys = jax.random.split(key, config.depth) if key is not None and config.dropout else None
 
     def step(x, layer):
         state, key = layer
-        return nnx.merge(graphdef, state)(x, mask=mask, key=key), None
+        return nnx.merge(graphdef, state)(x, mask=mask, memory=memory, key=key), None
 
     step = _rematerialized(step, config)
     if config.scan:
         return jax.lax.scan(step, x, (state, block_keys), unroll=config.scan_unroll)[0]
     for i in range(config.depth):
-        x, _ = step(x, jax.tree.map(lambda leaf, i=i: leaf[i], (state, block_keys)))
+        x, _ = step(x, _layer((state, block_keys), i))
     return x
 
 
-def _rematerialized(step: Callable[..., Any], config: TransformerTower) -> Callable[..., Any]:
+def start_cache(
+    blocks: Any,
+    config: Transformer,
+    rows: int,
+    length: int,
+    memory: jax.Array | None = None,
+) -> Cache:
+    """An empty cache for `decode_stack`.
+
+    Args:
+      blocks: what `stack` made.
+      config: theirs.
+      rows: B.
+      length: positions to make room for.
+      memory: [B, M, D_memory] for their cross-attention, or None.
+
+    Returns:
+      `k` and `v` [layers, B, length, heads, D / heads] in the compute dtype, and `memory_k` and
+      `memory_v` [layers, B, M, heads, D / heads] of the memory; `{}` for no blocks.
+    """
+    if blocks is None:
+        return {}
+    shape = (config.depth, rows, length, config.heads, config.width // config.heads)
+    cache = {name: jnp.zeros(shape, config.dtype) for name in ("k", "v")}
+    if memory is not None:
+        graphdef, state = nnx.split(blocks)
+        k, v = jax.lax.map(lambda layer: nnx.merge(graphdef, layer).memory(memory), state)
+        cache |= {"memory_k": k, "memory_v": v}
+    return cache
+
+
+def decode_stack(
+    blocks: Any, x: jax.Array, config: Transformer, start: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """`apply_stack` under a causal mask, for positions whose past is in the cache.
+
+    Args:
+      blocks: what `stack` made.
+      x: [B, T, D], positions start to start + T - 1.
+      config: theirs.
+      start: int32 [].
+      cache: what `start_cache` or the last call returned.
+
+    Returns:
+      [B, T, D], and the cache with these positions in it.
+    """
+    if blocks is None:
+        return x, cache
+    graphdef, state = nnx.split(blocks)
+    memory = (cache["memory_k"], cache["memory_v"]) if "memory_k" in cache else None
+
+    def step(carry, layer):
+        # The cache is carried and not scanned over, so that it is written in place: T positions
+        # of a layer at a time, and never copied as a whole.
+        x, past = carry
+        state, memory, i = layer
+        here = tuple(jax.lax.dynamic_index_in_dim(a, i, keepdims=False) for a in past)
+        x, new = nnx.merge(graphdef, state).decode(x, start, here, memory)
+        past = tuple(
+            jax.lax.dynamic_update_slice(a, b[None], (i, 0, start, 0, 0))
+            for a, b in zip(past, new, strict=True)
+        )
+        return (x, past), None
+
+    carry = x, (cache["k"], cache["v"])
+    stacked = state, memory, jnp.arange(config.depth)
+    if config.scan:
+        (x, past), _ = jax.lax.scan(step, carry, stacked, unroll=config.scan_unroll)
+    else:
+        for i in range(config.depth):
+            carry, _ = step(carry, _layer(stacked, i))
+        x, past = carry
+    return x, cache | dict(zip(("k", "v"), past, strict=True))
+
+
+def _layer(stacked: Any, i: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[i], stacked)
+
+
+def _rematerialized(step: Callable[..., Any], config: Transformer) -> Callable[..., Any]:
     if config.remat in ("none", "activation"):
         return step
     policy = (

@@ -45,6 +45,8 @@ class ViT(TransformerTower):
     """Side of the images in pixels, or (height, width); a multiple of the patch size."""
     pool: str = "class"
     """class (adds a class token), mean, or map (attention pooling)."""
+    class_position: bool = True
+    """Whether the class token has a learned position of its own (CLIP); big_vision's has none."""
     positions: str = "learned"
     """learned, or sincos2d (fixed)."""
     patch_dropout: float = 0.0
@@ -123,7 +125,7 @@ class ViTModule(nnx.Module):
         has_class = config.pool == "class"
         self.class_token = layers.normal(rngs, (width,), width**-0.5) if has_class else None
         learned = config.positions == "learned"
-        shape = (patches + has_class, width)
+        shape = (patches + (has_class and config.class_position), width)
         self.positions = layers.normal(rngs, shape, width**-0.5) if learned else None
         self.pre_norm = layers.Norm(config.norm, width, config.eps) if config.pre_norm else None
         self.blocks = stack(lambda rngs: Block(config, rngs), config.depth, rngs)
@@ -153,7 +155,9 @@ class ViTModule(nnx.Module):
         x = self._add_positions(x)
         x = drop_patches(x, config.patch_dropout, patch_key)
         if self.class_token is not None:
-            first = self.class_token[...] + (0.0 if self.positions is None else self.positions[0])
+            first = self.class_token[...]
+            if self.positions is not None and config.class_position:
+                first = first + self.positions[0]
             first = jnp.broadcast_to(first.astype(x.dtype), (x.shape[0], 1, self.width))
             x = jnp.concatenate([first, x], axis=1)
         x = layers.dropout(x, config.dropout, drop_key)

@@ -13,8 +13,12 @@ from jax.sharding import Mesh
 
 from clipjax.objectives.base import Objective
 from clipjax.optim import Ema, Optimizer, Scale
-from clipjax.params import join, merge, select, split
+from clipjax.params import join, merge, paths, select, split
 from clipjax.sharding import Sharding
+from clipjax.start import Start, overlay
+
+Leaves = dict[str, Any]
+"""Path -> array."""
 
 
 @struct.dataclass
@@ -55,6 +59,7 @@ class Blueprint:
       learning_rate: step -> learning rate.
       abstract: TrainState of ShapeDtypeStructs.
       shardings: TrainState of NamedShardings.
+      jit_init: (parameters, model state to begin with, by path) -> TrainState.
     """
 
     graphdef: Any
@@ -63,7 +68,7 @@ class Blueprint:
     learning_rate: optax.Schedule
     abstract: TrainState
     shardings: TrainState
-    init: Any
+    jit_init: Any
 
     @classmethod
     def draw(
@@ -81,10 +86,12 @@ class Blueprint:
         """Traces the initialization once; nothing is allocated."""
         static: dict[str, Any] = {}
 
-        def init() -> TrainState:
+        def init(params_leaves, model_state_leaves) -> TrainState:
             key = jax.random.key(seed)
             params_key, run_key = jax.random.split(key)
             graphdef, params, model_state = split(model.build(nnx.Rngs(params_key)))
+            params = overlay(params, params_leaves)
+            model_state = overlay(model_state, model_state_leaves)
             trainable = optimizer.trainable(params)
             moving, _ = select(trainable, params)
             transform, learning_rate = optimizer.build(moving, total_steps, scale)
@@ -107,13 +114,37 @@ class Blueprint:
                 bad_streak=zero,
             )
 
-        abstract = jax.eval_shape(init)
+        abstract = jax.eval_shape(init, {}, {})
         shardings = sharding.apply(abstract, mesh)
         return cls(
             **static,
             abstract=abstract,
             shardings=shardings,
-            init=jax.jit(init, out_shardings=shardings),
+            jit_init=jax.jit(init, out_shardings=shardings),
+        )
+
+    def init(self, leaves: tuple[Leaves, Leaves] = ({}, {})) -> TrainState:
+        """The state of a fresh run on the devices, random but for `leaves` (see `start_leaves`).
+
+        The optimizer's, the average's and the objective's own copies begin with these weights too.
+        """
+        return self.jit_init(*leaves)
+
+    def start_leaves(self, start: Start) -> tuple[Leaves, Leaves]:
+        """What `start` has of the parameters and of the model state, by path, placed as the state is.
+
+        Raises:
+          ClipjaxError: the start does not fit the model.
+        """
+        leaves = start.leaves(self.abstract.params, self.abstract.model_state)
+        layouts = self.shardings.params, self.shardings.model_state
+        return tuple(  # type: ignore[return-value]
+            {
+                name: jax.device_put(found[name], sharding)
+                for name, sharding in paths(layout)
+                if name in found
+            }
+            for found, layout in zip(leaves, layouts, strict=True)
         )
 
     def target(self) -> TrainState:

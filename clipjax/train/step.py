@@ -3,23 +3,29 @@
 With `accumulate = k` the step is the cached-gradient kind (GradCache, arXiv:2101.06983): embed all micro-batches,
 take the loss and its cotangents once on the full batch (for scale and bias too), then back-propagate one
 micro-batch at a time with the same dropout keys. It equals the big batch, in the memory of one micro-batch.
+
+Objectives that see each example alone (captions) need no cache: they ride in the second pass, whose micro-batches
+sum to the whole since what they divide by is known before. The first pass does not ask the model for what they need.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from clipjax.batch import Batch, Encoded
+from clipjax.batch import SHARED, Batch, Encoded
 from clipjax.errors import ClipjaxError
 from clipjax.layout import on_mesh
 from clipjax.mesh import BATCH_AXES, batch_shards
 from clipjax.objectives.base import Metrics, Objective
+from clipjax.objectives.diagnostics import broken_rows
 from clipjax.objectives.pairs import PairEngine
 from clipjax.optim import Ema
 from clipjax.params import join, select, split
@@ -55,10 +61,12 @@ def make_step(
       the step and the counters as it was.
     """
 
-    def forward(params, model_state, batch, key):
+    _check_offer(blueprint, objective)
+
+    def forward(params, model_state, batch, key, needs=frozenset()):
         module = blueprint.module(params, model_state)
         with on_mesh(mesh):
-            encoded = module(batch, key=key)
+            encoded = module(batch, key=key, **dict.fromkeys(needs, True))
         return encoded, split(module)[2]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -74,13 +82,14 @@ def make_step(
         )
         loss_and_grads = _whole_batch if accumulate == 1 else _accumulated(mesh, accumulate)
         loss, grads, metrics, model_state = loss_and_grads(
-            lambda moving, batch, key: forward(join(moving, frozen), state.model_state, batch, key),
-            lambda encoded, batch: objective(encoded, batch, engine),
+            lambda moving, *rest: forward(join(moving, frozen), state.model_state, *rest),
+            objective,
+            engine,
             moving,
             batch,
             key,
         )
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = blueprint.transform.update(grads, state.opt_state, moving)
         moving = optax.apply_updates(moving, updates)
@@ -115,49 +124,88 @@ def make_step(
     return step
 
 
-def _whole_batch(forward, loss_of, moving, batch, key):
+def _whole_batch(forward, objective, engine, moving, batch, key):
     def loss_fn(moving):
-        encoded, model_state = forward(moving, batch, key)
-        loss, metrics = loss_of(encoded, batch)
-        return loss, (_with_scale(metrics, encoded), model_state)
+        encoded, model_state = forward(moving, batch, key, objective.needs)
+        loss, metrics = _compare(objective, encoded, batch, engine)
+        return loss, (metrics, model_state)
 
     (loss, (metrics, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(moving)
     return loss, grads, metrics, model_state
 
 
 def _accumulated(mesh: Mesh, k: int):
-    def loss_and_grads(forward, loss_of, moving, batch, key):
+    def loss_and_grads(forward, objective, engine, moving, batch, key):
+        coupled, local = objective.split()
+        totals = local.totals(batch)
         micro = jax.tree.map(lambda x: _to_micro(x, mesh, k), batch)
         keys = jax.random.split(key, k)
 
-        def embed(_, inputs):
-            return None, forward(moving, *inputs)[0]
+        def first_pass():
+            """The coupled part of the loss, its metrics, and its cotangents for each micro-batch."""
 
-        _, stacked = jax.lax.scan(embed, None, (micro, keys))
-        full = _join_micro(stacked, mesh, k)
+            def embed(_, inputs):
+                return None, forward(moving, *inputs, coupled.needs)[0]
 
-        def loss_fn(encoded):
-            loss, metrics = loss_of(encoded, batch)
-            return loss, _with_scale(metrics, encoded)
+            def loss_fn(encoded):
+                return _compare(coupled, encoded, batch, engine)
 
-        (loss, metrics), cotangent = jax.value_and_grad(loss_fn, has_aux=True)(full)
-        # Scale and bias have one cotangent for the whole batch: each micro-batch passes on its k-th part.
-        per_micro = _split_cotangent(cotangent, mesh, k)
+            _, stacked = jax.lax.scan(embed, None, (micro, keys))
+            full = _join_micro(stacked, mesh, k)
+            (loss, metrics), cotangent = jax.value_and_grad(loss_fn, has_aux=True)(full)
+            return loss, metrics, _split_cotangent(cotangent, mesh, k)
 
-        def backward(grads, inputs):
-            batch_i, key_i, cotangent_i = inputs
-            _, vjp, model_state = jax.vjp(
-                lambda m: forward(m, batch_i, key_i), moving, has_aux=True
-            )
-            (grads_i,) = vjp(cotangent_i)
-            return jax.tree.map(jnp.add, grads, grads_i), model_state
+        def second_pass(cotangents):
+            """The per-example part of the loss, its metrics, all gradients, and the model's new state."""
 
-        zeros = jax.tree.map(jnp.zeros_like, moving)
-        grads, model_states = jax.lax.scan(backward, zeros, (micro, keys, per_micro))
-        model_state = jax.tree.map(lambda x: x.mean(0), model_states)
-        return loss, grads, metrics, model_state
+            def backward(grads, inputs):
+                batch_i, key_i, cotangent_i = inputs
+
+                def outputs(moving):
+                    encoded, model_state = forward(moving, batch_i, key_i, objective.needs)
+                    loss, metrics = local.local(encoded, batch_i, totals, engine)
+                    return (_only(encoded, cotangent_i), loss), (metrics, model_state)
+
+                (_, loss), vjp, (metrics, model_state) = jax.vjp(outputs, moving, has_aux=True)
+                (grads_i,) = vjp((cotangent_i, jnp.ones_like(loss)))
+                return jax.tree.map(jnp.add, grads, grads_i), (loss, metrics, model_state)
+
+            zeros = jax.tree.map(jnp.zeros_like, moving)
+            grads, parts = jax.lax.scan(backward, zeros, (micro, keys, cotangents))
+            losses, metrics, model_states = parts
+            model_state = jax.tree.map(lambda x: x.mean(0), model_states)
+            return losses.sum(), jax.tree.map(lambda x: x.sum(0), metrics), grads, model_state
+
+        loss, metrics, cotangents = first_pass() if coupled is not None else (0.0, {}, None)
+        local_loss, local_metrics, grads, model_state = second_pass(cotangents)
+        return loss + local_loss, grads, metrics | local_metrics, model_state
 
     return loss_and_grads
+
+
+def _compare(objective: Objective, encoded: Encoded, batch: Batch, engine: PairEngine):
+    """Loss and metrics, the model's scale and bias among them."""
+    if encoded.text is None and objective.split()[0] is not None:
+        raise ClipjaxError(
+            f"{type(objective).__name__} compares images with texts, and this model only captions: it has no "
+            "embeddings of texts. Give the model a text tower, or take Caption alone as the objective"
+        )
+    loss, metrics = objective(encoded, batch, engine)
+    scalars = {name: getattr(encoded, name) for name in ("logit_scale", "logit_bias")}
+    scalars = {name: x for name, x in scalars.items() if x is not None}
+    return loss, metrics | broken_rows(encoded) | scalars
+
+
+def _check_offer(blueprint: Blueprint, objective: Objective) -> None:
+    """Refuses an objective that needs what the model does not offer."""
+    module = blueprint.module(blueprint.abstract.params, blueprint.abstract.model_state)
+    offered = inspect.signature(module.__call__).parameters
+    for need in sorted(objective.needs - offered.keys()):
+        if not any(p.kind is p.VAR_KEYWORD for p in offered.values()):
+            raise ClipjaxError(
+                f"the objective needs {need}, which {type(module).__name__} does not offer (its __call__ takes "
+                f"no {need!r}): choose a model that does, such as CoCa, or another objective"
+            )
 
 
 def _encode(forward, params, model_state, batch, mesh, accumulate) -> Encoded:
@@ -169,11 +217,6 @@ def _encode(forward, params, model_state, batch, mesh, accumulate) -> Encoded:
         lambda _, b: (None, forward(params, model_state, b, None)[0]), None, micro
     )
     return _join_micro(stacked, mesh, accumulate)
-
-
-def _with_scale(metrics: Metrics, encoded: Encoded) -> Metrics:
-    out = metrics | {"logit_scale": encoded.logit_scale}
-    return out if encoded.logit_bias is None else out | {"logit_bias": encoded.logit_bias}
 
 
 def _to_micro(x: jax.Array, mesh: Mesh, k: int) -> jax.Array:
@@ -192,24 +235,39 @@ def _from_micro(x: jax.Array, mesh: Mesh, k: int) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
 
 
-def _is_row_array(x: jax.Array, stacked: bool) -> bool:
-    return x.ndim > int(stacked)
-
-
 def _join_micro(stacked: Encoded, mesh: Mesh, k: int) -> Encoded:
-    """Micro-batches' outputs as one: rows are joined, scalars (scale, bias) are the same in all."""
-    return jax.tree.map(
-        lambda x: _from_micro(x, mesh, k) if _is_row_array(x, stacked=True) else x[0], stacked
-    )
+    """Micro-batches' outputs as one: rows are joined, what belongs to the batch is the same in all."""
+    return _map_fields(lambda x: _from_micro(x, mesh, k), lambda x: x[0], stacked)
 
 
 def _split_cotangent(cotangent: Encoded, mesh: Mesh, k: int) -> Encoded:
-    return jax.tree.map(
-        lambda g: (
-            _to_micro(g, mesh, k) if _is_row_array(g, stacked=False) else jnp.full((k,), g / k)
-        ),
+    """For each micro-batch its rows, and the k-th part of the one cotangent of scale and bias."""
+    return _map_fields(
+        lambda g: _to_micro(g, mesh, k),
+        lambda g: jnp.broadcast_to(g / k, (k, *g.shape)),
         cotangent,
     )
+
+
+def _map_fields(rows: Callable, shared: Callable, encoded: Encoded) -> Encoded:
+    fields = {f.name: getattr(encoded, f.name) for f in dataclasses.fields(encoded)}
+    return dataclasses.replace(
+        encoded,
+        **{
+            name: (shared if name in SHARED else rows)(x)
+            for name, x in fields.items()
+            if x is not None
+        },
+    )
+
+
+def _only(encoded: Encoded, like: Encoded | None) -> Encoded | None:
+    """`encoded` without the fields that `like` has not; None for None."""
+    if like is None:
+        return None
+    names = [f.name for f in dataclasses.fields(like) if getattr(like, f.name) is None]
+    without: dict[str, Any] = dict.fromkeys(names)
+    return dataclasses.replace(encoded, **without)
 
 
 def jit_step(step: Step, blueprint: Blueprint) -> Step:

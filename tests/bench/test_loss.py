@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from clipjax.bench import loss
 from clipjax.bench.loss import LossBench
+from clipjax.cli.bench import main
 from clipjax.errors import ClipjaxError
 
 
@@ -23,6 +25,50 @@ def test_the_last_line_is_one_json_object(capsys):
     assert results["seconds"]["clipjax"] > 0
     # 1.0 of an all-gather, 1.0 of a reduce-scatter, and a few vectors of floats beside 64 columns
     assert 2 <= results["wire_units"]["AllGather"] < 2.2
+
+
+def test_options_reach_the_contestants_and_figures_are_their_ratios(monkeypatch, capsys):
+    asked = {}
+
+    def contest(commands, rounds):
+        asked.update({who: json.loads(c[-1]) | {"python": c[0]} for who, c in commands.items()})
+        asked["rounds"] = rounds
+        seconds = {"clipjax": 2.0, "dense": 4.0, "torch": 8.0, "matmul": 0.5}
+        return {
+            who: {"seconds": seconds[who], "bytes": 100 * seconds[who] ** 2} for who in commands
+        }
+
+    def compile_for(devices, rows, width, cases):
+        asked[devices] = (rows, width)
+        held = 8 * rows * width
+        extra = {"OpenCLIP": held + 3000, "Ring": 10 - held}
+        return {
+            case: {"wire": 2.0, "matmul": 4.0, "temp": held + extra.get(case, 100)}
+            for case in cases
+        }
+
+    monkeypatch.setattr(loss, "contest", contest)
+    monkeypatch.setattr(loss, "compile_for", compile_for)
+    options = "--rows 64 --width 32 --objective sigmoid --dtype bfloat16 --chunk 16 --rounds 2"
+    options += " --torch_python other --devices 16 --local_rows 8 --local_width 4 --large --json"
+    assert main(["loss", *options.split()]) == 0
+    ours = {"objective": "sigmoid", "dtype": "bfloat16", "rows": 64, "width": 32, "chunk": 16}
+    for who in ("clipjax", "dense"):
+        assert ours.items() <= asked[who].items()
+    assert asked["torch"]["python"] == "other" and asked["torch"]["objective"] == "sigmoid"
+    assert asked["rounds"] == 2
+    assert asked[16] == (16 * 8, 4) and asked[64] == (2**20, 512)
+
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert results["time_ratio_vs_dense"] == 0.5
+    assert results["time_ratio_vs_torch"] == 4
+    assert results["memory_ratio_vs_torch"] == 16
+    assert results["temp_ratio_vs_openclip"] == 30  # beyond two gathered modalities, and beyond one
+    held = 8 * 128 * 4
+    assert results["ring_temp_ratio_vs_openclip"] == pytest.approx((2 * held + 3000) / 10)
+    # 4 products of 64 x 64 x 32 in 2 s, over 2 x 4096^3 in half a second
+    assert results["share_of_matmul_rate"] == pytest.approx(8 * 64**2 * 32 / 2 / (4 * 4096**3))
+    assert set(results["large_temp_bytes"]) == set(loss.EXCHANGES)
 
 
 @pytest.mark.parametrize("bad", [{"rows": 0}, {"rounds": 0}, {"devices": 6}])

@@ -1,10 +1,18 @@
 import json
+import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from clipjax.data import ClassFolder, ImageFolder, UnreadableRecord, decode, load_eval
+from clipjax.data import (
+    ClassFolder,
+    ImageFolder,
+    PictureFolder,
+    UnreadableRecord,
+    decode,
+    load_eval,
+)
 from clipjax.errors import ClipjaxError
 
 
@@ -108,3 +116,42 @@ def test_class_folders(root):
         ClassFolder("nowhere").open()
     with pytest.raises(ClipjaxError, match="holds a picture"):
         ClassFolder(str(root / "classes" / "ant")).open()
+
+
+def test_pictures_of_a_folder(root, tmp_path_factory, caplog):
+    outside = tmp_path_factory.mktemp("outside")
+    Image.new("RGB", (2, 2)).save(outside / "x.png")
+    (root / "out.png").symlink_to(outside / "x.png")
+    (root / "in.png").symlink_to("a.png")
+    (root / "loop").symlink_to(root)
+    (root / "folder.png").mkdir()
+    (root / ".hidden").mkdir()
+    Image.new("RGB", (2, 2)).save(root / ".hidden" / "h.png")
+    (root / "notes.txt").write_text("no picture")
+    for name in (b"\xff.png", b"\x1b[2J.png"):
+        with open(os.path.join(os.fsencode(root), name), "wb"):
+            pass
+    found = read(PictureFolder(str(root)))
+    assert [r["key"] for r in found] == ["a.png", "b.png", "deep/c.jpg", "in.png"]
+    assert "out.png: a link out of the folder" in caplog.text
+    assert r"'\udcff.png': a name with control" in caplog.text and "\x1b" not in caplog.text
+    assert "loop: a link to a folder" in caplog.text
+    with pytest.raises(ClipjaxError, match="no folder 'nowhere'"):
+        PictureFolder("nowhere").open()
+    with pytest.raises(ClipjaxError, match="holds no picture"):
+        PictureFolder(str(root / "folder.png")).open()
+
+
+@pytest.mark.parametrize(
+    "path", ["../x.png", "{outside}/x.png", "link.png", "deep/../../x.png", "a\0"]
+)
+def test_a_table_reads_nothing_outside_of_its_folder(root, tmp_path_factory, path):
+    outside = tmp_path_factory.mktemp("outside")
+    for place in (outside, root.parent):
+        Image.new("RGB", (2, 2)).save(place / "x.png")
+    (root / "link.png").symlink_to(outside / "x.png")
+    row = {"image": path.replace("{outside}", str(outside)), "caption": "x"}
+    (root / "t.jsonl").write_text(json.dumps(row))
+    opened = ImageFolder(str(root), "t.jsonl").open()
+    with pytest.raises(UnreadableRecord, match="leads out of the folder"):
+        opened[0]

@@ -164,3 +164,33 @@ def test_bad_samples_are_skippable(tmp_path, file, fields, message):
     opened = WebDataset(str(tmp_path / "a.tar"), **fields).open()
     with pytest.raises(UnreadableRecord, match=message):
         opened[0]
+
+
+def test_a_damaged_index_is_made_anew(shards, tmp_path, caplog):
+    source = WebDataset(str(shards / "s-*.tar"), index_dir=str(tmp_path / "index"))
+    before = read(source)
+    for file in (tmp_path / "index").iterdir():
+        file.write_bytes(b"nonsense")
+    assert read(source) == before and "is damaged" in caplog.text
+    caplog.clear()
+    assert read(source) == before and not caplog.text
+
+
+def test_a_file_of_absurd_size_is_refused_unread(tmp_path, monkeypatch):
+    write_tar(tmp_path / "a.tar", [("0.png", picture(0))])
+    monkeypatch.setattr(module, "MAX_BYTES", 10)
+    opened = WebDataset(str(tmp_path / "a.tar")).open()
+    with pytest.raises(UnreadableRecord, match=r"a.tar:0: .png has [0-9]+ bytes, above 10"):
+        opened[0]
+
+
+def test_a_name_that_is_not_utf8(tmp_path):
+    write_tar(tmp_path / "a.tar", [("\udcff.png", picture(1))])
+    assert [r["key"] for r in read(WebDataset(str(tmp_path / "a.tar")))] == ["a.tar:\ufffd"]
+
+
+def test_names_that_climb_out_are_left_out(tmp_path, caplog):
+    names = ["../up.png", "/root.png", "a/../../b.png", "..c/fine.png"]
+    write_tar(tmp_path / "a.tar", [(name, picture(i)) for i, name in enumerate(names)])
+    assert [r["key"] for r in read(WebDataset(str(tmp_path / "a.tar")))] == ["a.tar:..c/fine"]
+    assert "left out '../up.png'" in caplog.text and "left out 3 files" in caplog.text

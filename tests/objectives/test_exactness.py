@@ -1,5 +1,6 @@
 """Every objective, on every exchange and number of devices, against dense float64 NumPy."""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -82,32 +83,59 @@ def inputs(c, mesh=None):
     return encoded, batch
 
 
-def loss_and_grads(objectives, engine, encoded, batch):
-    """{name: (loss, gradients)}, all objectives in one compiled program."""
+@functools.cache
+def compiled(names, engine):
+    """{name: (loss, gradients)} of all these objectives in one program; scale and bias are inputs."""
 
     def run(encoded, batch):
         return {
-            name: jax.value_and_grad(lambda e, o=o: o(Encoded(**e), batch, engine)[0])(encoded)
-            for name, o in objectives.items()
+            name: jax.value_and_grad(
+                lambda e, o=OBJECTIVES[name][0]: o(Encoded(**e), batch, engine)[0]
+            )(encoded)
+            for name in names
         }
 
-    return jax.device_get(jit(run)(encoded, batch))
+    return jit(run)
 
 
-def check(names, engine, c, tolerance=1e-5, groups=1):
-    objectives = {name: OBJECTIVES[name][0] for name in names}
-    results = loss_and_grads(objectives, engine, *inputs(c, engine.mesh))
+def errors(names, engine, c, groups=1):
+    """Yields (name of the figure, reference, relative error) of every loss and gradient."""
+    results = jax.device_get(compiled(tuple(names), engine)(*inputs(c, engine.mesh)))
     for name in names:
         _, oracle, options = OBJECTIVES[name]
         loss, grads = oracles.grouped(oracle, c, groups, **options)
-        assert relative(results[name][0], loss) < tolerance, name
+        yield f"{name}: loss", loss, relative(results[name][0], loss)
         for key, grad in grads.items():
-            assert relative(results[name][1][key], grad) < tolerance, (name, key)
+            yield f"{name}: {key}", grad, relative(results[name][1][key], grad)
+
+
+def check(names, engine, rows=ROWS, groups=1):
+    for scale in (10, 30):
+        c = oracles.case(rows, scale=scale)
+        for figure, _, error in errors(names, engine, c, groups):
+            assert error < 1e-5, (scale, figure, error)
 
 
 @pytest.mark.parametrize("chunk", [7, None])
 def test_one_device(chunk):
-    check(OBJECTIVES, PairEngine(chunk=chunk), oracles.case(ROWS))
+    check(OBJECTIVES, PairEngine(chunk=chunk))
+
+
+@pytest.mark.parametrize("spread,scale", [(0.8, 100), (0.3, 100), (0.1, 30)])
+def test_no_worse_than_dense_float32_where_float32_is_the_limit(spread, scale):
+    """Scale 100 and nearly solved batches: the bound is the dense formula's error on float32."""
+    c = oracles.case(ROWS, spread=spread, scale=scale, seed=3)
+    single = {k: np.float32(v) if k != "ids" else v for k, v in c.items()}
+    ours = errors(OBJECTIVES, PairEngine(chunk=7), c)
+    for name, (_, oracle, options) in OBJECTIVES.items():
+        with np.errstate(all="ignore"):
+            loss, grads = oracle(single, **options)
+        for value in (loss, *grads.values()):
+            figure, reference, error = next(ours)
+            dense = relative(value, reference)
+            if np.isfinite(dense):
+                assert error <= max(1.5 * dense, 1e-6), (figure, error, dense)
+            assert np.isfinite(error), (figure, name)
 
 
 # one form of each objective: compiling is what these tests spend their time on
@@ -119,18 +147,19 @@ FORMS = ("smoothed", "sigmoid by id", "dclw", "multi", "xmc", "cwcl", "cwcl shar
 def test_exact_on_any_mesh(exchange, devices):
     mesh = MeshShape(group=min(2, devices)).build(jax.devices()[:devices])
     chunk = 13 if exchange != Ring() and devices > 1 else None  # does not divide the columns
-    check(FORMS, PairEngine(mesh, exchange, chunk), oracles.case(ROWS))
+    rows = 8 if exchange == Ring() and devices == 8 else ROWS  # one row a device
+    check(FORMS, PairEngine(mesh, exchange, chunk), rows)
 
 
 @pytest.mark.parametrize("devices", [2, 4])
 def test_ring_with_uneven_chunks(devices):
     mesh = MeshShape().build(jax.devices()[:devices])
     chunk = ROWS // devices // 2 + 1
-    check(("smoothed", "albef"), PairEngine(mesh, Ring(), chunk), oracles.case(ROWS))
+    check(("smoothed", "albef"), PairEngine(mesh, Ring(), chunk))
 
 
-@pytest.mark.parametrize("devices,groups", [(1, 1), (2, 2), (4, 2), (8, 2), (8, 4)])
+@pytest.mark.parametrize("devices,groups", [(2, 2), (8, 2), (8, 4)])
 def test_grouped_is_block_diagonal(devices, groups):
     mesh = MeshShape(group=groups).build(jax.devices()[:devices])
     chunk = 7 if (devices, groups) == (8, 2) else None
-    check(FORMS, PairEngine(mesh, Grouped(), chunk), oracles.case(ROWS), groups=groups)
+    check(FORMS, PairEngine(mesh, Grouped(), chunk), groups=groups)

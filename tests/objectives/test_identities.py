@@ -1,5 +1,6 @@
 """Closed forms that the objectives must meet."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -17,13 +18,16 @@ from clipjax.objectives import (
     Diagnostics,
     Grouped,
     MultiPositive,
+    Objective,
     PairEngine,
     Sigmoid,
     Softmax,
     SoftTarget,
     Sum,
     Weighted,
+    pairs,
 )
+from clipjax.objectives.diagnostics import broken_rows
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fast import jit
@@ -98,6 +102,27 @@ def test_unique_ids_make_multi_positive_losses_plain():
     for objective in (MultiPositive(), DecoupledSoftmax()):
         for ours, reference in zip(grads(objective, x, y, 5.0, batch), plain, strict=True):
             np.testing.assert_allclose(ours, reference, atol=2e-6)
+
+
+@pytest.mark.parametrize("objective", [MultiPositive(), DecoupledSoftmax()])
+def test_rows_without_any_negative_are_guarded(objective):
+    """One id for all: every negative is masked, and nothing is NaN."""
+    x, y = random_pair()
+    batch = {"id": jnp.zeros(N, jnp.int32)}
+
+    def loss(x, y, s):
+        return objective(Encoded(x, y, s), batch, ENGINE)[0]
+
+    value, gradients = jit(jax.value_and_grad(loss, (0, 1, 2)))(x, y, jnp.float32(5.0))
+    if isinstance(objective, DecoupledSoftmax):  # nothing to push away: solved
+        assert float(value) == 0
+        assert all(float(jnp.abs(g).max()) == 0 for g in gradients)
+        return
+    logits = 5.0 * np.float64(x) @ np.float64(y).T  # cross-entropy to the uniform target
+    rows = np.log(np.exp(logits).sum(1)) - logits.mean(1)
+    cols = np.log(np.exp(logits).sum(0)) - logits.mean(0)
+    assert float(value) == pytest.approx(0.5 * (rows.mean() + cols.mean()), rel=1e-5)
+    assert all(np.isfinite(g).all() for g in gradients)
 
 
 def test_decoupled_softmax_lets_a_strong_positive_be():
@@ -250,3 +275,30 @@ def test_decoupled_needs_a_negative():
 def test_bad_fields_are_refused(make):
     with pytest.raises(ClipjaxError):
         make()
+
+
+def test_broken_embeddings_are_counted_by_name():
+    x, y = random_pair()
+    counts = broken_rows(Encoded(x.at[3, 0].set(jnp.nan).at[5].set(jnp.inf), y, jnp.float32(1.0)))
+    assert {k: int(v) for k, v in counts.items()} == {
+        "broken_rows/image": 2,
+        "broken_rows/text": 0,
+    }
+
+
+def test_the_objective_that_the_documentation_writes():
+    """docs/objectives.md, "Writing one": the code there runs, and is a hinge on the negatives."""
+    text = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text()
+    names = {
+        "dataclasses": dataclasses,
+        "jax": jax,
+        "jnp": jnp,
+        "Objective": Objective,
+        "Sum": pairs.Sum,
+    }
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    x, y = random_pair()
+    ours = value(names["Margin"](0.3), Encoded(x, y, jnp.float32(1.0)))
+    cosine = np.float64(x) @ np.float64(y).T
+    over = np.maximum(0.3 + cosine - np.diag(cosine)[:, None], 0)
+    assert ours == pytest.approx((over.sum() - 0.3 * N) / N, rel=1e-5)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from clipjax.errors import ClipjaxError
-from clipjax.optim import SGD, Adafactor, AdamW, Constant, Ema, Group, Lion, Muon, Scale
+from clipjax.optim import SGD, Adafactor, AdamW, Constant, Duration, Ema, Group, Lion, Muon, Scale
 from clipjax.params import join, select
 
 SCALE = Scale(batch_size=8, num_examples=80)
@@ -175,3 +175,17 @@ def test_ema_closed_form():
         average = ema.update(average, params, jnp.int32(step))
     keep = np.prod([min(0.5, (1 + s) / (10 + s)) for s in range(4, 8)])
     assert float(average["w"]) == pytest.approx(1 - keep)
+
+
+def test_a_group_that_starts_later_stands_still_until_then():
+    """SGD with fixed gradients: after 5 steps, a leaf that starts at step 2 has moved 3 times."""
+    plain = dict(lr=0.5, weight_decay=0.1, momentum=0.0, clip_norm=None, schedule=Constant())
+    late = Group("^text/", starts=Duration(16, "examples"))  # 2 steps of 8
+    params, _ = run(SGD(groups=(late,), **plain), steps=5)
+    embedding = np.float64(make_params()["text"]["embedding"])
+    for step in range(2, 5):
+        gradient = np.float64(make_grads(step)["text"]["embedding"])
+        embedding = embedding - 0.5 * (gradient + 0.1 * embedding)
+    np.testing.assert_allclose(params["text"]["embedding"], embedding, rtol=1e-5)
+    others, _ = run(SGD(**plain), steps=5)
+    np.testing.assert_array_equal(params["logit_scale"], others["logit_scale"])

@@ -1,0 +1,120 @@
+"""`clipjax classify IMAGE... --labels a,b,c`: what pictures show, of a set of labels."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from clipjax.cli.arguments import new_parser
+from clipjax.cli.models import add_model, open_model, say
+from clipjax.errors import EXIT_FAILED, ClipjaxError
+
+
+def main(arguments: list[str]) -> int:
+    """Prints a table of probabilities; 1 if a picture could not be read."""
+    parser = new_parser("classify", "Say which of some labels pictures show, with probabilities.")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
+    parser.add_argument(
+        "--labels", required=True,
+        help="the names, separated by commas; or a .txt file with one a line",
+    )  # fmt: skip
+    parser.add_argument(
+        "--templates", default="{}",
+        help='a prompt such as "a photo of a {}", or a file with one a line, whose embeddings are '
+        'averaged; {} stands for the name; default: the name alone',
+    )  # fmt: skip
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="labels to show; default 5")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object, on one line, instead of a table"
+    )
+    add_model(parser)
+    namespace = parser.parse_intermixed_args(arguments)
+    labels, templates = _labels(namespace.labels), _templates(namespace.templates)
+    if namespace.top < 1:
+        raise ClipjaxError(f"--top {namespace.top}: must be at least 1")
+    for image in namespace.images:
+        if not Path(image).exists():
+            raise ClipjaxError(f"{image}: there is no such file")
+    path, pretrained = open_model(namespace)
+    from clipjax.data.sources import UnreadableRecord
+
+    predictor = pretrained.predictor()
+    names, pictures, skipped = [], [], {}
+    for image in namespace.images:
+        try:
+            pictures.append(predictor.read(image, image))
+            names.append(image)
+        except UnreadableRecord as failure:
+            skipped[image] = str(failure)
+            say(f"skipped: {failure}")
+    if not pictures:
+        raise ClipjaxError(f"not one of {len(skipped)} pictures can be read")
+    found = predictor.classify(pictures, labels, templates)
+    ranked = dict(zip(names, found.top(namespace.top), strict=True))
+    if namespace.json:
+        print(json.dumps(_as_json(namespace, path, ranked, skipped), ensure_ascii=False))
+    else:
+        _print_table(ranked)
+    return EXIT_FAILED if skipped else 0
+
+
+def _labels(given: str) -> list[str]:
+    if given.endswith(".txt"):
+        return _lines(given, "--labels")
+    return [label.strip() for label in given.split(",")]
+
+
+def _templates(given: str) -> list[str]:
+    return [given] if "{}" in given else _lines(given, "--templates")
+
+
+def _lines(file: str, option: str) -> list[str]:
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        without = ", and has no {} where the label goes" if option == "--templates" else ""
+        raise ClipjaxError(f"{option} {file!r}: no readable file{without} ({error})") from error
+    kept = [line.strip() for line in lines if line.strip()]
+    if not kept:
+        raise ClipjaxError(f"{option} {file!r}: the file is empty")
+    return kept
+
+
+def _as_json(
+    namespace: argparse.Namespace,
+    path: Path,
+    ranked: dict[str, list[tuple[str, float]]],
+    skipped: dict[str, str],
+) -> dict[str, Any]:
+    return {
+        "model": str(path),
+        "images": [
+            {"image": name, "labels": [{"label": lb, "probability": p} for lb, p in top]}
+            for name, top in ranked.items()
+        ],
+        "skipped": skipped,
+    }
+
+
+def _print_table(ranked: dict[str, list[tuple[str, float]]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2), show_edge=False)
+    table.add_column("image", overflow="fold")
+    table.add_column("label", overflow="fold")
+    table.add_column("probability", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for name, top in ranked.items():
+        for rank, (label, probability) in enumerate(top):
+            style = "bold" if rank == 0 else "dim"
+            table.add_row(
+                Text(name if rank == 0 else ""),
+                Text(label, style=style),
+                Text(f"{100 * probability:.1f} %", style=style),
+                Text("█" * round(20 * probability), style="blue"),
+            )
+    Console(highlight=False).print(table)

@@ -1,0 +1,125 @@
+"""`clipjax embed SOURCE --out x.parquet`: embeddings of a whole collection."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clipjax.cli.arguments import new_parser
+from clipjax.cli.models import add_model, open_model, say
+from clipjax.errors import ClipjaxError
+
+if TYPE_CHECKING:
+    from clipjax.data import RandomAccess
+    from clipjax.embeddings.parquet import Texts
+
+KINDS = (
+    "a folder of pictures, a table of pictures with captions (.csv, .tsv, .jsonl), WebDataset tars "
+    '("data/{0000..0099}.tar"), tfds:NAME:SPLIT, or texts, one a line (.txt)'
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Writes the files that are not there yet."""
+    parser = new_parser(
+        "embed",
+        "Write the embeddings of pictures or texts to Parquet. Started again after a kill, it keeps "
+        "the files that are finished and makes the others.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help=KINDS.replace("%", "%%"))
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE.parquet",
+        help="with several files, FILE-00000-of-00005.parquet and so on",
+    )  # fmt: skip
+    parser.add_argument(
+        "--captions", action="store_true",
+        help="embed the first caption of each picture, too (columns caption, caption_embedding)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shard-size", type=int, default=20_000, metavar="N",
+        help="records a file, and what a kill can cost; default 20000",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N",
+        help="pictures or texts per call of the model; default 64 a device",
+    )  # fmt: skip
+    add_model(parser)
+    namespace = parser.parse_intermixed_args(arguments)
+    if not namespace.out.absolute().parent.is_dir():
+        raise ClipjaxError(f"--out {namespace.out}: there is no folder to write it into")
+    from clipjax.embeddings.parquet import Shards, Texts, write_shards
+
+    Shards(namespace.out, 0, namespace.shard_size)  # refuses bad ones before anything is opened
+    source, mark = open_source(namespace.source)
+    if namespace.captions and isinstance(source, Texts):
+        raise ClipjaxError("--captions is for pictures: the source is texts already")
+    _, pretrained = open_model(namespace)
+    from clipjax.cli.counting import Counting
+
+    shards = Shards(namespace.out, len(source), namespace.shard_size)
+    facts = {"source": mark, "model": pretrained.fingerprint()}
+    predictor = pretrained.predictor(batch_size=namespace.batch_size)
+    what = "texts" if isinstance(source, Texts) else "pictures"
+    with Counting(len(source), what) as counting:
+        finished = write_shards(predictor, source, shards, facts, counting, namespace.captions)
+    say(counting.summary())
+    if finished:
+        say(f"{finished} of {len(shards)} files were finished already")
+    for index in range(len(shards)):
+        print(shards.path(index))
+    return 0
+
+
+def open_source(text: str) -> tuple[RandomAccess | Texts, str]:
+    """What SOURCE names, opened, and a mark that changes when its files do.
+
+    Raises:
+      ClipjaxError: it is nothing that can be embedded.
+    """
+    from clipjax.data import ImageFolder, PictureFolder, Tfds, WebDataset
+    from clipjax.data.webdataset import expand
+    from clipjax.embeddings.parquet import Texts
+
+    if text.startswith("tfds:"):
+        # The name may end in a version, and the split hold colons: tfds:coco:1.1.0:val[:10%]
+        parts = re.fullmatch(r"tfds:([^:\[]+(?::\d+\.\d+\.\d+)?):([^:]+(?:\[.*\])?)", text)
+        if parts is None:
+            raise ClipjaxError(f"{text!r}: write tfds:NAME:SPLIT, such as tfds:twemoji:test")
+        return Tfds(parts[1], split=parts[2]).open(), text
+    if text.lower().endswith(".tar"):
+        tars = expand(text)
+        opened = WebDataset(text).open()
+        return opened, _mark(tars)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        pictures = PictureFolder(text).open()
+        files = [str(pictures[i]["image"]) for i in range(len(pictures))]
+        return pictures, _mark(files, path)
+    if not path.is_file():
+        raise ClipjaxError(f"{text!r}: there is no such file or folder; SOURCE is {KINDS}")
+    if path.suffix in (".csv", ".tsv", ".jsonl"):
+        return ImageFolder(str(path.parent), path.name).open(), _mark([str(path)])
+    if path.suffix != ".txt":
+        raise ClipjaxError(f"{text!r}: SOURCE is {KINDS}")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except ValueError as error:
+        raise ClipjaxError(f"{text!r} is not UTF-8 text ({error})") from error
+    spoken = [(str(i), line.strip()) for i, line in enumerate(lines, start=1) if line.strip()]
+    if not spoken:
+        raise ClipjaxError(f"{text!r} holds no text")
+    keys, texts = zip(*spoken, strict=True)
+    return Texts(keys, texts), _mark([str(path)])
+
+
+def _mark(files: list[str], root: Path | None = None) -> str:
+    """Digest of files' names (relative to `root`), sizes and times of modification."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        stat = os.stat(file)
+        name = os.path.relpath(file, root) if root else os.path.basename(file)
+        digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="replace"))
+    return digest.hexdigest()

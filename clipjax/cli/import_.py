@@ -1,0 +1,62 @@
+"""`clipjax import SOURCE --out DIR`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from clipjax.cli.arguments import new_parser
+from clipjax.errors import ClipjaxError
+
+
+def main(arguments: list[str]) -> int:
+    parser = new_parser(
+        "import",
+        "Turn weights of OpenAI, OpenCLIP, Hugging Face or big_vision into a model folder, which every "
+        "other command takes. The architecture is read from the weights and the files beside them.",
+    )
+    parser.add_argument(
+        "source", type=Path, help="a folder, or a .safetensors, .npz, .pt, .pth or .bin file"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the new model folder")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE.json",
+        help="config.json, open_clip_config.json or an OpenCLIP model configuration, in place of "
+        "the one beside the weights",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FILE",
+        help="tokenizer.json, a SentencePiece .model, or bpe_simple_vocab_16e6.txt.gz, in place of "
+        "the one beside the weights",
+    )  # fmt: skip
+    parser.add_argument(
+        "--image_size", type=int, metavar="PIXELS", help="resample position embeddings to this size"
+    )
+    parser.add_argument(
+        "--context_length", type=int, metavar="TOKENS", help="keep positions for so many tokens"
+    )
+    parser.add_argument(
+        "--family", help="whose weights they are, where names alone do not tell: openai"
+    )
+    namespace = parser.parse_args(arguments)
+    if namespace.out.exists() and (not namespace.out.is_dir() or any(namespace.out.iterdir())):
+        raise ClipjaxError(f"{namespace.out} exists and is not empty: name a new folder")
+
+    from clipjax.interop import import_weights
+    from clipjax.params import count
+
+    pretrained = import_weights(
+        namespace.source,
+        config=namespace.config,
+        tokenizer=namespace.tokenizer,
+        family=namespace.family,
+        image_size=namespace.image_size,
+        context_length=namespace.context_length,
+    )
+    pretrained.save(namespace.out)
+    tokenizer = pretrained.tokenizer
+    words = f"{tokenizer.vocab_size:,} tokens" if tokenizer else "no tokenizer (give --tokenizer)"
+    print(
+        f"{namespace.out}: {count(pretrained.params):,} parameters, pictures of "
+        f"{pretrained.image_size} px, texts of {pretrained.context_length} tokens, {words}"
+    )
+    return 0

@@ -1,0 +1,93 @@
+"""What the verbs that use a model share: which model, the kept compilations, names for refusals."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clipjax.cli.arguments import import_files
+from clipjax.errors import ClipjaxError
+
+if TYPE_CHECKING:
+    from clipjax.pretrained import Pretrained
+
+RUNS = Path("runs")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds `--model`, which `open_model` opens."""
+    parser.add_argument(
+        "--model", type=Path, metavar="PATH",
+        help="a run's folder, one of its checkpoints/<step>, or a model's folder; default: the only run in runs/",
+    )  # fmt: skip
+
+
+def open_model(namespace: argparse.Namespace) -> tuple[Path, Pretrained]:
+    """The model that the user named, or the only one there is, with its path."""
+    path = namespace.model or only_run(RUNS)
+    if not path.exists():
+        raise ClipjaxError(f"--model {path}: there is no such file or folder")
+    keep_compilations()
+    import_files(namespace.imports)
+    from clipjax.restore import open_pretrained
+
+    return path, open_pretrained(path)
+
+
+def only_run(folder: Path) -> Path:
+    """The run or model in `folder`, if there is exactly one.
+
+    Raises:
+      ClipjaxError: there is none, or there are several, which are named.
+    """
+    marks = ("run.json", "model.json")
+    found = (
+        sorted(p for p in folder.iterdir() if any((p / mark).is_file() for mark in marks))
+        if folder.is_dir()
+        else []
+    )
+    if not found:
+        raise ClipjaxError(f"name a model with --model PATH: there is no run in {folder}/")
+    if len(found) > 1:
+        raise ClipjaxError(
+            f"{folder}/ holds {len(found)} runs: name one with --model, of "
+            + ", ".join(map(str, found))
+        )
+    return found[0]
+
+
+def keep_compilations() -> None:
+    """Lets jax keep compiled programs between commands, so that only the first one waits for them.
+
+    They go to `clipjax/xla` in the user's cache folder ($XDG_CACHE_HOME, else ~/.cache, or
+    ~/Library/Caches). JAX_COMPILATION_CACHE_DIR names another folder, or, empty, none.
+    Must run before anything is compiled.
+    """
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return  # jax has read it
+    folder = cache_folder()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return  # a home that cannot be written: compile each time
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def cache_folder() -> Path:
+    """Where compiled programs are kept."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    if not base:
+        base = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
+    return Path(base).expanduser() / "clipjax" / "xla"
+
+
+def say(text: str) -> None:
+    """One line on stderr."""
+    print(f"clipjax: {text}", file=sys.stderr)

@@ -1,0 +1,176 @@
+"""Family: how one library names its tensors and writes down an architecture."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from clipjax.data import Resize
+from clipjax.errors import ClipjaxError
+from clipjax.interop.table import Table
+from clipjax.models import Model
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+
+_NO_ARCHITECTURE = {
+    # Fields that change how a model trains or how fast it runs, not what it computes.
+    *("dropout", "patch_dropout", "dtype", "scan", "scan_unroll", "remat", "freeze_stats"),
+    *("momentum", "logit_scale_init", "logit_scale_max", "mlp_dim", "heads"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What an import knows beside the weights, and what an export says beside them.
+
+    Attributes:
+      shapes: of the tensors, by their name.
+      files: the JSON files beside the weights that matter here, parsed, by name.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    files: Mapping[str, dict[str, Any]]
+
+    def has(self, *names: str) -> bool:
+        """Whether there are tensors of all these names."""
+        return all(name in self.shapes for name in names)
+
+    def shape(self, name: str, axes: int) -> tuple[int, ...]:
+        """A tensor's shape.
+
+        Raises:
+          ClipjaxError: there is no such tensor, or it has another number of axes.
+        """
+        if name not in self.shapes:
+            raise ClipjaxError(f"the weights lack {name!r}")
+        shape = self.shapes[name]
+        if len(shape) != axes:
+            raise ClipjaxError(
+                f"tensor {name!r} has shape {list(shape)}, and should have {axes} axes"
+            )
+        return shape
+
+    def layers(self, prefix: str) -> int:
+        """How many different names stand after `prefix`, up to the next dot or slash."""
+        rest = [n.removeprefix(prefix) for n in self.shapes if n.startswith(prefix)]
+        return len({r.replace("/", ".").split(".")[0] for r in rest})
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One library's way to write models; see the modules that make the instances.
+
+    Attributes:
+      name: as messages call it.
+      models: the types of models it can express; their text tower is a TextTransformer.
+      image_towers: the types of image towers it can express.
+      weights_file: what the weights are called in a folder of that library.
+      claims: whether tensors of these shapes, with these files, are of this family.
+      model: reads the architecture.
+      table: the names and shapes of the tensors of a model that `nearest` leaves as it is.
+      nearest: the model most like the given one that the family can express.
+      describe: the JSON files that say the architecture and preprocessing, by name.
+      resize: how pictures come to the model's size.
+      tokens: settings of `TokenizerFile` or `SentencePiece` for a tokenizer found beside the weights.
+    """
+
+    name: str
+    models: tuple[type, ...]
+    image_towers: tuple[type, ...]
+    weights_file: str
+    claims: Callable[[Description], bool]
+    model: Callable[[Description], Model]
+    table: Callable[[Model], Table]
+    nearest: Callable[[Model], Model]
+    describe: Callable[[Any], dict[str, Any]]
+    resize: Callable[[Description], Resize]
+    tokens: Callable[[Description], dict[str, Any]]
+
+
+def field(config: Mapping[str, Any], name: str, where: str) -> Any:
+    """A value of a configuration file that must be there."""
+    if name not in config:
+        raise ClipjaxError(f"{where} lacks {name!r}")
+    return config[name]
+
+
+def refuse_unless(config: Mapping[str, Any], where: str, **accepted: Any) -> None:
+    """Fields of a configuration file that, if present, must have one of the accepted values."""
+    for name, values in accepted.items():
+        if name in config and config[name] not in values:
+            raise ClipjaxError(
+                f"{where}: {name}={config[name]!r} is not supported here "
+                f"(only {' or '.join(map(repr, values))})"
+            )
+
+
+def require_expressible(model: Any, nearest: Any, family: str, where: str = "model") -> None:
+    """Compares two models field by field, apart from what changes no output.
+
+    Raises:
+      ClipjaxError: they differ; the field is named.
+    """
+    if type(model) is not type(nearest):
+        raise ClipjaxError(
+            f"{family} cannot express {where}, a {type(model).__name__}: only {type(nearest).__name__}"
+        )
+    for f in dataclasses.fields(model):
+        ours, theirs = getattr(model, f.name), getattr(nearest, f.name)
+        if dataclasses.is_dataclass(ours):
+            require_expressible(ours, theirs, family, f"{where}.{f.name}")
+        elif f.name not in _NO_ARCHITECTURE and not _is_idle(model, f.name):
+            known = f.name == "logit_bias_init" and None not in (ours, theirs)
+            if not known and not _equal(ours, theirs):
+                raise ClipjaxError(
+                    f"{family} cannot express {where}.{f.name}={ours!r}: there it is {theirs!r}"
+                )
+    for name in ("hidden", "num_heads", "heads"):  # what None in a field stands for
+        ours, theirs = getattr(model, name, None), getattr(nearest, name, None)
+        if ours is not None and theirs is not None and ours != theirs:
+            raise ClipjaxError(f"{family} cannot express {where}: {name} {ours}, there {theirs}")
+
+
+def _is_idle(tower: Any, name: str) -> bool:
+    """Whether a tower's field says nothing, because of how it pools."""
+    return (
+        (name == "pad_id" and pads_are_unseen(tower))
+        or (name == "eos_id" and tower.pool != "eos")
+        or (name == "class_position" and tower.pool != "class")
+    )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return bool(np.isclose(a, b, rtol=1e-6, atol=0))
+    return a == b
+
+
+def pads_are_unseen(text: Any) -> bool:
+    """Whether the pooled vector cannot depend on padding, so that `pad_id` may be left out."""
+    return text.causal and text.pool == "eos"
+
+
+def square(image: Any, family: str) -> int:
+    """The side of an image tower's pictures, which must be square."""
+    height, width = image.image_shape
+    if height != width:
+        raise ClipjaxError(
+            f"{family} cannot express model.image.image_size={image.image_size}: only squares"
+        )
+    return height
+
+
+def three(values: Any, where: str) -> tuple[float, float, float]:
+    """Three numbers of a configuration file, one a channel."""
+    try:
+        red, green, blue = map(float, values)
+    except (TypeError, ValueError) as error:
+        raise ClipjaxError(f"{where}={values!r} must be three numbers, one a channel") from error
+    return red, green, blue

@@ -1,0 +1,91 @@
+"""Caption: the cross-entropy of every next token of a caption."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from clipjax.batch import Batch, Encoded
+from clipjax.errors import ClipjaxError
+from clipjax.objectives.base import PerExample
+from clipjax.objectives.contrast import check_share
+from clipjax.objectives.vocabulary import WordStats, word_stats
+
+
+@dataclasses.dataclass(frozen=True)
+class Captioning(PerExample):
+    """What objectives on captions share: which tokens count, and how logits are taken apart."""
+
+    pad_id: int = 0
+    """The padding token; those at the end of a row are not predicted."""
+    pad_is_end: bool = False
+    """A row's first padding token is its end-of-text token, and predicted (SigLIP's tokenizer)."""
+    chunk: int = 2048
+    """Words of the vocabulary at a time: logits are [B, L, chunk] at most."""
+
+    def __post_init__(self):
+        if self.chunk < 1:
+            raise ClipjaxError(f"{type(self).__name__}: chunk={self.chunk} must be at least 1")
+
+    @property
+    def needs(self):
+        return frozenset({"captions"})
+
+    def counts(self, batch: Batch) -> jax.Array:
+        """bool [B, L - 1]: which of the targets `text[:, 1:]` count."""
+        # Only what is at the end is padding: a vocabulary may have a word where padding is.
+        held = from_here_on(jnp.not_equal(batch["text"], self.pad_id))
+        return held[:, 1:] | held[:, :-1] if self.pad_is_end else held[:, 1:]
+
+    def stats(self, encoded: Encoded, batch: Batch, engine) -> WordStats:
+        """`word_stats` of the batch's targets."""
+        if encoded.caption_features is None or encoded.caption_head is None:
+            raise ClipjaxError(
+                f"{type(self).__name__} needs a model that returns `caption_features` and "
+                "`caption_head` when asked for captions, such as CoCa"
+            )
+        return word_stats(
+            encoded.caption_features,
+            encoded.caption_head,
+            batch["text"][:, 1:],
+            chunk=self.chunk,
+            mesh=engine.mesh,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption(Captioning):
+    """Cross-entropy of each token given those before it and the image, a mean over all tokens.
+
+    CoCa's second term (arXiv:2205.01917): `Softmax() * 1.0 + Caption() * 2.0`. Numerator and
+    denominator are sums over the global batch, so a long caption weighs more than a short one.
+    CapPa's parallel prediction is the model's to set (`CaptionDecoder.parallel`).
+    """
+
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over the vocabulary."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_share(self, "label_smoothing")
+
+    def totals(self, batch):
+        return {"tokens": jnp.maximum(jnp.sum(self.counts(batch), dtype=jnp.float32), 1.0)}
+
+    def local(self, encoded, batch, totals, engine):
+        stats = self.stats(encoded, batch, engine)
+        weights = self.counts(batch) / totals["tokens"]
+        nll = stats.log_sum - stats.target
+        losses = nll + self.label_smoothing * (stats.target - stats.mean)
+        metrics = {
+            "caption/nll": jnp.sum(weights * nll),
+            "caption/accuracy": jnp.sum(weights * (stats.target >= stats.top)),
+        }
+        return jnp.sum(weights * losses), metrics
+
+
+def from_here_on(held: jax.Array) -> jax.Array:
+    """bool [B, L] -> bool [B, L]: whether it holds here or anywhere after."""
+    return jax.lax.cummax(held.astype(jnp.int32), axis=1, reverse=True) > 0

@@ -1,0 +1,186 @@
+"""Start: what a run begins with instead of random weights.
+
+start=StartFrom("models/vit_b16", fresh="^(text|text_projection)/")     # LiT: only the image tower is kept
+start=Average(("runs/a", "runs/b"), weights=(0.5, 0.5))                 # WiSE-FT, model soups
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from clipjax.component import Component
+from clipjax.errors import ClipjaxError, did_you_mean
+from clipjax.params import map_with_path, paths
+from clipjax.pretrained import Pretrained
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Start(Component):
+    """Role: where the first weights come from. A run that continues its own checkpoint does not ask."""
+
+    fresh: str = ""
+    """Regular expression for the parameters that stay random; all others must be there."""
+    into: str = ""
+    """Path under which the run's model holds what is opened: "base" for `Lora`; "" is the whole model."""
+
+    def open(self) -> Pretrained:
+        """The model whose weights are taken."""
+        raise NotImplementedError
+
+    def leaves(self, params: Any, model_state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The arrays to begin with, by their paths in the run's model.
+
+        Args:
+          params: the run's parameters (arrays or ShapeDtypeStructs).
+          model_state: the rest of its arrays.
+
+        Returns:
+          (of the parameters, of the model state).
+
+        Raises:
+          ClipjaxError: a parameter that is not `fresh` is missing there or has another shape.
+        """
+        try:
+            fresh = re.compile(self.fresh) if self.fresh else None
+        except re.error as error:
+            raise ClipjaxError(
+                f"start.fresh={self.fresh!r}: no regular expression: {error}"
+            ) from error
+        opened = self.open()
+        taken: list[dict[str, Any]] = []
+        random: list[str] = []
+        for wanted, given in ((params, opened.params), (model_state, opened.model_state)):
+            there = {self._placed(name): leaf for name, leaf in paths(given)}
+            found: dict[str, Any] = {}
+            for name, leaf in paths(wanted):
+                if fresh is not None and fresh.search(name):
+                    random.append(name)
+                    continue
+                found[name] = _fitting(name, leaf, there)
+            unused = [name for name in there if name not in found]
+            if unused:
+                log.info("%d arrays of the start are not used: %s", len(unused), _some(unused))
+            taken.append(found)
+        if fresh is not None and not random:
+            raise ClipjaxError(
+                f"start.fresh={self.fresh!r} matches no parameter"
+                + did_you_mean(self.fresh, [name for name, _ in paths(params)])
+            )
+        if random:
+            log.info("%d parameters start at random: %s", len(random), _some(random))
+        return taken[0], taken[1]
+
+    def _placed(self, name: str) -> str:
+        return f"{self.into}/{name}" if self.into else name
+
+
+@dataclasses.dataclass(frozen=True)
+class StartFrom(Start):
+    """The weights of one model: a run, one of its checkpoints, or a model's folder."""
+
+    path: str
+    """What `clipjax.open_pretrained` opens."""
+
+    def open(self):
+        return _open(self.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Average(Start):
+    """A weighted mean of the weights of models of one architecture.
+
+    Of a model before and after fine-tuning, it is WiSE-FT (arXiv:2109.01903); of several fine-tuned
+    models, a model soup (arXiv:2203.05482); of the checkpoints of one run, weight averaging.
+    """
+
+    models: tuple[str, ...]
+    """Runs, checkpoints or models' folders."""
+    weights: tuple[float, ...] = ()
+    """One for each, adding up to 1; () weighs all the same."""
+
+    def __post_init__(self) -> None:
+        if len(self.models) < 2:
+            raise ClipjaxError(f"Average: models={self.models}: name at least two")
+        if self.weights and len(self.weights) != len(self.models):
+            raise ClipjaxError(
+                f"Average: {len(self.weights)} weights for {len(self.models)} models: give one each"
+            )
+        if self.weights and abs(sum(self.weights) - 1) > 1e-6:
+            raise ClipjaxError(
+                f"Average: weights={self.weights} add up to {sum(self.weights):g}: make it 1"
+            )
+
+    def open(self):
+        weights = self.weights or (1 / len(self.models),) * len(self.models)
+        first = _open(self.models[0])
+        mean = _scaled(first, weights[0])
+        # One model at a time: no more than two are held.
+        for path, weight in zip(self.models[1:], weights[1:], strict=True):
+            other = _open(path)
+            _same(first, self.models[0], other, path)
+            mean = jax.tree.map(lambda m, x, w=weight: m + w * _float(x), mean, _arrays(other))
+        params, model_state = jax.tree.map(lambda m, x: m.astype(x.dtype), mean, _arrays(first))
+        return dataclasses.replace(first, params=params, model_state=model_state)
+
+
+def overlay(tree: Any, leaves: dict[str, Any]) -> Any:
+    """`tree` with the leaves at these paths replaced; dtypes stay those of `tree`."""
+    return map_with_path(
+        lambda name, leaf: leaves[name].astype(leaf.dtype) if name in leaves else leaf, tree
+    )
+
+
+def _open(path: str) -> Pretrained:
+    from clipjax.restore import open_pretrained  # which reads runs, which have a start
+
+    return open_pretrained(path)
+
+
+def _fitting(name: str, leaf: Any, there: dict[str, Any]) -> Any:
+    if name not in there:
+        raise ClipjaxError(
+            f"the start has no {name!r}{did_you_mean(name, there)} (start.fresh is a regular "
+            "expression for what may begin at random)"
+        )
+    if tuple(there[name].shape) != tuple(leaf.shape):
+        raise ClipjaxError(
+            f"{name!r} has shape {tuple(there[name].shape)} in the start and {tuple(leaf.shape)} in "
+            "the run's model: make them equal, or let start.fresh match it"
+        )
+    return there[name]
+
+
+def _arrays(opened: Pretrained) -> tuple[Any, Any]:
+    return opened.params, opened.model_state
+
+
+def _scaled(opened: Pretrained, weight: float) -> Any:
+    return jax.tree.map(lambda x: weight * _float(x), _arrays(opened))
+
+
+def _float(x: Any) -> np.ndarray:
+    return np.asarray(x, np.float64)
+
+
+def _same(first: Pretrained, name: str, other: Pretrained, other_name: str) -> None:
+    ours, theirs = (
+        {k: tuple(v.shape) for k, v in paths(_arrays(opened))} for opened in (first, other)
+    )
+    for path in sorted(ours.keys() | theirs.keys()):
+        if ours.get(path) != theirs.get(path):
+            raise ClipjaxError(
+                f"{name} and {other_name} cannot be averaged: {path!r} is "
+                f"{ours.get(path, 'missing')} in the first and {theirs.get(path, 'missing')} in the other"
+            )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

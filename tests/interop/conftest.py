@@ -1,0 +1,74 @@
+"""Goldens: what the reference libraries compute, with the folders that they would load it from."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+import named_weights as weights
+
+GOLDENS = Path(__file__).parent / "goldens"
+FILES = {
+    "CLIPModel": "model.safetensors",
+    "SiglipModel": "model.safetensors",
+    "Siglip2Model": "model.safetensors",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    family: str
+    files: dict
+    tensors: dict
+    images: np.ndarray
+    texts: np.ndarray
+    outputs: dict
+
+    def write(self, folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, facts in self.files.items():
+            (folder / name).write_text(json.dumps(facts))
+        if self.family == "big_vision":
+            np.savez(folder / "weights.npz", **self.tensors)
+            return folder / "weights.npz"
+        save_file(self.tensors, folder / FILES.get(self.family, "open_clip_model.safetensors"))
+        return folder
+
+
+def read_golden(name: str) -> Golden:
+    facts = json.loads((GOLDENS / f"{name}.json").read_text())
+    tensors = {
+        name: weights.tensor(name, tuple(shape), dtype)
+        for name, (shape, dtype) in facts["tensors"].items()
+    }
+    inputs = facts["inputs"]
+    if facts["family"] == "OpenAI":  # as in OpenAI's own files
+        scalars = (inputs["image_size"], inputs["context_length"], inputs["vocab_size"])
+        names = ("input_resolution", "context_length", "vocab_size")
+        tensors |= {n: np.array(s, np.int64) for n, s in zip(names, scalars, strict=True)}
+    return Golden(
+        facts["family"],
+        facts["files"],
+        tensors,
+        weights.pictures(3, inputs["image_size"]),
+        weights.texts(3, inputs["context_length"], inputs["vocab_size"], inputs["eos"]),
+        {k: np.array(v) for k, v in facts["outputs"].items()},
+    )
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Name -> golden, read once."""
+    read: dict[str, Golden] = {}
+
+    def get(name):
+        if name not in read:
+            read[name] = read_golden(name)
+        return read[name]
+
+    return get

@@ -1,0 +1,345 @@
+"""Import and export as a user meets them: from the command line, and refused where they must be."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+import clipjax
+from clipjax import ClipjaxError, Pretrained
+from clipjax.cli import main
+from clipjax.data import BPE, Resize
+from clipjax.interop import export_weights, import_weights, open_clip
+from clipjax.interop.family import Description, require_expressible
+from clipjax.interop.resample import resample_positions, with_context_length, with_image_size
+from clipjax.interop.tokens import renumbered
+from clipjax.models import DualEncoder
+from clipjax.params import paths, split
+from clipjax.towers import TextTransformer, ViT
+
+CAPTIONS = ["a red apple", "two green apples on a table", "ÉTÉ à la plage", "x"]
+SHAPE = {"width": 32, "depth": 2, "heads": 2}
+OURS = DualEncoder(
+    image=ViT(image_size=16, patch_size=8, pre_norm=True, patch_bias=False, **SHAPE),
+    text=TextTransformer(vocab_size=300, context_length=12, **SHAPE),
+    embed_dim=16,
+)
+
+
+@pytest.fixture(scope="module")
+def ours():
+    """A model of our own, as a run leaves it: our BPE, whose end token has the number 2."""
+    _, params, state = split(OURS.build(nnx.Rngs(0)))
+    tokenizer = BPE(vocab_size=300).build(CAPTIONS)
+    return Pretrained(OURS, params, state, tokenizer, 12, 16, Resize("crop", half_pixel="down"))
+
+
+@pytest.fixture
+def clip_folder(golden, tmp_path):
+    return golden("hf_clip_quick").write(tmp_path / "source")
+
+
+def run(capsys, *arguments):
+    code = main([str(a) for a in arguments])
+    return code, capsys.readouterr()
+
+
+def same_params(a, b):
+    a, b = dict(paths(a.params)), dict(paths(b.params))
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_the_command_line_imports_and_exports(clip_folder, tmp_path, capsys):
+    code, said = run(capsys, "import", clip_folder, "--out", tmp_path / "model")
+    assert code == 0
+    assert "pictures of 24 px, texts of 12 tokens, no tokenizer" in said.out
+    code, said = run(capsys, "export", tmp_path / "model", "--to", "hf", "--out", tmp_path / "back")
+    assert code == 0 and said.out.strip().endswith("CLIPModel")
+    original = load_file(clip_folder / "model.safetensors")
+    written = load_file(tmp_path / "back" / "model.safetensors")
+    assert written.keys() == original.keys()
+    assert all(np.array_equal(written[name], original[name]) for name in original)
+    code, _ = run(capsys, "export", clip_folder, "--to", "clipjax", "--out", tmp_path / "again")
+    assert code == 0
+    one, other = (clipjax.open_pretrained(tmp_path / n) for n in ("model", "again"))
+    assert one.model == other.model and same_params(one, other)
+
+
+def test_other_peoples_weights_open_like_ours(clip_folder, golden):
+    opened = clipjax.open_pretrained(clip_folder)
+    assert same_params(opened, clipjax.open_pretrained(clip_folder / "model.safetensors"))
+    case = golden("hf_clip_quick")
+    predictor = clipjax.load(clip_folder)
+    np.testing.assert_allclose(
+        predictor.encode_image(case.images), case.outputs["image"], rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("to", ["hf", "open_clip"])
+def test_our_own_model_comes_back_with_its_tokenizer(ours, to, tmp_path):
+    export_weights(ours, tmp_path / "out", to)
+    again = import_weights(tmp_path / "out")
+    assert again.resize.mode == "crop" and again.context_length == 12
+    before, after = ours.predictor(batch_size=8), again.predictor(batch_size=8)
+    # Hugging Face's CLIP forbids 2 as the end token: its number has changed, no text's embedding has.
+    assert again.tokenizer.eos_id == (299 if to == "hf" else 2)
+    texts = [*CAPTIONS, "  Red\tAPPLE ", "<eos> 日本 unseen!"]
+    np.testing.assert_allclose(after.encode_text(texts), before.encode_text(texts), atol=1e-6)
+    picture = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3)).astype(np.uint8)
+    np.testing.assert_allclose(after.encode_image(picture), before.encode_image(picture), atol=1e-6)
+
+
+def test_renumbering_swaps_two_tokens_everywhere(ours):
+    swapped = renumbered(ours)
+    before, after = (np.asarray(p.params["text"]["embedding"]) for p in (ours, swapped))
+    order = np.arange(300)
+    order[[2, 299]] = 299, 2
+    np.testing.assert_array_equal(after, before[order])
+    ids, new = (p.tokenizer.encode(CAPTIONS, 12) for p in (ours, swapped))
+    np.testing.assert_array_equal(new, order[ids])
+
+
+def test_half_precision_becomes_float32(clip_folder):
+    import ml_dtypes
+
+    file = clip_folder / "model.safetensors"
+    tensors = load_file(file)
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+        save_file({n: t.astype(dtype) for n, t in tensors.items()}, file)
+        embedding = import_weights(clip_folder).params["text"]["embedding"]
+        assert embedding.dtype == np.float32
+        name = "text_model.embeddings.token_embedding.weight"
+        np.testing.assert_array_equal(embedding, tensors[name].astype(dtype).astype(np.float32))
+
+
+def test_every_tensor_is_accounted_for(clip_folder):
+    file = clip_folder / "model.safetensors"
+    tensors = load_file(file)
+    name = "vision_model.encoder.layers.1.mlp.fc1.weight"
+
+    def refused(message, **changes):
+        changed = {n: t for n, t in (tensors | changes).items() if t is not None}
+        save_file(changed, file)
+        with pytest.raises(ClipjaxError, match=message):
+            import_weights(clip_folder)
+
+    refused(f"the weights lack '{name}'", **{name: None})
+    refused("they hold 'adapter', which the model has no place for", adapter=tensors["logit_scale"])
+    refused(
+        f"lack '{name}'; they hold '{name}s', which.*did you mean '{name}'",
+        **{name: None, name + "s": tensors[name]},
+    )
+    refused(rf"'{name}' has shape \[95, 48\].*makes it \[96, 48\]", **{name: tensors[name][:-1]})
+    refused("'logit_scale' has shape", logit_scale=np.ones(2, np.float32))
+    refused(f"'{name}' holds int8.*quantized", **{name: tensors[name].astype(np.int8)})
+    position_ids = {"text_model.embeddings.position_ids": np.arange(12)[None]}
+    save_file(tensors | position_ids, file)  # a buffer of older transformers: no parameter
+    import_weights(clip_folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "message"),
+    [
+        (
+            "text_config",
+            "hidden_act",
+            "quick_gelo",
+            "hidden_act='quick_gelo' is unknown; did you mean",
+        ),
+        ("text_config", "num_attention_heads", 5, "heads=5 does not divide"),
+        ("vision_config", "num_hidden_layers", 4, "lack 'vision_model.encoder.layers.3"),
+        ("vision_config", "num_hidden_layers", 2, "hold 'vision_model.encoder.layers.2"),
+        ("vision_config", "patch_size", 12, "embedding.weight' has shape"),
+        ("text_config", "eos_token_id", [1, 2], "eos_token_id=\\[1, 2\\] is not supported"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_named(part, field, value, message, clip_folder):
+    path = clip_folder / "config.json"
+    facts = json.loads(path.read_text())
+    facts[part][field] = value
+    path.write_text(json.dumps(facts))
+    with pytest.raises(ClipjaxError, match=message):
+        import_weights(clip_folder)
+
+
+def test_what_is_missing_is_named(clip_folder, tmp_path, capsys):
+    (clip_folder / "config.json").rename(tmp_path / "elsewhere.json")
+    code, said = run(capsys, "import", clip_folder, "--out", tmp_path / "model")
+    assert code == 2 and "there is no config.json beside the weights" in said.err
+    assert not (tmp_path / "model").exists()
+    config = ["--config", tmp_path / "elsewhere.json"]
+    assert run(capsys, "import", clip_folder, "--out", tmp_path / "model", *config)[0] == 0
+    code, said = run(capsys, "import", clip_folder, "--out", tmp_path / "model", *config)
+    assert code == 2 and "exists and is not empty" in said.err
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ClipjaxError, match="holds no weights under a usual name"):
+        import_weights(tmp_path / "empty")
+    save_file({"a.b": np.ones(2)}, tmp_path / "odd.safetensors")
+    with pytest.raises(ClipjaxError, match=r"\(a.b, ...\) are of no family"):
+        import_weights(tmp_path / "odd.safetensors")
+    (clip_folder / "preprocessor_config.json").write_text("{")
+    with pytest.raises(ClipjaxError, match="preprocessor_config.json is missing or no JSON"):
+        import_weights(clip_folder)
+
+
+def test_openais_names_need_to_be_told_from_openclips(golden, tmp_path, capsys):
+    case = golden("openai_vit")
+    scalars = ("input_resolution", "context_length", "vocab_size")
+    bare = {n: t for n, t in case.tensors.items() if n not in scalars}
+    save_file(bare, tmp_path / "weights.safetensors")
+    out = ["--out", tmp_path / "model"]
+    code, said = run(capsys, "import", tmp_path / "weights.safetensors", *out)
+    assert code == 2 and "--family openai" in said.err
+    code, said = run(capsys, "import", tmp_path / "weights.safetensors", *out, "--family", "open")
+    assert code == 2 and "only 'openai'" in said.err
+    assert (
+        run(capsys, "import", tmp_path / "weights.safetensors", *out, "--family", "openai")[0] == 0
+    )
+    assert clipjax.open_pretrained(tmp_path / "model").model.image.activation == "quick_gelu"
+
+
+@pytest.mark.parametrize(
+    ("change", "to", "message"),
+    [
+        ({"image": {"norm": "rmsnorm"}}, "hf", r"model.image.norm='rmsnorm'"),
+        ({"image": {"pool": "mean"}}, "hf", r"model.image.pool='mean': there it is 'class'"),
+        ({"image": {"pre_norm": False}}, "hf", r"model.image.pre_norm=False"),
+        ({"image": {"positions": "sincos2d"}}, "open_clip", r"model.image.positions='sincos2d'"),
+        ({"image": {"qkv_bias": False}}, "open_clip", r"model.image.qkv_bias=False"),
+        ({"text": {"pool": "mean"}}, "open_clip", r"model.text.pool='mean'"),
+        ({"text": {"causal": False}}, "hf", r"model.text.causal=False"),
+        (
+            {"text": {"activation": "gelu_tanh"}},
+            "openai",
+            r"activation='gelu': there.*'quick_gelu'",
+        ),
+        ({"logit_bias_init": -10.0}, "hf", r"model.logit_bias_init=-10.0: there it is None"),
+        ({"image_projection": "affine"}, "open_clip", r"image_projection='affine'"),
+        ({}, "big_vision", r"model.image.activation='gelu': there it is 'gelu_tanh'"),
+        ({"image": {"image_size": (16, 32)}}, "hf", r"only squares"),
+        ({}, "hff", r"no format 'hff'; did you mean 'hf'"),
+    ],
+)
+def test_what_a_format_cannot_express_is_refused_by_field(change, to, message, tmp_path):
+    towers = {
+        s: dataclasses.replace(getattr(OURS, s), **change.pop(s, {})) for s in ("image", "text")
+    }
+    model = dataclasses.replace(OURS, **towers, **change)
+    bare = Pretrained(model, {}, {}, None, 12, 16)
+    with pytest.raises(ClipjaxError, match=message):
+        export_weights(bare, tmp_path / "out", to)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "width", "name"),
+    [
+        ("B/16", 768, "vit_base_patch16_siglip_224"),
+        ("So400m/14", 1152, "vit_so400m_patch14_siglip_224"),
+    ],
+)
+def test_full_size_siglip_has_its_timm_name(size, width, name):
+    image = ViT.preset(size, pool="map", eps=1e-6)
+    text = TextTransformer(
+        width=width, heads=12 if width == 768 else 16, vocab_size=32000, context_length=64, eps=1e-6,
+        pool="last", pad_id=None, causal=False, mlp_dim=image.mlp_dim,
+    )  # fmt: skip
+    model = DualEncoder(
+        image, text, embed_dim=width, logit_bias_init=-10.0, image_projection="none",
+        text_projection="affine",
+    )  # fmt: skip
+    require_expressible(model, open_clip.OPEN_CLIP_CUSTOM.nearest(model), "OpenCLIP")
+    bare = Pretrained(model, {}, {}, None, 64, 224)
+    facts = open_clip.OPEN_CLIP_CUSTOM.describe(bare)["open_clip_config.json"]["model_cfg"]
+    assert facts["vision_cfg"]["timm_model_name"] == name
+
+
+# Other sizes
+
+
+def test_positions_resample_as_openclips():
+    import named_weights
+
+    for case in json.loads((Path(__file__).parent / "goldens" / "resampled.json").read_text()):
+        old, new = case["old"], case["new"]
+        table = named_weights.tensor("table.positions", (old * old + 1, 3))
+        ours = resample_positions(table, (old, old), (new, new))
+        np.testing.assert_allclose(ours, case["table"], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("hf_clip_quick", 40), ("openai_resnet", 96), ("hf_siglip", 16)]
+)
+def test_another_image_size_on_request(name, size, golden, tmp_path, capsys):
+    source = golden(name).write(tmp_path / "source")
+    out = ["--out", tmp_path / "model", "--image_size", size]
+    assert run(capsys, "import", source, *out)[0] == 0
+    resized = clipjax.open_pretrained(tmp_path / "model")
+    assert resized.image_size == size and resized.model.image.image_shape == (size, size)
+    flat, before = dict(paths(resized.params)), dict(paths(import_weights(source).params))
+    changed = [n for n in before if not np.array_equal(before[n], flat[n])]
+    assert changed == [n for n in flat if n in ("image/positions", "image/pool/positions")]
+    with pytest.raises(ClipjaxError, match="is no multiple"):
+        with_image_size(resized, size + 1)
+    back = with_image_size(resized, size)
+    assert same_params(back, resized)
+
+
+def test_a_shorter_context_on_request(golden, tmp_path, capsys):
+    source = golden("hf_clip_quick").write(tmp_path / "source")
+    out = ["--out", tmp_path / "model", "--context_length", 8]
+    assert run(capsys, "import", source, *out)[0] == 0
+    shorter, whole = clipjax.open_pretrained(tmp_path / "model"), import_weights(source)
+    assert shorter.context_length == 8 and shorter.model.text.context_length == 8
+    np.testing.assert_array_equal(
+        shorter.params["text"]["positions"], whole.params["text"]["positions"][:8]
+    )
+    code, said = run(capsys, "import", source, "--out", tmp_path / "m", "--context_length", 13)
+    assert code == 2 and "positions for 12 tokens" in said.err
+    siglip = import_weights(golden("hf_siglip").write(tmp_path / "siglip"))
+    with pytest.raises(ClipjaxError, match="pools the last of exactly 12"):
+        with_context_length(siglip, 8)
+    coca = import_weights(golden("open_clip_coca").write(tmp_path / "coca"))
+    assert with_context_length(coca, 8).params["text"]["positions"].shape[0] == 9
+
+
+def test_older_big_vision_files_have_no_prefix(golden, tmp_path):
+    case = golden("big_vision_lit")
+    tensors = {n.removeprefix("params/"): t for n, t in case.tensors.items()}
+    np.savez(tmp_path / "lit.npz", **tensors)
+    case.write(tmp_path / "new")
+    assert same_params(
+        import_weights(tmp_path / "lit.npz"), import_weights(tmp_path / "new" / "weights.npz")
+    )
+
+
+def test_openclip_configurations_that_are_not_supported_are_named(golden):
+    case = golden("open_clip_vit")
+    shapes = {n: t.shape for n, t in case.tensors.items()}
+
+    def refused(message, part, **changes):
+        facts = json.loads(json.dumps(case.files["open_clip_config.json"]))
+        facts["model_cfg"][part] |= changes
+        with pytest.raises(ClipjaxError, match=message):
+            open_clip.OPEN_CLIP.model(Description(shapes, {"open_clip_config.json": facts}))
+
+    refused("pool_type='avg'", "vision_cfg", pool_type="avg")
+    refused("ls_init_value=0.1", "vision_cfg", ls_init_value=0.1)
+    refused("qk_norm=True", "text_cfg", qk_norm=True)
+    refused("hf_model_name='roberta-base'", "text_cfg", hf_model_name="roberta-base")
+    refused("timm_model_name='convnext_base'", "vision_cfg", timm_model_name="convnext_base")
+    refused("pool_type='first'", "text_cfg", pool_type="first")
+    refused("act_kwargs=", "text_cfg", act_kwargs={"approximate": "none"})
+    refused("norm_kwargs=", "text_cfg", norm_kwargs={"bias": False})
+
+
+def test_params_are_untouched_by_an_export(ours, tmp_path):
+    before = jax.tree.map(np.array, ours.params)
+    export_weights(ours, tmp_path / "out", "hf")
+    after = dict(paths(ours.params))
+    assert all(np.array_equal(after[name], leaf) for name, leaf in paths(before))
