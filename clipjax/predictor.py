@@ -24,6 +24,7 @@ from clipjax.data.tokenizers import TokenizerModel
 from clipjax.errors import ClipjaxError
 from clipjax.generation import Generated, Greedy, Strategy
 from clipjax.generation.generate import compiled, prompt_rows, row_length, special_tokens
+from clipjax.layout import on_mesh
 from clipjax.mesh import batch_sharding, batch_shards, replicated
 from clipjax.params import Tree, merge, split
 
@@ -469,7 +470,8 @@ class Predictor:
         running: collections.deque[jax.Array] = collections.deque()
         for index in self._indices(count):
             batch = self._batch(read, index, shape)
-            running.append(function(self._params, self._model_state, batch))
+            with on_mesh(self.mesh):
+                running.append(function(self._params, self._model_state, batch))
             if len(running) >= _IN_FLIGHT:
                 done.append(np.asarray(running.popleft(), np.float32))
         done.extend(np.asarray(output, np.float32) for output in running)
