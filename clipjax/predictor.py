@@ -370,7 +370,8 @@ class Predictor:
                 *(self._batch(rows.__getitem__, index, rows.shape[1:]) for rows in prompts),
                 self._batch(lambda rows: rows.astype(np.int32), index, ()),
             )
-            output = function(self._params, self._model_state, batch, np.uint32(seed % 2**32))
+            with on_mesh(self.mesh):
+                output = function(self._params, self._model_state, batch, np.uint32(seed % 2**32))
             done.append(jax.tree.map(np.asarray, output))
         empty = Generated(np.zeros((0, length), np.int32), np.zeros(0, np.float32))
         return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], empty, *done)
