@@ -210,10 +210,12 @@ def test_trackers(clipjax, read_metrics, vary, capsys, monkeypatch):
     assert [e.value for e in events] == pytest.approx(list(expected.values()))
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     capsys.readouterr()
+    before = (clipjax.workdir / "run.json").read_bytes()
     config = vary("trackers=(Wandb('project'),), evals=()")
     assert clipjax("train", "--duration.amount", 6, config=config) == 2
     assert "pip install 'clipjax[tracking]'" in capsys.readouterr().err
     assert read_metrics(clipjax.workdir) == expected
+    assert (clipjax.workdir / "run.json").read_bytes() == before
 
 
 def test_what_pictures_and_captions_are_shown(clipjax, read_metrics, vary, monkeypatch):
