@@ -33,7 +33,8 @@ from clipjax.towers import TextTransformer, ViT
 from clipjax.train.state import Blueprint
 from clipjax.train.step import make_step
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "objectives")]
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "objectives"))
 from drawn import begin
 from fast import jit
 
