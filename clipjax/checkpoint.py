@@ -13,15 +13,15 @@ import dataclasses
 import logging
 import math
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from clipjax.component import Component
-from clipjax.errors import ClipjaxError, did_you_mean
+from clipjax.errors import ClipjaxError, RunFailed, did_you_mean
 from clipjax.optim.duration import Duration
 from clipjax.params import paths
 
@@ -63,12 +63,14 @@ class Checkpoints:
                 read_only=config is None,
                 preservation_policy=config and _policy(config),
                 enable_async_checkpointing=config is not None,
+                # What a kill during a save leaves is as large as a checkpoint.
+                cleanup_tmp_directories=config is not None,
             ),
         )
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
-        return self._manager.latest_step()
+        return latest_step(self.folder.parent)
 
     def steps(self) -> list[int]:
         """Steps of all complete checkpoints, ascending."""
@@ -84,27 +86,63 @@ class Checkpoints:
           state: pytree of arrays.
           meta: JSON-able.
           metrics: evaluation results of this very step, if there are any.
+
+        Raises:
+          RunFailed: this save, or the one before it, cannot be written.
         """
         if step in self._manager.all_steps():
             return
-        best = self._config.best if self._config else None
-        if metrics and best and best not in metrics:
-            raise ClipjaxError(
-                f"checkpoint.best={best!r} is no evaluation metric{did_you_mean(best, metrics)}"
+        best = self._best(metrics or {})
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+                ),
+                metrics=best,
+                force=True,
             )
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
-            ),
-            metrics={best: metrics[best]} if metrics and best else None,
-            force=True,
-        )
+
+    def _best(self, metrics: dict[str, float]) -> dict[str, float] | None:
+        """The figure that `best` asks for; None where the evaluation of this step has none."""
+        best = self._config.best if self._config else None
+        if best is None or best in metrics:
+            return {best: metrics[best]} if best else None
+        if any(name.split("/")[0] == best.split("/")[0] for name in metrics):
+            # Worth no lost run: the save goes on without it.
+            log.warning(
+                "checkpoint.best=%r is no evaluation metric%s", best, did_you_mean(best, metrics)
+            )
+        return None
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (
+            Exception
+        ) as error:  # Orbax and TensorStore raise whatever the file system makes of it
+            raise RunFailed(
+                f"a checkpoint cannot be written to {self.folder}: {_one_line(error)}; "
+                f"{self.describe_latest()}. Once there is room, the same command continues"
+            ) from error
+
+    def describe_latest(self) -> str:
+        """What is safe, for the message of a run that ends early."""
+        latest = self.latest()
+        if latest is None:
+            return "nothing was saved yet"
+        return f"the last good checkpoint is {self.folder / str(latest)}"
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The JSON saved beside the state."""
-        restored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        return restored["meta"]
+        """The JSON saved beside the state.
+
+        Raises:
+          ClipjaxError: it cannot be read.
+        """
+        with self._reading(step):
+            arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
+            return self._manager.restore(step, args=arguments)["meta"]
 
     def restore(self, step: int, target: Any) -> Any:
         """The state of `step` in the layout of `target`.
@@ -117,15 +155,24 @@ class Checkpoints:
           ClipjaxError: the checkpoint holds other leaves or shapes, or cannot be read.
         """
         self._check(step, target)
+        with self._reading(step):
+            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+            return self._manager.restore(step, args=arguments)["state"]
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
         try:
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
-            )
-        except (ValueError, OSError) as error:
+            yield
+        except Exception as error:  # damaged files make Orbax and TensorStore raise almost anything
+            others = [s for s in self.steps() if s != step]
             raise ClipjaxError(
-                f"checkpoint {self.folder / str(step)} cannot be read: {error}"
+                f"checkpoint {self.folder / str(step)} cannot be read: {_one_line(error)}. "
+                + (
+                    f"Move that folder out of {self.folder}, and step {others[-1]} is used instead"
+                    if others
+                    else "There is no other checkpoint beside it"
+                )
             ) from error
-        return restored["state"]
 
     def restore_part(self, step: int, target: dict[str, Any]) -> Any:
         """Only the named top-level parts of the state (`{"params": ..., "ema": ...}`)."""
@@ -135,12 +182,12 @@ class Checkpoints:
             restore_args=ocp.checkpoint_utils.construct_restore_args(target),
             partial_restore=True,
         )
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        with self._reading(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             return reader.restore(self.folder / str(step) / "state", args=arguments)
 
     def saved_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
         """Path -> shape of every array of the saved state."""
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        with self._reading(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             metadata = reader.metadata(self.folder / str(step) / "state").item_metadata.tree
         return {name: tuple(leaf.shape) for name, leaf in paths(metadata)}
 
@@ -148,28 +195,30 @@ class Checkpoints:
         # Checked here because Orbax's own complaint comes with a storm of tracebacks on stderr.
         saved = self.saved_shapes(step)
         for name, leaf in paths(target):
+            model = name.startswith(("params/", "model_state/"))
+            where = f"checkpoint {self.folder / str(step)} is of another " + (
+                "model" if model else "optimizer, ema or objective"
+            )
             if name not in saved:
-                raise ClipjaxError(
-                    f"checkpoint {self.folder / str(step)} is of another model: it has no {name!r}"
-                    f"{did_you_mean(name, saved)}"
-                )
+                raise ClipjaxError(f"{where}: it has no {name!r}{did_you_mean(name, saved)}")
             if saved[name] != tuple(leaf.shape):
                 raise ClipjaxError(
-                    f"checkpoint {self.folder / str(step)} is of another model: {name!r} has shape "
-                    f"{saved[name]} there and {tuple(leaf.shape)} here"
+                    f"{where}: {name!r} has shape {saved[name]} there and {tuple(leaf.shape)} here"
                 )
 
-    def preempted(self, step: int) -> bool:
-        """Whether the cluster has asked any process of a multi-process run to stop (all agree on the answer)."""
-        return jax.process_count() > 1 and self._manager.reached_preemption(step)
-
     def wait(self) -> None:
-        """Blocks until the save under way is complete."""
-        self._manager.wait_until_finished()
+        """Blocks until the save under way is complete.
+
+        Raises:
+          RunFailed: it cannot be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Finishes the save under way and lets go of the folder."""
-        self._manager.close()
+        """Finishes the save under way and lets go of the folder; errors as in `wait`."""
+        with self._writing():
+            self._manager.close()
 
 
 def _policy(config: Checkpointing):
@@ -187,11 +236,21 @@ def _policy(config: Checkpointing):
 
 
 def latest_step(run_folder: Path) -> int | None:
-    """Step of the newest complete checkpoint in a run's folder, or None; writes nothing."""
-    if not (Path(run_folder) / FOLDER).is_dir():
+    """Step of the newest complete checkpoint in a run's folder, or None; one process alone may ask."""
+    folder = Path(run_folder) / FOLDER
+    if not folder.is_dir():
         return None
-    with contextlib.closing(Checkpoints(run_folder)) as checkpoints:
-        return checkpoints.latest()
+    complete = [
+        p for p in folder.iterdir() if p.name.isdigit() and ocp.utils.is_checkpoint_finalized(p)
+    ]
+    return max((int(p.name) for p in complete), default=None)
+
+
+def _one_line(error: Exception) -> str:
+    """The first words of an error; TensorStore's go on for pages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 300 else text[:300] + "..."
 
 
 def locate(path: Path) -> tuple[Path, int]:

@@ -1,4 +1,4 @@
-"""Predictor: pictures and texts in; embeddings, similarities and classes out; on any mesh.
+"""Predictor: pictures and texts in; embeddings, similarities, classes and captions out; on any mesh.
 
 It is what `clipjax.load` returns and what evaluators are given.
 """
@@ -22,6 +22,9 @@ from clipjax.data.augment import Resize
 from clipjax.data.images import decode
 from clipjax.data.tokenizers import TokenizerModel
 from clipjax.errors import ClipjaxError
+from clipjax.generation import Generated, Greedy, Strategy
+from clipjax.generation.generate import compiled, prompt_rows, row_length, special_tokens
+from clipjax.layout import on_mesh
 from clipjax.mesh import batch_sharding, batch_shards, replicated
 from clipjax.params import Tree, merge, split
 
@@ -34,7 +37,7 @@ PER_SHARD = 64
 """Default rows a device embeds at once. On a CPU, 256 take twice the time a row that 64 do."""
 FEW_PER_SHARD = 4
 """Rows a device embeds at once where all of a call's rows are fewer than a batch. On a CPU, a
-ViT-B/32 takes the same time a row from 4 rows to 64, and two to three times as long with 1."""
+ViT-B/32 takes about the same time a row from 4 rows to 64, and more with 1."""
 _IN_FLIGHT = 2  # batches dispatched ahead of the device; simulated devices deadlock without a bound
 _READERS = min(8, os.cpu_count() or 1)  # threads; Pillow decodes without holding the interpreter
 
@@ -126,7 +129,7 @@ class Predictor:
         self.tokenizer, self.context_length, self.image_size = tokenizer, context_length, image_size
         self.resize = resize
         self._params, self._model_state = params, model_state
-        self._mesh = mesh
+        self.mesh = mesh
         out = None if mesh is None else replicated(mesh)  # None: wherever the parameters are
         self._image = jax.jit(
             lambda p, s, x: merge(graphdef, p, s).encode_image(x), out_shardings=out
@@ -139,6 +142,8 @@ class Predictor:
             lambda p, s, x: _scale_and_bias(merge(graphdef, p, s)(x)),
             out_shardings=out,
         )
+        self._graphdef = graphdef
+        self._captioners: dict[Strategy, Callable[..., Any]] = {}
         self._known_scalars: tuple[float, float | None] | None = None
 
     @classmethod
@@ -181,25 +186,21 @@ class Predictor:
             images = np.asarray(images)
         if _is_one_picture(images):
             return self.encode_image([images])[0]  # type: ignore[list-item]
-        size = self.image_size
-        if isinstance(images, np.ndarray):
-            if images.dtype == np.uint8 and images.shape[1:] == (size, size, 3):
-                return self._run(self._image, len(images), lambda i, j: images[i:j])
-            if images.ndim != 4:
-                raise ClipjaxError(
-                    "encode_image takes pictures uint8 [n, H, W, 3] or [H, W, 3], not "
-                    f"{images.dtype} {list(images.shape)}"
-                )
-        pictures: list[Any] = list(images)  # type: ignore[arg-type]
+        return self.encode_image_rows(*self._reader(images))  # type: ignore[arg-type]
 
-        def rows(start: int, stop: int) -> np.ndarray:
-            out = np.empty((stop - start, size, size, 3), np.uint8)
-            numbered = list(enumerate(pictures[start:stop], start))
-            for i, pixels in enumerate(_mapped(self._read_numbered, numbered)):
-                out[i] = pixels
-            return out
+    def encode_image_rows(self, read: Callable[[np.ndarray], np.ndarray], count: int) -> np.ndarray:
+        """Embeds pictures that are read while the ones before are being embedded.
 
-        return self._run(self._image, len(pictures), rows)
+        Args:
+          read: takes indices [k], ascending within 0 .. count - 1; gives uint8 [k, S, S, 3], S the
+            `image_size`. With several processes, each is asked for the rows of its own devices
+            alone.
+          count: how many there are.
+
+        Returns:
+          float32 [count, E], unit norm, in every process.
+        """
+        return self._stream(self._image, read, count, (self.image_size,) * 2 + (3,), np.uint8)
 
     def encode_text(self, texts: str | Sequence[str] | np.ndarray) -> np.ndarray:
         """Embeds texts.
@@ -221,7 +222,7 @@ class Predictor:
                 f"encode_text takes strings or tokens int32 [n, {self.context_length}], not "
                 f"{tokens.dtype} {list(tokens.shape)}"
             )
-        return self._run(self._text, len(tokens), lambda i, j: tokens[i:j])
+        return self._stream(self._text, tokens.__getitem__, len(tokens), tokens.shape[1:], np.int32)
 
     def similarity(
         self,
@@ -253,6 +254,7 @@ class Predictor:
           labels: C distinct names.
           templates: as for `class_embeddings`.
         """
+        labels = (labels,) if isinstance(labels, str) else tuple(labels)
         classes = self.class_embeddings(labels, templates)
         similar = (self.encode_image(images) @ classes.T).astype(np.float64)
         logits = self.logit_scale * similar + (self.logit_bias or 0.0)
@@ -261,7 +263,7 @@ class Predictor:
             probabilities = powers / powers.sum(axis=-1, keepdims=True)
         else:
             probabilities = 0.5 * (1.0 + np.tanh(0.5 * logits))  # sigmoid without overflow
-        return Classification(tuple(labels), probabilities.astype(np.float32))
+        return Classification(labels, probabilities.astype(np.float32))
 
     def class_embeddings(
         self, labels: Sequence[str], templates: str | Sequence[str] = "{}"
@@ -304,6 +306,82 @@ class Predictor:
         """
         return self.resize(decode(image, name), self.image_size)
 
+    def caption(
+        self,
+        images: Picture | Sequence[Picture] | np.ndarray,
+        strategy: Strategy = Greedy(),  # noqa: B008 (frozen)
+        prompt: str | Sequence[str] = "",
+        seed: int = 0,
+    ) -> Any:
+        """Captions of pictures, for a model that has a captioning decoder.
+
+        Args:
+          images: as for `encode_image`.
+          strategy: how the next token is chosen; `clipjax.generation` has them.
+          prompt: what every caption, or each of them, begins with; it is part of the result.
+          seed: for strategies that draw at random. A picture's draws depend on the seed and on its
+            place among the pictures, not on batches or the mesh.
+
+        Returns:
+          n captions, a list of strings; for one picture, its caption.
+
+        Raises:
+          ClipjaxError: the model has no decoder or no tokenizer, or a prompt does not fit.
+        """
+        if _is_one_picture(images):
+            return self.caption([images], strategy, prompt, seed)[0]  # type: ignore[list-item]
+        return self.decode(self.generate(images, strategy, prompt, seed))  # type: ignore[arg-type]
+
+    def caption_rows(
+        self,
+        read: Callable[[np.ndarray], np.ndarray],
+        count: int,
+        strategy: Strategy = Greedy(),  # noqa: B008 (frozen)
+        prompt: str | Sequence[str] = "",
+        seed: int = 0,
+    ) -> list[str]:
+        """`caption` of pictures that are read batch by batch, as by `encode_image_rows`."""
+        return self.decode(self._generate(read, count, strategy, prompt, seed))
+
+    def generate(
+        self,
+        images: Sequence[Picture] | np.ndarray,
+        strategy: Strategy = Greedy(),  # noqa: B008 (frozen)
+        prompt: str | Sequence[str] = "",
+        seed: int = 0,
+    ) -> Generated:
+        """What `caption` decodes: tokens int32 [n, L] and scores float32 [n], as NumPy arrays."""
+        return self._generate(*self._reader(images), strategy, prompt, seed)
+
+    def _generate(self, read, count: int, strategy: Strategy, prompt, seed: int) -> Generated:
+        if self.tokenizer is None:
+            raise ClipjaxError("this predictor has no tokenizer, and captions cannot do without")
+        special = special_tokens(self.tokenizer)
+        length = row_length(strategy, special, self.context_length)
+        prompts = prompt_rows(self.tokenizer, prompt, count, length)
+        if strategy not in self._captioners:
+            self._captioners[strategy] = compiled(self._graphdef, strategy, special, self.mesh)
+        function = self._captioners[strategy]
+        pixels = (self.image_size, self.image_size, 3)
+        done: list[Any] = []
+        for index in self._indices(count):
+            batch = (
+                self._batch(read, index, pixels),
+                *(self._batch(rows.__getitem__, index, rows.shape[1:]) for rows in prompts),
+                self._batch(lambda rows: rows.astype(np.int32), index, ()),
+            )
+            with on_mesh(self.mesh):
+                output = function(self._params, self._model_state, batch, np.uint32(seed % 2**32))
+            done.append(jax.tree.map(np.asarray, output))
+        empty = Generated(np.zeros((0, length), np.int32), np.zeros(0, np.float32))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], empty, *done)
+
+    def decode(self, generated: Generated) -> list[str]:
+        """The n captions that `generate` gave, as text."""
+        if self.tokenizer is None:
+            raise ClipjaxError("this predictor has no tokenizer to read captions with")
+        return [text.strip() for text in self.tokenizer.decode(np.asarray(generated.tokens))]
+
     def tokenize(self, texts: Sequence[str]) -> np.ndarray:
         """Tokens int32 [n, L] of n strings, worth keeping where texts are embedded again and again.
 
@@ -344,44 +422,75 @@ class Predictor:
         named = isinstance(image, (str, os.PathLike))
         return self.read(image, os.fspath(image) if named else f"image number {number}")  # type: ignore[arg-type]
 
-    def _run(
+    def _reader(
+        self, images: Sequence[Picture] | np.ndarray
+    ) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
+        """What gives the rows uint8 [k, S, S, 3] at indices [k] of some pictures; their number."""
+        size = self.image_size
+        if isinstance(images, np.ndarray):
+            if images.dtype == np.uint8 and images.shape[1:] == (size, size, 3):
+                return images.__getitem__, len(images)
+            if images.ndim != 4:
+                raise ClipjaxError(
+                    "pictures are uint8 [n, H, W, 3] or [H, W, 3], not "
+                    f"{images.dtype} {list(images.shape)}"
+                )
+        pictures: list[Any] = list(images)
+
+        def read(index: np.ndarray) -> np.ndarray:
+            out = np.empty((len(index), size, size, 3), np.uint8)
+            numbered = [(number, pictures[number]) for number in index.tolist()]
+            for i, pixels in enumerate(_mapped(self._read_numbered, numbered)):
+                out[i] = pixels
+            return out
+
+        return read, len(pictures)
+
+    def _stream(
         self,
         function: Callable[..., jax.Array],
+        read: Callable[[np.ndarray], np.ndarray],
         count: int,
-        rows: Callable[[int, int], np.ndarray],
+        shape: tuple[int, ...],
+        dtype: Any,
     ) -> np.ndarray:
-        """Applies a compiled encoder to all rows, batch by batch.
+        """Applies a compiled encoder to all rows, batch by batch, reading ahead of the device.
 
         Args:
           function: one of the encoders.
+          read: gives the rows [k, *shape] at ascending indices [k].
           count: number of rows.
-          rows: makes the rows from one number to before another; called as the work proceeds.
+          shape: of one row.
+          dtype: of the rows.
         """
         if not count:
-            none = rows(0, 0)
-            shape = jax.ShapeDtypeStruct((self.batch_size, *none.shape[1:]), none.dtype)
-            width = jax.eval_shape(function, self._params, self._model_state, shape).shape[1]
+            like = jax.ShapeDtypeStruct((self.batch_size, *shape), dtype)
+            width = jax.eval_shape(function, self._params, self._model_state, like).shape[1]
             return np.zeros((0, width), np.float32)
-        size = self._few if count < self.batch_size else self.batch_size
         done: list[np.ndarray] = []
         running: collections.deque[jax.Array] = collections.deque()
-        for batch in self._batches(count, size, rows):
-            running.append(function(self._params, self._model_state, batch))
+        for index in self._indices(count):
+            batch = self._batch(read, index, shape)
+            with on_mesh(self.mesh):
+                running.append(function(self._params, self._model_state, batch))
             if len(running) >= _IN_FLIGHT:
                 done.append(np.asarray(running.popleft(), np.float32))
         done.extend(np.asarray(output, np.float32) for output in running)
         return np.concatenate(done)[:count]
 
-    def _batches(
-        self, count: int, size: int, rows: Callable[[int, int], np.ndarray]
-    ) -> Iterator[Any]:
+    def _indices(self, count: int) -> Iterator[np.ndarray]:
+        """The rows of each batch: beyond the end the last one again, as zeros need not be valid."""
+        size = self._few if count < self.batch_size else self.batch_size
         for start in range(0, count, size):
-            batch = rows(start, min(start + size, count))
-            if len(batch) < size:
-                # Copies of a real row, since zeros need not be a valid input.
-                padding = np.repeat(batch[-1:], size - len(batch), axis=0)
-                batch = np.concatenate([batch, padding])
-            yield batch if self._mesh is None else _spread(batch, self._mesh)
+            yield np.minimum(np.arange(start, start + size), count - 1)
+
+    def _batch(
+        self, read: Callable[[np.ndarray], np.ndarray], index: np.ndarray, shape: tuple[int, ...]
+    ) -> np.ndarray | jax.Array:
+        """The rows [k, *shape] at these indices, split over the mesh if there is one."""
+        if self.mesh is None:
+            return _read_once(read, index)
+        return _spread(read, index, shape, self.mesh)
 
 
 def mean_direction(x: np.ndarray) -> np.ndarray:
@@ -404,11 +513,29 @@ def _mapped(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[An
         yield from readers.map(function, items)
 
 
-def _spread(batch: np.ndarray, mesh: Mesh) -> jax.Array:
-    """A global array of which each process provides the rows of its own devices."""
-    return jax.make_array_from_callback(
-        batch.shape, batch_sharding(mesh), lambda index: batch[index]
-    )
+def _read_once(read: Callable[[np.ndarray], np.ndarray], index: np.ndarray) -> np.ndarray:
+    """The rows at ascending indices; one that is repeated at the end is read once."""
+    distinct = int(np.searchsorted(index, index[-1])) + 1
+    rows = read(index[:distinct])
+    if distinct == len(index):
+        return rows
+    return np.concatenate([rows, np.repeat(rows[-1:], len(index) - distinct, axis=0)])
+
+
+def _spread(
+    read: Callable[[np.ndarray], np.ndarray], index: np.ndarray, shape: tuple[int, ...], mesh: Mesh
+) -> jax.Array:
+    """A global array of which each process reads the rows of its own devices, each of them once."""
+    pieces: dict[tuple[int, int], np.ndarray] = {}
+
+    def piece(where: Any) -> np.ndarray:
+        rows = slice(*where[0].indices(len(index)))
+        key = (rows.start, rows.stop)
+        if key not in pieces:  # devices along the tensor axis share their rows
+            pieces[key] = _read_once(read, index[rows])
+        return pieces[key]
+
+    return jax.make_array_from_callback((len(index), *shape), batch_sharding(mesh), piece)
 
 
 def _scale_and_bias(encoded: Any) -> tuple[jax.Array, jax.Array | None]:

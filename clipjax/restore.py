@@ -45,27 +45,38 @@ class Opened:
         return results
 
     def report(self, results: dict[str, float] | None = None) -> Path:
-        """Writes `report.html` into the run's folder.
+        """Writes `report.html` into the run's folder: all processes embed, the first one writes.
 
         Args:
           results: the model's figures; None evaluates.
         """
+        from clipjax.evals.captioning import CaptioningRunner
         from clipjax.evals.retrieval import RetrievalRunner
-        from clipjax.report import environment, write_report
+        from clipjax.evals.zeroshot import ZeroShotRunner
+        from clipjax.report import REPORT_FILE, environment, write_report
 
         results = self.evaluate() if results is None else results
         retrieval = [r for _, r in self.runners if isinstance(r, RetrievalRunner)]
         chance = {name: value for runner in retrieval for name, value in runner.chance().items()}
         first = retrieval[0] if retrieval else None
+        confusions = [r.confusion() for _, r in self.runners if isinstance(r, ZeroShotRunner)]
+        examples = first.examples(self.predictor) if first else ()
+        captioning = [r for _, r in self.runners if isinstance(r, CaptioningRunner)]
+        captions = captioning[0].examples(self.predictor) if captioning else ()
+        similarities = first.similarities(self.predictor) if first else None
+        if jax.process_index() != 0:
+            return self.folder / REPORT_FILE
         return write_report(
             self.folder,
             results=results,
             config=to_json(self.run),
             environment=environment(),
             chance=chance,
-            examples=first.examples(self.predictor) if first else (),
-            similarities=first.similarities(self.predictor) if first else None,
-            facts={"step": f"{self.step:,}"},
+            examples=examples,
+            captions=captions,
+            similarities=similarities,
+            confusions=[confusion for confusion in confusions if confusion is not None],
+            facts={"checkpoint": f"step {self.step:,}"},
         )
 
 

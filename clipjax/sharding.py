@@ -51,8 +51,9 @@ class Sharding(Component):
     """Shard every large leaf over the `data` axis (ZeRO-3): memory per device falls with their number."""
     rules: tuple[Rule, ...] = TRANSFORMER_RULES
     """First match wins; every leaf must match one."""
-    min_size: int = 1024
-    """Leaves with fewer elements are not worth sharding over `data`."""
+    min_size: int = 4096
+    """Leaves with fewer elements (in one layer, where layers are stacked) stay whole: gathering a
+    norm's scale from all devices costs more time than it saves memory."""
 
     def apply(self, tree: Any, mesh: Mesh) -> Any:
         """A tree of `NamedSharding`, one for each leaf of `tree` (arrays or ShapeDtypeStructs).
@@ -90,12 +91,17 @@ class Sharding(Component):
                     "%s %s: dimension %d does not divide over %d tensor devices, so it is not split",
                     name, shape, rule.tensor, tensor,
                 )  # fmt: skip
-        if self.fsdp and rule.fsdp and data > 1 and _size(shape) >= self.min_size:
-            # The layer axis of stacked blocks is scanned over: sharding it would gather all layers at once.
-            first = 1 if re.search(r"(^|/)blocks/", name) and len(shape) > 1 else 0
+        # The layer axis of stacked blocks is scanned over: sharding it would gather all layers at once.
+        first = 1 if re.search(r"(^|/)blocks/", name) and len(shape) > 1 else 0
+        if self.fsdp and rule.fsdp and data > 1 and _size(shape[first:]) >= self.min_size:
             free = [i for i in range(first, len(shape)) if spec[i] is None and shape[i] % data == 0]
             if free:
                 spec[max(free, key=lambda i: (shape[i], i))] = "data"
+            elif "tensor" not in spec and name.startswith("params/"):
+                log.warning(
+                    "%s %s: no dimension divides over %d data devices, so each holds all of it",
+                    name, shape, data,
+                )  # fmt: skip
         return PartitionSpec(*spec)
 
 

@@ -6,7 +6,7 @@ minutes on a CPU.
 
 from clipjax import Checkpointing, Run
 from clipjax.data import BPE, CaptionChoice, Data, Shift, Tfds
-from clipjax.evals import Every, Retrieval
+from clipjax.evals import Captioning, Every, Retrieval
 from clipjax.models import CaptionDecoder, CoCa, Poolers
 from clipjax.objectives import Caption, Softmax
 from clipjax.optim import Cosine, Duration, Muon
@@ -44,6 +44,11 @@ def config() -> Run:
         duration=Duration(400),
         evals=(
             Retrieval(source=Tfds("twemoji", split="test"), languages=LANGUAGES, every=Every(100)),
+            Captioning(
+                source=Tfds("twemoji", split="test"),
+                languages=LANGUAGES,
+                training=Tfds("twemoji", split="train"),
+            ),
         ),
         checkpoint=Checkpointing(every=Duration(100), best="retrieval/image_to_text/R@1"),
     )

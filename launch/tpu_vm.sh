@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the same command on every worker of a TPU slice: launch/tpu_vm.sh NAME ZONE configs/my_run.py --workdir /shared/runs/my_run
-# The tree must already be on the workers (gcloud compute tpus tpu-vm scp, or a start-up script) with `make`'s .venv.
+# Each worker needs the tree in ~/clipjax with a .venv: pip install --editable . 'jax[tpu]' (by a start-up script, or
+# once through the same `gcloud compute tpus tpu-vm ssh --worker=all --command`), and a --workdir that all share.
 set -euo pipefail
 if [ $# -lt 3 ]; then
   echo "usage: launch/tpu_vm.sh TPU_NAME ZONE CONFIG [OPTIONS...]" >&2

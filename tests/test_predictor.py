@@ -130,7 +130,20 @@ params = jax.tree.map(lambda x: jax.device_put(np.asarray(x), replicated(mesh)),
 predictor = Predictor(graphdef, params, state, tokenizer=Bytes(), context_length=LENGTH,
                       image_size=SIZE, mesh=mesh, batch_size=6)
 images = np.random.default_rng(0).integers(0, 256, (21, SIZE, SIZE, 3), np.uint8)
-np.savez(out + str(index), image=predictor.encode_image(images), scale=predictor.logit_scale,
+from clipjax.data import Resize
+from clipjax.data.evalset import Pictures
+from clipjax.evals.embed import embed_images
+asked = []
+def read(rows):
+    asked.extend(rows.tolist())
+    return images[rows]
+rows = predictor.encode_image_rows(read, 21)
+records = [{"image": image, "key": str(i)} for i, image in enumerate(images)]
+records[13]["image"] = b"no picture"
+pictures = Pictures(records, np.arange(21), SIZE, Resize())
+embedded = embed_images(predictor, pictures)
+np.savez(out + str(index), rows=rows, asked=asked, embedded=embedded, unreadable=pictures.unreadable,
+         image=predictor.encode_image(images), scale=predictor.logit_scale,
          text=predictor.encode_text(TEXTS), processes=jax.process_count())
 """
 
@@ -153,10 +166,16 @@ def test_every_process_gets_all_embeddings(images, tmp_path):
     for process in processes:
         assert process.wait(timeout=120) == 0, process.stderr.read()[-2000:]
     alone = plain()
+    shares = [set(np.load(tmp_path / f"out{i}.npz")["asked"].tolist()) for i in range(2)]
+    assert shares[0] | shares[1] == set(range(21)) and not shares[0] & shares[1]
     for i in range(2):
         got = np.load(tmp_path / f"out{i}.npz")
         assert got["processes"] == 2
         np.testing.assert_allclose(got["image"], alone.encode_image(images), atol=1e-6)
+        np.testing.assert_array_equal(got["rows"], got["image"])
+        assert np.flatnonzero(got["unreadable"]).tolist() == [13]
+        seen = np.arange(21) != 13
+        np.testing.assert_array_equal(got["embedded"][seen], got["image"][seen])
         np.testing.assert_allclose(got["text"], alone.encode_text(TEXTS), atol=1e-6)
         assert float(got["scale"]) == pytest.approx(alone.logit_scale)
 

@@ -57,6 +57,20 @@ def test_fsdp_takes_the_largest_dimension_but_never_the_layer_axis():
     assert got["scale"] == P(None)  # too small to be worth it
 
 
+def test_what_is_small_in_one_layer_stays_whole():
+    got = specs(Sharding(fsdp=True, min_size=4096), MeshShape())["params"]["blocks"]["attn"]
+    assert got["q"]["kernel"] == P(None, None, "data")  # 64 * 64 a layer
+    assert specs(Sharding(fsdp=True, min_size=4097), MeshShape())["params"]["blocks"]["attn"]["q"][
+        "kernel"
+    ] == P(None, None, None)
+
+
+def test_fsdp_that_cannot_split_a_large_leaf_says_so(caplog):
+    tree = {"params": {"odd": leaf(81, 83)}}
+    Sharding(fsdp=True).apply(tree, MeshShape().build())
+    assert "params/odd (81, 83): no dimension divides over 8 data devices" in caplog.text
+
+
 def test_fsdp_stays_inside_a_group():
     sharding = Sharding(fsdp=True).apply(TREE, MeshShape(group=2, data=4).build())
     local, total = per_device_bytes(TREE, sharding)

@@ -18,6 +18,7 @@ VERBS = {
     "classify": "say which of some labels pictures show, with probabilities",
     "search": "rank the pictures of a folder by words",
     "embed": "write the embeddings of pictures or texts to Parquet files",
+    "caption": "write captions of pictures with a run's or a model's decoder",
     "report": "write a run's report.html again",
     "average": "mean of the weights of several models (WiSE-FT, soups)",
     "config": "print the resolved configuration of a config file or a run",
@@ -33,8 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", handlers=[_Stderr()]
+    )
+    # Orbax logs the traceback of what it also raises.
+    logging.getLogger("absl").setLevel(logging.ERROR if debug else logging.CRITICAL)
     logging.getLogger("clipjax").setLevel(logging.INFO)
     try:
         return _dispatch(arguments)
@@ -46,6 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `clipjax config ... | head`
         sys.stderr.close()
         return 0
+
+
+class _Stderr(logging.StreamHandler):
+    """Writes to what sys.stderr is at the moment: a live display replaces it, so as not to be torn apart."""
+
+    @property
+    def stream(self):
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value):
+        pass
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -8,7 +8,11 @@ from clipjax.errors import ClipjaxError, did_you_mean
 
 BENCHES = {
     "caption": ("clipjax.bench.caption", "CaptionBench"),
+    "compile": ("clipjax.bench.compile", "CompileBench"),
+    "generate": ("clipjax.bench.generate", "GenerateBench"),
     "loss": ("clipjax.bench.loss", "LossBench"),
+    "memory": ("clipjax.bench.memory", "MemoryBench"),
+    "retrieval": ("clipjax.bench.retrieval", "RetrievalBench"),
 }
 """Name -> module and class: a dataclass whose fields are the options, with `run() -> None`."""
 

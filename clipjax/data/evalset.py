@@ -1,18 +1,78 @@
-"""EvalSet: a split read once, whole, without augmentation. What evaluators work on."""
+"""EvalSet: a split for evaluation, without augmentation: texts in memory, pictures when asked for."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import functools
 import logging
+import os
+from typing import Any
 
 import numpy as np
 
 from clipjax.data.augment import Resize
 from clipjax.data.images import decode
-from clipjax.data.sources import Source, UnreadableRecord
+from clipjax.data.sources import RandomAccess, Source, UnreadableRecord
 from clipjax.errors import ClipjaxError
 
 logger = logging.getLogger(__name__)
+
+KEEP_BYTES = 2**30
+"""Pixels that an `EvalSet` keeps in memory at most: 7,000 pictures of 224 x 224. A larger split is
+decoded anew at each evaluation."""
+
+
+class Pictures:
+    """The pictures of a split, decoded when asked for: `pictures[rows]` is uint8 [k, S, S, 3].
+
+    A picture that turns out not to decode comes as black, is named in the log, and is marked in
+    `unreadable`; whoever evaluates leaves it out.
+
+    Attributes:
+      unreadable: bool [n], what was found not to decode so far, by this process.
+    """
+
+    def __init__(self, opened: RandomAccess, index: np.ndarray, size: int, resize: Resize):
+        """Reads nothing yet.
+
+        Args:
+          opened: the records.
+          index: [n] int, which records.
+          size: height and width, in pixels.
+          resize: how pictures are brought to that size.
+        """
+        self._opened, self._index, self._size, self._resize = opened, index, size, resize
+        self._kept: np.ndarray | None = None
+        self.unreadable = np.zeros(len(index), bool)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        """uint8 [S, S, 3] of a row; [k, S, S, 3] of a slice or of an array of rows."""
+        if self._kept is not None:
+            return self._kept[rows]
+        wanted = np.arange(len(self))[rows]
+        if wanted.ndim == 0:
+            return self._read(int(wanted))
+        if not len(wanted):
+            return np.zeros((0, self._size, self._size, 3), np.uint8)
+        return np.stack(list(_threads().map(self._read, wanted.tolist())))
+
+    def keep(self, pixels: np.ndarray) -> None:
+        """Takes all pictures, uint8 [n, S, S, 3], and reads no record any more."""
+        self._kept = pixels
+
+    def _read(self, row: int) -> np.ndarray:
+        try:
+            record = self._opened[int(self._index[row])]
+            return self._resize(decode(record["image"], record["key"]), self._size)
+        except UnreadableRecord as failure:
+            if not self.unreadable[row]:
+                logger.warning("left out of the evaluation: %s", failure)
+            self.unreadable[row] = True
+            return np.zeros((self._size, self._size, 3), np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +80,7 @@ class EvalSet:
     """Pictures with all their captions.
 
     Attributes:
-      images: uint8 [n, size, size, 3].
+      images: [n] pictures, of which only a small split's stay in memory.
       captions: by picture, its captions; empty captions are left out.
       languages: by picture, one code per caption, or empty where unknown.
       ids: int64 [n]; pictures with equal ids are the same picture.
@@ -30,7 +90,7 @@ class EvalSet:
       skipped: how many records could not be read and are missing here.
     """
 
-    images: np.ndarray
+    images: Pictures
     captions: tuple[tuple[str, ...], ...]
     languages: tuple[tuple[str, ...], ...]
     ids: np.ndarray
@@ -48,35 +108,51 @@ def load_eval(
     image_size: int,
     limit: int | None = None,
     resize: Resize = Resize(),  # noqa: B008 (frozen)
+    keep_bytes: int = KEEP_BYTES,
 ) -> EvalSet:
-    """Reads the first `limit` records of a source (None: all), in its order, into memory.
+    """Reads the first `limit` records of a source (None: all), in its order.
+
+    Texts and labels stay in memory. Pictures do too where all of them take at most `keep_bytes`;
+    otherwise they are decoded whenever they are asked for, and only the first is decoded here.
 
     Args:
       source: what to read.
       image_size: height and width, in pixels.
       limit: most records to read.
       resize: how pictures are brought to that size.
+      keep_bytes: most memory for pixels.
 
     Raises:
       ClipjaxError: the source cannot be opened, or none of its records can be read.
     """
     opened = source.open()
-    images, records, skipped = [], [], 0
-    for i in range(len(opened) if limit is None else min(limit, len(opened))):
+    count = len(opened) if limit is None else min(limit, len(opened))
+    keep = count * image_size * image_size * 3 <= keep_bytes
+    images: list[np.ndarray] = []
+    index: list[int] = []
+    records: list[dict[str, Any]] = []
+    skipped = 0
+    for i in range(count):
         try:
             record = opened[i]
-            images.append(resize(decode(record["image"], record["key"]), image_size))
+            if keep or not records:
+                image = resize(decode(record["image"], record["key"]), image_size)
+                images.append(image)
         except UnreadableRecord as failure:
             logger.warning("left out of the evaluation: %s", failure)
             skipped += 1
             continue
-        records.append(record)
+        index.append(i)
+        records.append({key: value for key, value in record.items() if key != "image"})
     if not records:
         raise ClipjaxError(f"no record of {source} can be read ({skipped} tried)")
     spoken = [_nonempty(r["captions"], r.get("languages", ())) for r in records]
     labels = np.array([r.get("label", -1) for r in records], np.int32)
+    pictures = Pictures(opened, np.array(index), image_size, resize)
+    if keep:
+        pictures.keep(np.stack(images))
     return EvalSet(
-        images=np.stack(images),
+        images=pictures,
         captions=tuple(captions for captions, _ in spoken),
         languages=tuple(languages for _, languages in spoken),
         ids=np.array([r["id"] for r in records], np.int64),
@@ -85,6 +161,11 @@ def load_eval(
         class_names=getattr(opened, "class_names", None),
         skipped=skipped,
     )
+
+
+@functools.cache
+def _threads() -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(min(32, os.cpu_count() or 1), "decode")
 
 
 def _nonempty(captions, languages) -> tuple[tuple[str, ...], tuple[str, ...]]:

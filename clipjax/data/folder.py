@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,10 @@ def find_pictures(root: str | Path) -> tuple[list[str], list[str]]:
             name = os.path.join(inner, entry.name)
             pictured = entry.name.lower().endswith(PICTURE_SUFFIXES)
             if entry.name.startswith("."):
+                continue
+            if any(unicodedata.category(c) in ("Cc", "Cs") for c in entry.name):
+                # They would steer the terminal they are printed on, or could not be printed at all.
+                refused.append(f"{name!a}: a name with control characters, or not UTF-8")
                 continue
             if entry.is_dir(follow_symlinks=False):
                 folders.append(name)

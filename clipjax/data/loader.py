@@ -135,6 +135,7 @@ class Loader:
         self._num_threads = data.num_threads or _cores()
         self._rows = data.batch_size // process_count
         self._first_row = process_index * self._rows
+        self._augment(np.zeros((data.image_size,) * 2 + (3,), np.uint8), np.random.default_rng(0))
         self._records: RandomAccess = data.source.open()
         self.num_examples = len(self._records)
         if self.num_examples == 0:
@@ -235,10 +236,13 @@ class Loader:
         image = decode(record["image"], record["key"])
         if self._data.cache:
             self._cached[index] = record | {"image": image}
+        # The low 31 bits: ids may be hashes of 64 bits, and equal ones must stay equal.
+        return self._augment(image, rng), caption, record["id"] & 0x7FFFFFFF
+
+    def _augment(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         for augmentation in self._data.augment:
             image = augmentation(image, self._data.image_size, rng)
-        # The low 31 bits: ids may be hashes of 64 bits, and equal ones must stay equal.
-        return self._data.resize(image, self._data.image_size), caption, record["id"] & 0x7FFFFFFF
+        return self._data.resize(image, self._data.image_size)
 
     def _account(self, failures: list[str]) -> None:
         self.seen += self._rows + len(failures)

@@ -101,7 +101,7 @@ class _OpenTars:
         tar = int(np.searchsorted(self._ends, index, side="right"))
         stems, places = self._tables[tar]
         row = index - (int(self._ends[tar - 1]) if tar else 0)
-        key = f"{os.path.basename(self._paths[tar])}:{stems[row].decode()}"
+        key = f"{os.path.basename(self._paths[tar])}:{stems[row].decode(errors='replace')}"
 
         def read(extension: str) -> bytes | None:
             offset, size = places[row, self._extensions.index(extension)].tolist()
@@ -200,7 +200,7 @@ def _scan(path: str, extensions: list[str]) -> tuple[np.ndarray, np.ndarray]:
                     raise ClipjaxError(f"the tar {path!r} is cut short in {member.name!r}")
                 folder, _, base = member.name.rpartition("/")
                 stem, _, extension = base.partition(".")
-                stem_bytes = f"{folder}/{stem}".strip("/").encode()
+                stem_bytes = f"{folder}/{stem}".strip("/").encode(errors="surrogateescape")
                 if not stems or stems[-1] != stem_bytes:
                     stems.append(stem_bytes)
                     places.append(np.full((len(extensions), 2), -1, np.int64))

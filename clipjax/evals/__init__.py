@@ -1,15 +1,29 @@
-"""Evaluators: retrieval, zero-shot classification, and the role for one's own."""
+"""Evaluators: retrieval, classification with and without examples, probes, and the role for one's own."""
 
 from clipjax.evals.base import Evaluator, Every, Runner, build_runners
+from clipjax.evals.captioning import Captioning, CaptioningRunner
+from clipjax.evals.compositional import Compositional
+from clipjax.evals.few_shot import FewShot
+from clipjax.evals.geometry import Geometry
+from clipjax.evals.knn import KNN
+from clipjax.evals.linear_probe import LinearProbe
 from clipjax.evals.retrieval import Retrieval, RetrievalRunner
-from clipjax.evals.zeroshot import ZeroShot
+from clipjax.evals.zeroshot import ZeroShot, ZeroShotRunner
 
 __all__ = [
+    "KNN",
+    "Captioning",
+    "CaptioningRunner",
+    "Compositional",
     "Evaluator",
     "Every",
+    "FewShot",
+    "Geometry",
+    "LinearProbe",
     "Retrieval",
     "RetrievalRunner",
     "Runner",
     "ZeroShot",
+    "ZeroShotRunner",
     "build_runners",
 ]

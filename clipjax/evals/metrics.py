@@ -53,8 +53,9 @@ def retrieval_ranks(
       image: [n, E] embeddings.
       text: [m, E] embeddings of captions, m >= n.
       owner: [m] int, the image that each caption belongs to; every image needs at least one.
-      tile: rows and columns of a tile; memory is O(tile^2 + (n + m) E), the result does not depend
-        on it.
+      tile: rows and columns of a tile; the result does not depend on it. Besides its arguments this
+        holds a few tiles of float64, about 3 tile^2 + 2 tile E numbers (150 MB at most by default
+        for E = 1024), and 4 numbers a row.
 
     Raises:
       ClipjaxError: shapes disagree, an embedding is not finite, or an image has no caption.
@@ -69,7 +70,7 @@ def retrieval_ranks(
             f"retrieval needs a caption for each of {len(image)} images and an image for each "
             f"caption: {without.size} images have none (the first: {without[:1].tolist()})"
         )
-    u, v = _fixed_point("image", image), _fixed_point("text", text)
+    u, v = _FixedPoint("image", image), _FixedPoint("text", text)
     own = _own_scores(u, v, owner, tile)
     best = np.full(len(u), -np.inf)
     np.maximum.at(best, owner, own)
@@ -81,8 +82,9 @@ def retrieval_ranks(
     above_best = np.zeros(len(u), np.int64)
     above_own = np.zeros(len(v), np.int64)
     for rows in _tiles(len(u), tile):
+        fixed = u[rows]
         for cols in _tiles(len(v), tile):
-            score = u[rows] @ v[cols].T
+            score = fixed @ v[cols].T
             above_best[rows] += (score >= best[rows, None]).sum(axis=1)
             above_own[cols] += (score >= own_to_beat[None, cols]).sum(axis=0)
     own_above = np.bincount(owner, weights=own >= best[owner], minlength=len(u)).astype(np.int64)
@@ -90,34 +92,71 @@ def retrieval_ranks(
 
 
 def class_ranks(
-    image: np.ndarray, classes: np.ndarray, label: np.ndarray, *, tile: int = 2048
+    image: np.ndarray,
+    classes: np.ndarray,
+    label: np.ndarray,
+    *,
+    group: np.ndarray | None = None,
+    tile: int = 2048,
 ) -> np.ndarray:
     """[n] int64: rank, from 1, of each image's true class among all classes.
 
     Args:
       image: [n, E] embeddings.
       classes: [C, E] embeddings.
-      label: [n] int in [0, C).
-      tile: rows and columns of a tile; the result does not depend on it.
+      label: [n] int in [0, C), or in [0, G) with groups.
+      group: [C] int in [0, G): several rows of `classes` stand for one class, which scores as its
+        best row does; every group needs at least one.
+      tile: images at a time, [tile, C] scores; the result does not depend on it.
 
     Raises:
       ClipjaxError: shapes disagree, an embedding is not finite, or a label is out of range.
     """
+    ranks = np.empty(len(image), np.int64)
+    for rows, score, own in _class_scores(image, classes, label, group, tile):
+        ranks[rows] = (score >= own[:, None] - TIE).sum(axis=1)
+    return ranks
+
+
+def class_scores(
+    image: np.ndarray, classes: np.ndarray, *, group: np.ndarray | None = None, tile: int = 2048
+) -> np.ndarray:
+    """[n, C] float64 scores of every image with every class ([n, G] with groups), all held at once.
+
+    Arguments and errors as in `class_ranks`.
+    """
+    anything = np.zeros(len(image), np.int64)
+    tiles = _class_scores(image, classes, anything, group, tile)
+    return np.concatenate([score for _, score, _ in tiles])
+
+
+def predictions(
+    image: np.ndarray,
+    classes: np.ndarray,
+    label: np.ndarray,
+    *,
+    group: np.ndarray | None = None,
+    tile: int = 2048,
+) -> np.ndarray:
+    """[n] int64: the class each image is taken for; the true one only where its rank is 1.
+
+    Arguments and errors as in `class_ranks`.
+    """
     label = np.asarray(label)
-    _check_pair("image", image, "classes", classes)
-    if label.shape != image.shape[:1]:
-        raise ClipjaxError(f"label has shape {label.shape}, but there are {len(image)} images")
-    if label.min(initial=0) < 0 or label.max(initial=0) >= len(classes):
-        raise ClipjaxError(
-            f"labels run from {label.min()} to {label.max()}, but there are {len(classes)} classes"
-        )
-    u, v = _fixed_point("image", image), _fixed_point("classes", classes)
-    to_beat = _own_scores(v, u, label, tile) - TIE
-    above = np.zeros(len(u), np.int64)
-    for rows in _tiles(len(u), tile):
-        for cols in _tiles(len(v), tile):
-            above[rows] += (u[rows] @ v[cols].T >= to_beat[rows, None]).sum(axis=1)
-    return above
+    predicted = np.empty(len(image), np.int64)
+    for rows, score, own in _class_scores(image, classes, label, group, tile):
+        wrong = score
+        wrong[np.arange(len(score)), label[rows]] = -np.inf
+        best = wrong.argmax(axis=1)
+        lost = wrong[np.arange(len(score)), best] >= own - TIE
+        predicted[rows] = np.where(lost, best, label[rows])
+    return predicted
+
+
+def confusion_matrix(predicted: np.ndarray, label: np.ndarray, classes: int) -> np.ndarray:
+    """int64 [C, C]: how many images of a class (row) were taken for a class (column)."""
+    index = np.asarray(label, np.int64) * classes + np.asarray(predicted, np.int64)
+    return np.bincount(index, minlength=classes * classes).reshape(classes, classes)
 
 
 def rank_of_best(query: np.ndarray, candidates: np.ndarray, right: np.ndarray) -> int:
@@ -128,7 +167,7 @@ def rank_of_best(query: np.ndarray, candidates: np.ndarray, right: np.ndarray) -
       candidates: [m, E] embeddings.
       right: [m] bool, at least one of them true.
     """
-    score = (_fixed_point("query", query[None]) @ _fixed_point("candidates", candidates).T)[0]
+    score = _all_scores(query[None], candidates)[0]
     return 1 + int((score[~right] >= score[right].max() - TIE).sum())
 
 
@@ -144,10 +183,16 @@ def top_k(query: np.ndarray, candidates: np.ndarray, k: int) -> tuple[np.ndarray
       (index [q, k] int64, score [q, k] float64: dot products).
     """
     _check_pair("query", query, "candidates", candidates)
-    score = _fixed_point("query", query) @ _fixed_point("candidates", candidates).T
+    score = _all_scores(query, candidates)
     index = np.argsort(-score, axis=1, kind="stable")[:, :k]
-    picked = np.asarray(candidates, np.float64)[index]
+    picked = np.asarray(candidates)[index].astype(np.float64)
     return index, np.einsum("qe,qke->qk", np.asarray(query, np.float64), picked)
+
+
+def pair_scores(a: np.ndarray, b: np.ndarray, *, tile: int = 8192) -> np.ndarray:
+    """[n] float64: the exact score of each row of a [n, E] with the same row of b [n, E]."""
+    _check_pair("a", a, "b", b)
+    return _own_scores(_FixedPoint("a", a), _FixedPoint("b", b), np.arange(len(b)), tile)
 
 
 def recall_at(ranks: np.ndarray, k: int) -> float:
@@ -198,27 +243,77 @@ def _check_pair(a_name: str, a: np.ndarray, b_name: str, b: np.ndarray) -> None:
         )
 
 
-def _fixed_point(name: str, x: np.ndarray) -> np.ndarray:
-    """[n, E] float64 multiples of 2^-26, norms at most about 1 (see the module's docstring)."""
-    x = np.asarray(x, np.float64)
-    finite = np.isfinite(x).all(axis=1)
-    if not finite.all():
-        raise RunFailed(
-            f"{int((~finite).sum())} of {len(x)} {name} embeddings are not finite (the first is "
-            f"number {int(np.argmin(finite))}): the model has diverged, or its input is broken"
-        )
-    # A common power of two: it shifts exponents, so it changes no order and makes no rounding.
-    norm = np.sqrt((x * x).sum(axis=1).max())
-    scale = 2.0 ** -np.ceil(np.log2(norm) - 1e-6) if norm > 0 else 1.0
-    return np.round(x * (scale / _STEP)) * _STEP
+class _FixedPoint:
+    """Embeddings in multiples of 2^-26 (see the module's docstring), made where they are used.
+
+    `fixed[rows]` is float64 [k, E], norms at most about 1. The embeddings themselves stay as they
+    are, in float32: a million of them need no second copy.
+    """
+
+    def __init__(self, name: str, x: np.ndarray):
+        self._x = np.asarray(x)
+        largest, broken, first = 0.0, 0, None
+        for rows in _tiles(len(self._x), 8192):
+            block = np.asarray(self._x[rows], np.float64)
+            finite = np.isfinite(block).all(axis=1)
+            if not finite.all():
+                broken += int((~finite).sum())
+                first = rows.start + int(np.argmin(finite)) if first is None else first
+            largest = max(largest, float((block[finite] ** 2).sum(axis=1).max(initial=0.0)))
+        if broken:
+            raise RunFailed(
+                f"{broken} of {len(self._x)} {name} embeddings are not finite (the first is "
+                f"number {first}): the model has diverged, or its input is broken"
+            )
+        # A common power of two: it shifts exponents, so it changes no order and makes no rounding.
+        norm = np.sqrt(largest)
+        self._scale = 2.0 ** -np.ceil(np.log2(norm) - 1e-6) if norm > 0 else 1.0
+
+    def __len__(self) -> int:
+        return len(self._x)
+
+    def __getitem__(self, rows) -> np.ndarray:
+        x = np.asarray(self._x[rows], np.float64)
+        return np.round(x * (self._scale / _STEP)) * _STEP
 
 
-def _own_scores(u: np.ndarray, v: np.ndarray, owner: np.ndarray, tile: int) -> np.ndarray:
+def _all_scores(query: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """[q, m] exact scores."""
+    u, v = _FixedPoint("query", query)[:], _FixedPoint("candidates", candidates)
+    return np.concatenate([u @ v[cols].T for cols in _tiles(len(v), 8192)], axis=1)
+
+
+def _own_scores(u: _FixedPoint, v: _FixedPoint, owner: np.ndarray, tile: int) -> np.ndarray:
     """[m]: the score of row `owner[j]` of u with row j of v."""
     own = np.empty(len(v))
     for cols in _tiles(len(v), tile):
         own[cols] = np.einsum("ne,ne->n", u[owner[cols]], v[cols])
     return own
+
+
+def _class_scores(
+    image: np.ndarray, classes: np.ndarray, label: np.ndarray, group: np.ndarray | None, tile: int
+) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """(rows, their scores [t, G], the scores of their own classes [t]), tile by tile."""
+    label = np.asarray(label)
+    _check_pair("image", image, "classes", classes)
+    if label.shape != image.shape[:1]:
+        raise ClipjaxError(f"label has shape {label.shape}, but there are {len(image)} images")
+    group = np.arange(len(classes)) if group is None else np.asarray(group)
+    order = np.argsort(group, kind="stable")
+    present, starts = np.unique(group[order], return_index=True)
+    if not np.array_equal(present, np.arange(len(present))) or len(group) != len(classes):
+        raise ClipjaxError(f"group must number {len(classes)} rows from 0, leaving none out")
+    if label.min(initial=0) < 0 or label.max(initial=0) >= len(present):
+        raise ClipjaxError(
+            f"labels run from {label.min()} to {label.max()}, but there are {len(present)} classes"
+        )
+    u, v = _FixedPoint("image", image), _FixedPoint("classes", classes)[order]
+    for rows in _tiles(len(u), tile):
+        score = u[rows] @ v.T
+        if len(present) < len(group):
+            score = np.maximum.reduceat(score, starts, axis=1)
+        yield rows, score, score[np.arange(len(score)), label[rows]]
 
 
 def _tiles(size: int, tile: int) -> Iterator[slice]:

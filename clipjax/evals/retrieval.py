@@ -10,6 +10,7 @@ from clipjax.data import EvalSet, Source, load_eval
 from clipjax.errors import ClipjaxError
 from clipjax.evals import metrics
 from clipjax.evals.base import Evaluator, Runner
+from clipjax.evals.embed import embed_images
 from clipjax.predictor import Predictor
 from clipjax.report.contents import Example, Guess, Ranking, Similarities
 
@@ -63,7 +64,11 @@ class _Pairs:
 
 
 class RetrievalRunner(Runner):
-    """`Retrieval` at work: keeps pictures and tokens between evaluations."""
+    """`Retrieval` at work: keeps tokens, and the pictures of a small split, between evaluations.
+
+    Pictures of a large split are decoded as they are embedded. So 50,000 of them with a million
+    texts take, at width 512, 2 GB of embeddings, the tokens, and the tiles of `retrieval_ranks`.
+    """
 
     evaluator: Retrieval
 
@@ -78,8 +83,8 @@ class RetrievalRunner(Runner):
             return
         config = self.evaluator
         data = load_eval(config.source, predictor.image_size, config.limit, predictor.resize)
-        rows, owners = _merge_equal(data.ids)
-        self._images = data.images[rows]
+        rows, owners = merge_equal(data.ids)
+        self._images, self._rows = data.images, rows
         spoken = [
             (text, languages[j] if languages else "", int(owner))
             for owner, captions, languages in zip(
@@ -96,7 +101,8 @@ class RetrievalRunner(Runner):
         self._loaded_for = needed
 
     def evaluate(self, predictor: Predictor) -> dict[str, float]:
-        image, text = predictor.encode_image(self._images), predictor.encode_text(self._tokens)
+        image = embed_images(predictor, self._images, self._rows)
+        text = predictor.encode_text(self._tokens)
         results: dict[str, float] = {}
         for prefix, pairs in self._subsets().items():
             ranks = metrics.retrieval_ranks(image[pairs.images], text[pairs.captions], pairs.owner)
@@ -133,14 +139,14 @@ class RetrievalRunner(Runner):
         searched = [(code, self._subset(code)) for code in self.languages[:languages]]
         searched = searched or [("", self._subset(None))]
         pairs = searched[0][1]
-        chosen = pairs.images[_spaced(len(pairs.images), count)]
-        image = predictor.encode_image(self._images[chosen])
+        chosen = pairs.images[spaced(len(pairs.images), count)]
+        image = predictor.encode_image(self._pixels(chosen))
         rankings = [self._rank(code, p, chosen, image, text, k) for code, p in searched]
         first = {
             owner: caption for caption, owner in zip(*self._first_captions(pairs), strict=True)
         }
         return [
-            Example(self._images[row], first[row], tuple(r for r in of_row if r is not None))
+            Example(self._pixels(row), first[row], tuple(r for r in of_row if r is not None))
             for row, *of_row in zip(chosen.tolist(), *rankings, strict=True)
         ]
 
@@ -154,11 +160,14 @@ class RetrievalRunner(Runner):
         self.prepare(predictor)
         pairs = self._subset(self.languages[0] if self.languages else None)
         texts, owners = self._first_captions(pairs)
-        chosen = _spaced(len(owners), count)
-        images = self._images[np.array(owners)[chosen]]
+        chosen = spaced(len(owners), count)
+        images = self._pixels(np.array(owners)[chosen])
         captions = tuple(texts[i] for i in chosen)
         scores = predictor.encode_image(images) @ predictor.encode_text(list(captions)).T
         return Similarities(scores, images, captions)
+
+    def _pixels(self, pictures) -> np.ndarray:
+        return self._images[self._rows[pictures]]
 
     def _wanted(self, language: str) -> bool:
         wanted = self.evaluator.languages
@@ -192,9 +201,9 @@ class RetrievalRunner(Runner):
         return subsets
 
     def _subset(self, language: str | None) -> _Pairs:
-        """The captions in a language (None: all) and the pictures that have one."""
+        """The captions in a language (None: all) and the pictures that have one and can be read."""
         spoken = self._language == language if language else np.ones(len(self._owner), bool)
-        captions = np.flatnonzero(spoken)
+        captions = np.flatnonzero(spoken & ~self._images.unreadable[self._rows[self._owner]])
         images, owner = np.unique(self._owner[captions], return_inverse=True)
         return _Pairs(images, captions, owner)
 
@@ -223,7 +232,7 @@ class RetrievalRunner(Runner):
         return rankings
 
 
-def _merge_equal(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def merge_equal(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(rows of the first of each id, in order; for each row, the place of its id among them)."""
     _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
     order = np.argsort(first)
@@ -232,6 +241,6 @@ def _merge_equal(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return first[order], place[inverse]
 
 
-def _spaced(size: int, count: int) -> np.ndarray:
+def spaced(size: int, count: int) -> np.ndarray:
     """`count` of `range(size)`, evenly spaced; all of it if there are fewer."""
     return np.unique(np.linspace(0, size - 1, min(count, size)).round().astype(int))

@@ -11,9 +11,11 @@ from clipjax.data import EvalSet, Source, load_eval
 from clipjax.errors import ClipjaxError
 from clipjax.evals import metrics
 from clipjax.evals.base import Evaluator, Runner
+from clipjax.evals.calibration import calibration
+from clipjax.evals.embed import embed_images
+from clipjax.evals.prompts import Names, label_map, read_class_map, read_classes
 from clipjax.predictor import Predictor, mean_direction
-
-Names = tuple[str, ...]
+from clipjax.report.contents import Confusion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,9 @@ class ZeroShot(Evaluator):
     `{name}/top1`, `{name}/top5`, `{name}/mean_per_class` (top-1 averaged within each class, then
     over the classes that occur). Names in several languages give these in the first of them, and
     `{name}/zh/top1` and so on for each.
+
+    Images whose class has no name here (ImageNet-R among 200 of ImageNet's classes, say) take no
+    part. With `calibration` there are also `{name}/ece` and others, see `calibration.calibration`.
     """
 
     source: Source
@@ -32,11 +37,20 @@ class ZeroShot(Evaluator):
     """First part of the figures' names."""
     classes: Literal["label", "caption"] = "label"
     """What a picture is classified as: its label, or (each distinct one a class) its caption."""
+    prompts: str | None = None
+    """For labels: class names and templates of a well-known data set ("imagenet", "cifar10", ...;
+    `prompts.shipped_classes()`), or the path of such a file."""
     class_names: Names | dict[str, Names] = ()
     """For labels: the names in the order of the labels, or such names by language code; () takes
-    the names that the data set declares."""
-    templates: Names | dict[str, Names] = ("{}",)
-    """Prompts, "{}" standing for the name, or such prompts by language code."""
+    those of `prompts`, else the names that the data set declares."""
+    templates: Names | dict[str, Names] = ()
+    """Prompts, "{}" standing for the name, or such prompts by language code; () takes those of
+    `prompts`, else the bare name."""
+    class_map: str | None = None
+    """With `prompts`: a JSON file from the data set's classes to those of `prompts`; a class scores
+    as the best of those it stands for (see `prompts.read_class_map`)."""
+    calibration: bool = False
+    """Also how far the probabilities can be trusted."""
     languages: tuple[str, ...] = ()
     """For captions: codes of the languages to report, the first for the main figures; () takes all
     there are."""
@@ -53,12 +67,21 @@ class ZeroShot(Evaluator):
             )
         if self.limit is not None and self.limit < 1:
             raise ClipjaxError(f"{self.name}: limit={self.limit} must be at least 1")
+        if self.prompts and (self.classes == "caption" or self.class_names):
+            raise ClipjaxError(
+                f"{self.name}: prompts={self.prompts!r} names the classes: leave class_names empty, "
+                "and classes='label'"
+            )
+        if self.class_map and not self.prompts:
+            raise ClipjaxError(
+                f"{self.name}: class_map={self.class_map!r} needs prompts, whose classes it maps to"
+            )
         by_language = self.templates if isinstance(self.templates, dict) else {"": self.templates}
         for templates in by_language.values():
-            if not templates or any("{}" not in template for template in templates):
+            if any("{}" not in template for template in templates):
                 raise ClipjaxError(
-                    f"{self.name}: templates={templates}: give at least one, each with {{}} where "
-                    "the class name goes"
+                    f"{self.name}: templates={templates}: each needs a {{}} where the class "
+                    "name goes"
                 )
 
     def run(self, predictor: Predictor) -> dict[str, float]:
@@ -70,17 +93,27 @@ class ZeroShot(Evaluator):
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """One classification: pictures, their classes, and the prompts of each class."""
+    """One classification: pictures, their classes, and the prompts of each class.
+
+    A class may have several rows of prompts (several classes of another data set): `group` says
+    whose each row is, and None that there is one row a class.
+    """
 
     language: str
-    images: np.ndarray  # [n], rows of the runner's pictures
+    images: np.ndarray  # [n], rows of the data set's pictures
     label: np.ndarray  # [n], in [0, C)
-    tokens: np.ndarray  # int32 [C * templates, L], a class's prompts in a row
-    num_classes: int
+    names: Names  # C names
+    tokens: np.ndarray  # int32 [rows * templates, L], a row's prompts one after the other
+    num_rows: int
+    group: np.ndarray | None
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.names)
 
 
 class ZeroShotRunner(Runner):
-    """`ZeroShot` at work: keeps pictures and tokens between evaluations."""
+    """`ZeroShot` at work: keeps tokens, and the pictures of a small split, between evaluations."""
 
     evaluator: ZeroShot
 
@@ -88,6 +121,7 @@ class ZeroShotRunner(Runner):
         super().__init__(evaluator)
         self._tasks: list[_Task] = []
         self._loaded_for: tuple[int, int] | None = None
+        self._confusion: Confusion | None = None
 
     def load(self, predictor: Predictor) -> None:
         needed = (predictor.image_size, predictor.context_length)
@@ -96,31 +130,45 @@ class ZeroShotRunner(Runner):
         config = self.evaluator
         data = load_eval(config.source, predictor.image_size, config.limit, predictor.resize)
         self._images = data.images
+        find = _by_caption if config.classes == "caption" else _by_label
         self._tasks = []
-        by_label = config.classes == "label"
-        for language, (images, label, names) in (
-            _by_label(config, data) if by_label else _by_caption(config, data)
-        ).items():
-            prompts = [t.replace("{}", n) for n in names for t in _templates(config, language)]
-            tokens = predictor.tokenize(prompts)
-            self._tasks.append(_Task(language, images, label, tokens, len(names)))
+        for language, found in find(config, data).items():
+            prompts = [t.replace("{}", n) for n in found.asked for t in found.templates]
+            task = _Task(
+                language, found.images, found.label, found.names,
+                predictor.tokenize(prompts), len(found.asked), found.group,
+            )  # fmt: skip
+            self._tasks.append(task)
         self._loaded_for = needed
 
     def evaluate(self, predictor: Predictor) -> dict[str, float]:
-        image = predictor.encode_image(self._images)
+        image = embed_images(predictor, self._images)
         results: dict[str, float] = {}
         for task in self._tasks:
             prompts = predictor.encode_text(task.tokens)
-            classes = mean_direction(prompts.reshape(task.num_classes, -1, prompts.shape[1]))
-            ranks = metrics.class_ranks(image[task.images], classes, task.label)
+            classes = mean_direction(prompts.reshape(task.num_rows, -1, prompts.shape[1]))
+            seen = ~self._images.unreadable[task.images]
+            rows, label = task.images[seen], task.label[seen]
+            ranks = metrics.class_ranks(image[rows], classes, label, group=task.group)
             figures = {
                 "top1": metrics.recall_at(ranks, 1),
                 "top5": metrics.recall_at(ranks, 5),
-                "mean_per_class": metrics.mean_per_class_accuracy(ranks, task.label),
+                "mean_per_class": metrics.mean_per_class_accuracy(ranks, label),
             }
+            if task is self._tasks[0]:
+                predicted = metrics.predictions(image[rows], classes, label, group=task.group)
+                counts = metrics.confusion_matrix(predicted, label, task.num_classes)
+                self._confusion = Confusion(self.evaluator.name, task.names, counts)
+            if self.evaluator.calibration:
+                score = metrics.class_scores(image[rows], classes, group=task.group)
+                figures |= calibration(predictor.logit_scale * score, label)
             for prefix in self._prefixes(task):
                 results |= {f"{prefix}/{key}": value for key, value in figures.items()}
         return results
+
+    def confusion(self) -> Confusion | None:
+        """What was taken for what in the last evaluation (first language); None before it."""
+        return self._confusion
 
     def chance(self) -> dict[str, float]:
         """What a random order would score, for each top-k that `evaluate` gives; once loaded."""
@@ -137,45 +185,83 @@ class ZeroShotRunner(Runner):
         return main + ([f"{name}/{task.language}"] if len(self._tasks) > 1 else [])
 
 
-def _templates(config: ZeroShot, language: str) -> Names:
+@dataclasses.dataclass(frozen=True)
+class _Classified:
+    """Pictures with their classes, and what to ask for each class."""
+
+    images: np.ndarray  # [n] rows
+    label: np.ndarray  # [n], in [0, C)
+    names: Names  # C
+    asked: Names  # what goes into the prompts: the names, or those behind each class
+    group: np.ndarray | None  # by entry of `asked`, its class
+    templates: Names
+
+
+def _templates(config: ZeroShot, language: str, default: Names = ()) -> Names:
     if not isinstance(config.templates, dict):
-        return config.templates
+        return config.templates or default or ("{}",)
     if language not in config.templates:
         raise ClipjaxError(
             f"templates has none for the language {language!r}: there are those for "
             + ", ".join(map(repr, config.templates))
         )
-    return config.templates[language]
+    return config.templates[language] or ("{}",)
 
 
-_Classified = dict[str, tuple[np.ndarray, np.ndarray, Names]]
-"""By language: rows of the pictures, their class indices, and the names of the classes."""
-
-
-def _by_label(config: ZeroShot, data: EvalSet) -> _Classified:
+def _by_label(config: ZeroShot, data: EvalSet) -> dict[str, _Classified]:
     if data.labels is None:
         raise ClipjaxError(
             f"{config.source} has no labels: name the feature that holds them (label_key of a "
             "Tfds source), or classify by captions with classes='caption'"
         )
+    if config.prompts:
+        return {"": _by_prompts(config, config.prompts, data)}
     names = config.class_names or data.class_names
     if not names:
         raise ClipjaxError(
-            f"{config.source} does not say what its classes are called: set class_names"
+            f"{config.source} does not say what its classes are called: set class_names or prompts"
         )
     images = np.flatnonzero(data.labels >= 0)
     label = data.labels[images]
     by_language = names if isinstance(names, dict) else {"": names}
+    result = {}
     for language, of_language in by_language.items():
         if label.max() >= len(of_language):
             raise ClipjaxError(
                 f"class_names{f'[{language!r}]' if language else ''} has {len(of_language)} names, "
                 f"but {config.source} has a label {label.max()}"
             )
-    return {language: (images, label, tuple(n)) for language, n in by_language.items()}
+        named = tuple(of_language)
+        templates = _templates(config, language)
+        result[language] = _Classified(images, label, named, named, None, templates)
+    return result
 
 
-def _by_caption(config: ZeroShot, data: EvalSet) -> _Classified:
+def _by_prompts(config: ZeroShot, prompts: str, data: EvalSet) -> _Classified:
+    """The classes of a well-known data set, or a map from this one's to them."""
+    classes = read_classes(prompts)
+    templates = _templates(config, "", classes.templates)
+    assert data.labels is not None
+    if config.class_map is None:
+        place = label_map(classes, data.class_names, data.labels)
+        label = np.where(data.labels >= 0, place[data.labels], -1)
+        images = np.flatnonzero(label >= 0)
+        asked, group, names = classes.names, None, classes.names
+    else:
+        mapped = read_class_map(config.class_map, classes, data.class_names)
+        index = {label: i for i, label in enumerate(mapped)}
+        label = np.array([index.get(label, -1) for label in data.labels.tolist()])
+        images = np.flatnonzero(label >= 0)
+        asked = tuple(classes.names[i] for indices in mapped.values() for i in indices)
+        group = np.repeat(np.arange(len(mapped)), [len(indices) for indices in mapped.values()])
+        declared = data.class_names or ()
+        names = tuple(declared[i] if declared else str(i) for i in mapped)
+    if not len(images):
+        raise ClipjaxError(f"no picture of {config.source} has a class that {prompts!r} names")
+    return _Classified(images, label[images], names, asked, group, templates)
+
+
+def _by_caption(config: ZeroShot, data: EvalSet) -> dict[str, _Classified]:
     """The first caption in each language is the class; of pictures with equal ids, one counts."""
     unique = np.sort(np.unique(data.ids, return_index=True)[1]).tolist()
     first: dict[str, dict[int, str]] = {}
@@ -184,7 +270,7 @@ def _by_caption(config: ZeroShot, data: EvalSet) -> _Classified:
         for code, caption in zip(codes, data.captions[row], strict=True):
             first.setdefault(code, {}).setdefault(row, caption)
     languages = config.languages or tuple(first)
-    result: _Classified = {}
+    result = {}
     for code in languages:
         if code not in first:
             raise ClipjaxError(
@@ -194,7 +280,8 @@ def _by_caption(config: ZeroShot, data: EvalSet) -> _Classified:
         names = tuple(dict.fromkeys(first[code].values()))
         index = {name: i for i, name in enumerate(names)}
         label = np.array([index[caption] for caption in first[code].values()], np.int64)
-        result[code] = (np.array(list(first[code])), label, names)
+        images = np.array(list(first[code]))
+        result[code] = _Classified(images, label, names, names, None, _templates(config, code))
     if not result:
         raise ClipjaxError(f"{config.source} has no captions to classify by")
     return result

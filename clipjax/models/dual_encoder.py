@@ -11,6 +11,7 @@ from flax import nnx
 
 from clipjax.batch import Batch, Encoded
 from clipjax.errors import ClipjaxError
+from clipjax.layout import batch_first
 from clipjax.models.base import Model
 from clipjax.towers import layers
 from clipjax.towers.base import Tower, require, require_choice, require_positive
@@ -191,5 +192,5 @@ def _projection(
 def to_unit(pooled: jax.Array, projection: layers.Linear | Head | None) -> jax.Array:
     """Projects and normalizes; in float32 after the projection."""
     x = pooled if projection is None else projection(pooled)
-    x = x.astype(jnp.float32)
+    x = batch_first(x.astype(jnp.float32))
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))

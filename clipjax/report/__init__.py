@@ -1,7 +1,25 @@
 """The run's folder as one HTML file."""
 
-from clipjax.report.build import write_report
-from clipjax.report.contents import Example, Guess, Ranking, Similarities
+from clipjax.report.build import REPORT_FILE, read_metrics, write_report
+from clipjax.report.contents import (
+    CaptionExample,
+    Example,
+    Guess,
+    Ranking,
+    ScoredCaption,
+    Similarities,
+)
 from clipjax.report.environment import environment
 
-__all__ = ["Example", "Guess", "Ranking", "Similarities", "environment", "write_report"]
+__all__ = [
+    "REPORT_FILE",
+    "CaptionExample",
+    "Example",
+    "Guess",
+    "Ranking",
+    "ScoredCaption",
+    "Similarities",
+    "environment",
+    "read_metrics",
+    "write_report",
+]

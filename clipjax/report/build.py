@@ -16,11 +16,14 @@ from typing import Any
 import numpy as np
 
 from clipjax.report import charts
-from clipjax.report.contents import Example, Similarities
+from clipjax.report.confusion import row_shares
+from clipjax.report.contents import CaptionExample, Confusion, Example, Similarities
 from clipjax.report.pictures import heat_uri, picture_uri, strip_uri
 from clipjax.tracking import headline
 
+REPORT_FILE = "report.html"
 ACCENT = (42, 110, 219)
+MISTAKES = 10  # the most frequent ones, beside a confusion matrix
 SMALL_CHARTS = {
     "lr": "Learning rate",
     "logit_scale": "Logit scale",
@@ -29,11 +32,13 @@ SMALL_CHARTS = {
     "bad_steps": "Skipped steps",
 }
 """Figures of training that get a chart besides the loss, where they are logged."""
+FULL_SCALE = {"CIDEr-D": 10.0, "CLIPScore": 2.5}
+"""Greatest value of figures that go beyond 1."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """A headline figure: its value as text, 0..1 for the bar, and what chance would give."""
+    """A headline figure: its value as text, 0..1 for the bar, and what chance or a baseline gives."""
 
     label: str
     value: str
@@ -63,6 +68,16 @@ class Heat:
     elsewhere: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Confused:
+    """A confusion matrix, ready to draw, and (class, taken for, how often, of how many)."""
+
+    name: str
+    image: str
+    classes: int
+    mistakes: list[tuple[str, str, int, int]]
+
+
 def write_report(
     run_dir: str | Path,
     *,
@@ -71,7 +86,9 @@ def write_report(
     environment: Mapping[str, Any] | None = None,
     chance: Mapping[str, float] | None = None,
     examples: Sequence[Example] = (),
+    captions: Sequence[CaptionExample] = (),
     similarities: Similarities | None = None,
+    confusions: Sequence[Confusion] = (),
     title: str | None = None,
     facts: Mapping[str, str] | None = None,
 ) -> Path:
@@ -84,7 +101,9 @@ def write_report(
       environment: what `environment()` returned.
       chance: what a random order scores, by the same names, where known.
       examples: pictures with the captions they retrieved.
+      captions: pictures with the captions that the model wrote.
       similarities: pictures against captions.
+      confusions: what classifiers took for what.
       title: heading; default: the folder's name.
       facts: short facts for the line below the heading, such as {"steps": "150"}.
 
@@ -114,15 +133,17 @@ def write_report(
         evaluation_charts=_evaluation_charts(points, results),
         tables=_tables(results),
         heat=_heat(similarities) if similarities is not None else None,
+        confusions=[_confused(c) for c in confusions],
         examples=examples,
+        captions=captions,
         config=config,
         environment=environment,
         chart=charts,
         json=functools.partial(json.dumps, ensure_ascii=False),
         accent=ACCENT,
     )
-    path = folder / "report.html"
-    temporary = folder / "report.html.tmp"
+    path = folder / REPORT_FILE
+    temporary = folder / (REPORT_FILE + ".tmp")
     temporary.write_text(page, encoding="utf-8", errors="replace")
     os.replace(temporary, path)
     return path
@@ -177,8 +198,12 @@ def _tiles(results: Mapping[str, float], chance: Mapping[str, float]) -> dict[st
     tiles: dict[str, list[Tile]] = {}
     for name, value in headline(results).items():
         evaluator, _, rest = name.partition("/")
-        by_chance = f"chance {figure(name, chance[name])}" if name in chance else ""
-        tile = Tile(label(rest or name), figure(name, value), min(max(value, 0.0), 1.0), by_chance)
+        beside = f"chance {figure(name, chance[name])}" if name in chance else ""
+        baseline = f"{evaluator}/retrieved/{rest}"
+        if baseline in results:
+            beside = f"nearest training caption {figure(baseline, results[baseline])}"
+        share = min(max(value / FULL_SCALE.get(rest, 1.0), 0.0), 1.0)
+        tile = Tile(label(rest or name), figure(name, value), share, beside)
         tiles.setdefault(evaluator, []).append(tile)
     return tiles
 
@@ -215,7 +240,8 @@ def _evaluation_charts(
             short = label(name.split("/", 1)[-1])
             values = [(x, 100 * y) for x, y in points[name]]
             series.append(charts.Series(short, values, color, dashed))
-        drawn.append(charts.line_chart(f"{label(evaluator)}, %", series, from_zero=True))
+        unit = "x 100" if any(last in FULL_SCALE for last in lasts) else "%"
+        drawn.append(charts.line_chart(f"{label(evaluator)}, {unit}", series, from_zero=True))
     return [chart for chart in drawn if chart is not None]
 
 
@@ -230,6 +256,20 @@ def _tables(results: Mapping[str, float]) -> list[ResultTable]:
         table = tables.setdefault(columns, ResultTable([label(c) for c in columns], []))
         table.rows.append((label(prefix), list(cells.values())))
     return list(tables.values())
+
+
+def _confused(confusion: Confusion) -> Confused:
+    """The matrix, and the most frequent mistakes."""
+    counts = np.asarray(confusion.counts)
+    wrong = counts - np.diag(np.diag(counts))
+    worst = np.argsort(-wrong, axis=None, kind="stable")[:MISTAKES]
+    mistakes = [
+        (confusion.classes[i], confusion.classes[j], int(wrong[i, j]), int(counts[i].sum()))
+        for i, j in zip(*np.unravel_index(worst, wrong.shape), strict=True)
+        if wrong[i, j]
+    ]
+    image = heat_uri(row_shares(confusion), 0.0, 1.0, ACCENT)
+    return Confused(label(confusion.name), image, len(counts), mistakes)
 
 
 def _heat(similar: Similarities) -> Heat:

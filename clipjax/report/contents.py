@@ -1,4 +1,4 @@
-"""What a report shows besides figures: examples of retrieval and a matrix of similarities."""
+"""What a report shows besides figures: examples of retrieval, of captions, a matrix of similarities."""
 
 from __future__ import annotations
 
@@ -51,3 +51,40 @@ class Similarities:
     """uint8 [n, H, W, 3]."""
     captions: tuple[str, ...]
     """n captions."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Confusion:
+    """What a classifier took for what."""
+
+    name: str
+    """The evaluator's."""
+    classes: tuple[str, ...]
+    """C names."""
+    counts: np.ndarray
+    """int [C, C]: pictures of a class (row) taken for a class (column)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredCaption:
+    """A caption beside a picture."""
+
+    text: str
+    score: float | None
+    """Cosine similarity with the picture; None for a model that does not embed texts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionExample:
+    """A picture with the caption that the model wrote."""
+
+    image: np.ndarray
+    """uint8 [H, W, 3]."""
+    caption: ScoredCaption
+    """The model's."""
+    references: tuple[ScoredCaption, ...]
+    """People's."""
+    retrieved: ScoredCaption | None
+    """The nearest training caption, where there is such a baseline."""
+    right: bool
+    """Whether the caption is one of the references, word by word."""

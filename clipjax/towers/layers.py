@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from clipjax.layout import batch_first
+
 Dtype = Any
 
 
@@ -31,7 +33,7 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D_in] -> [..., D_out], computed in the dtype of `x`."""
         y = x @ self.kernel[...].astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return batch_first(y if self.bias is None else y + self.bias[...].astype(x.dtype))
 
 
 class Norm(nnx.Module):

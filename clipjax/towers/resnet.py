@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clipjax.errors import ClipjaxError, did_you_mean
+from clipjax.layout import batch_first
 from clipjax.towers import layers
 from clipjax.towers.base import Tower, require, require_choice, require_positive
 from clipjax.towers.pixels import normalize, require_images, require_normalization
@@ -189,13 +190,14 @@ class Conv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, in] -> [B, H / stride, W / stride, out], in the dtype of `x`."""
-        return jax.lax.conv_general_dilated(
+        y = jax.lax.conv_general_dilated(
             x,
             self.kernel[...].astype(x.dtype),
             window_strides=(self.stride, self.stride),
             padding=[(self.padding, self.padding)] * 2,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
+        return batch_first(y)
 
 
 class BatchNorm(nnx.Module):
@@ -310,7 +312,8 @@ class Stage(nnx.Module):
     def __call__(self, x: jax.Array, training: bool) -> jax.Array:
         """[B, H, W, d_in] -> [B, H / stride, W / stride, 4 * width]."""
         x, stats = self._run(x, *nnx.split(self.first), training, looped=False)
-        nnx.update(self.first, stats)
+        if training:
+            nnx.update(self.first, stats)
         if self.blocks is None:
             return x
         graphdef, state = nnx.split(self.blocks)
@@ -326,16 +329,17 @@ class Stage(nnx.Module):
                 x, stats = step(x, jax.tree.map(lambda leaf, i=i: leaf[i], state))
                 each.append(stats)
             stats = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-        nnx.update(self.blocks, stats)
+        if training:
+            nnx.update(self.blocks, stats)
         return x
 
     def _run(self, x, graphdef, state, training, looped):
-        """The output of one block, and its statistics, updated if in training."""
+        """The output of one block, and in training its updated statistics (None in inference)."""
 
         def block(x, state):
             module = nnx.merge(graphdef, state)
             y = module(x, training)
-            return y, nnx.state(module, nnx.BatchStat)
+            return y, nnx.state(module, nnx.BatchStat) if training else None
 
         if self.remat:
             # In a loop the compiler cannot undo the recomputation: no barriers against that needed.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clipjax.errors import ClipjaxError, did_you_mean
+from clipjax.layout import gathered
 from clipjax.towers import layers
 from clipjax.towers.base import require, require_choice, require_positive
 from clipjax.towers.pooling import AttentionPool, last_valid, mean_pool, take
@@ -150,6 +151,7 @@ class TextTransformerModule(nnx.Module):
           hidden [B, L, D], and pooled [B, D] (None for pool="none").
         """
         config = self.config
+        text = jnp.asarray(text)
         self._check(text)
         drop_key, block_key = layers.keys(key, 2)
         valid = self.valid(text) if config.pool != "none" else None
@@ -190,7 +192,7 @@ class TextTransformerModule(nnx.Module):
 
     def _embed(self, text: jax.Array, start: jax.Array | int) -> jax.Array:
         positions = jax.lax.dynamic_slice_in_dim(self.positions[...], start, text.shape[1])
-        return (self.embedding[...][text] + positions).astype(self.config.dtype)
+        return (gathered(self.embedding[...])[text] + positions).astype(self.config.dtype)
 
     def _pool(self, x: jax.Array, text: jax.Array, valid: jax.Array | None) -> Any:
         if self.norm is None:

@@ -394,4 +394,5 @@ def _rematerialized(step: Callable[..., Any], config: Transformer) -> Callable[.
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
     )
     # Inside a loop the compiler cannot undo the recomputation: no barriers against that needed.
-    return jax.checkpoint(step, policy=policy, prevent_cse=not config.scan)
+    looped = config.scan and config.scan_unroll < config.depth
+    return jax.checkpoint(step, policy=policy, prevent_cse=not looped)

@@ -144,13 +144,17 @@ class Progress:
         bar.add_row(
             Text(f"step {self._step:,}/{self._total:,}", style="bold"),
             ProgressBar(total=self._total, completed=self._step, width=32),
-            Text(self._pace()),
+            Text(self._pace() if self._first else "compiling the first step"),
         )
         lines: list[Any] = [bar, Text(self._state())]
         if self._evaluation:
             step, metrics = self._evaluation
             lines.append(Text(f"step {step:,}: {_figures(headline(metrics))}", style="green"))
         return Group(*lines)
+
+
+HEADLINES = ("R@1", "R@5", "top1", "top5", "CIDEr-D", "BLEU-4", "CLIPScore")
+"""How the names of main figures end."""
 
 
 def print_results(title: str, results: Mapping[str, float], console: Console | None = None) -> None:
@@ -177,7 +181,7 @@ def headline(metrics: Mapping[str, float]) -> dict[str, float]:
     Of `retrieval/image_to_text/R@1` and `retrieval/en/image_to_text/R@1` the first is kept: it has
     the fewest parts among the names of its evaluator that end alike.
     """
-    main = [n for n in metrics if n.rsplit("/", 1)[-1] in ("R@1", "R@5", "top1", "top5")]
+    main = [n for n in metrics if n.rsplit("/", 1)[-1] in HEADLINES]
     if not main:
         return dict(list(metrics.items())[:4])
     fewest: dict[str, int] = {}

@@ -211,10 +211,11 @@ class _TensorBoardWriter:
     def __init__(self, folder: Path, resume_step: int | None):
         from tensorboardX import SummaryWriter
 
-        purge_step = None if resume_step is None else resume_step + 1
+        # Also for a new run: one that was killed before its first checkpoint begins anew.
+        purge_step = 0 if resume_step is None else resume_step + 1
         # The suffix keeps a run that is restarted within a second from overwriting its first file.
         self._writer = SummaryWriter(
-            str(folder), flush_secs=10, purge_step=purge_step, filename_suffix=f".{purge_step or 0}"
+            str(folder), flush_secs=10, purge_step=purge_step, filename_suffix=f".{purge_step}"
         )
 
     def write(self, step, scalars):

@@ -12,20 +12,23 @@ import json
 import logging
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from clipjax.checkpoint import Checkpointing
+from clipjax.checkpoint import Checkpointing, Checkpoints, latest_step
 from clipjax.config import Run
 from clipjax.data.placement import to_global
-from clipjax.errors import Preempted, RunFailed
+from clipjax.errors import ClipjaxError, Preempted, RunFailed
 from clipjax.optim import Scale
+from clipjax.report import read_metrics
 from clipjax.restore import Opened
 from clipjax.tracking import Progress, Tracking
-from clipjax.train.setup import Session, replace_file, setup
+from clipjax.train.folder import hold, replace_file, write_run_files
+from clipjax.train.setup import Session, setup
 from clipjax.train.signals import StopRequest
 from clipjax.train.state import TrainState
 
@@ -43,27 +46,37 @@ def train(run: Run, workdir: Path) -> dict[str, float]:
 
     Raises:
       ClipjaxError: something does not fit; nothing was written.
-      RunFailed: the loss diverged, or too many records cannot be read.
+      RunFailed: the loss diverged, too many records cannot be read, or the disk is full.
       Preempted: a signal asked to stop; the state is saved.
     """
     began = time.monotonic()
+    workdir = Path(workdir)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(unwritable_fails(workdir))
         stop = stack.enter_context(StopRequest())
-        session, start = setup(run, Path(workdir))
-        stack.callback(session.checkpoints.close)
-        state = session.restore_or_init(start)
-        session.write_run_files()
-        tracking = Tracking(session.workdir, run.trackers, session.meta["run"], resume_step=start)
-        stack.enter_context(tracking)
-        progress = stack.enter_context(
-            Progress(session.total_steps, run.data.batch_size, start or 0)
+        session = setup(run, workdir)
+        stack.enter_context(hold(workdir, session.start))
+        state = session.restore_or_init()
+        write_run_files(workdir, session.meta)
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, run.checkpoint)))
+        tracking = stack.enter_context(
+            Tracking(workdir, run.trackers, session.meta["run"], resume_step=session.start)
         )
-        state = steps(session, state, start or 0, tracking, progress, stop)
-        results = session.evaluate(state, None)
-        tracking.write(session.total_steps, results)
-        progress.evaluated(session.total_steps, results)
-        session.save(session.total_steps, state, results)
-        session.checkpoints.wait()
+        progress = stack.enter_context(
+            Progress(session.total_steps, run.data.batch_size, session.start or 0)
+        )
+        state = steps(session, state, checkpoints, tracking, progress, stop)
+        total = session.total_steps
+        try:
+            results = evaluate(session, checkpoints, state, None)
+        except BaseException:
+            checkpoints.save(total, state, session.meta, None)
+            raise
+        if results and not is_logged(workdir, total, results):
+            tracking.write(total, results)
+        checkpoints.save(total, state, session.meta, results)
+        checkpoints.wait()
+        progress.evaluated(total, results)
         finish(session, state, results, time.monotonic() - began)
     return results
 
@@ -71,25 +84,36 @@ def train(run: Run, workdir: Path) -> dict[str, float]:
 def steps(
     session: Session,
     state: TrainState,
-    start: int,
+    checkpoints: Checkpoints,
     tracking: Tracking,
     progress: Progress,
     stop: StopRequest,
 ) -> TrainState:
     """The loop. Returns the state after the last step."""
-    run, total = session.run, session.total_steps
+    run, total, start = session.run, session.total_steps, session.start or 0
     in_flight: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
 
     def retire(at_most: int) -> None:
         """Waits until no more than so many steps are under way; logs and checks those that are done."""
         while len(in_flight) > at_most:
             done, metrics = in_flight.popleft()
-            stop_if_diverged(session, done, metrics)
+            stop_if_diverged(session, checkpoints, done, metrics)
             due = done % run.log_every == 0 or done in (1, total)
             if due:
                 tracking.write(done, jax.device_get(metrics))
             progress.update(done, metrics if due else None)
 
+    def evaluate_at(step: int) -> dict[str, float]:
+        if not session.due(step):
+            return {}
+        retire(0)
+        results = evaluate(session, checkpoints, state, step)
+        tracking.write(step, results)
+        progress.evaluated(step, results)
+        return results
+
+    if session.start is None:
+        evaluate_at(0)
     saving = SaveClock(run.checkpoint, session.scale)
     with contextlib.closing(session.loader.iterate(start)) as batches:
         for step in range(start + 1, total + 1):
@@ -98,25 +122,38 @@ def steps(
             retire(IN_FLIGHT)
             if step == total:
                 break
-            results = session.evaluate(state, step)
-            if results:
-                retire(0)
-                tracking.write(step, results)
-                progress.evaluated(step, results)
-            stopped_by = stop.signal_name or (
-                "preemption" if session.checkpoints.preempted(step) else None
-            )
+            results = evaluate_at(step)
+            stopped_by = stop.agreed(step)
             if stopped_by or saving.due(step, may_ask=step % run.log_every == 0):
                 retire(0)
-                session.save(step, state, results)
+                # Weights that yield no finite loss must not push a good checkpoint out.
+                if stopped_by or not int(metrics["bad_streak"]):
+                    checkpoints.save(step, state, session.meta, results)
             if stopped_by:
-                session.checkpoints.wait()
+                checkpoints.wait()
                 raise Preempted(
                     f"stopped by {stopped_by} after step {step} of {total}; saved in {session.workdir}: "
                     "the same command continues"
                 )
         retire(0)
     return state
+
+
+def evaluate(
+    session: Session, checkpoints: Checkpoints, state: TrainState, step: int | None
+) -> dict[str, float]:
+    """`session.evaluate`; what an evaluator refuses in the middle of a run fails the run."""
+    try:
+        return session.evaluate(state, step)
+    except ClipjaxError as error:
+        checkpoints.wait()
+        raise RunFailed(f"{error}; {checkpoints.describe_latest()}") from error
+
+
+def is_logged(workdir: Path, step: int, results: dict[str, float]) -> bool:
+    """Whether a run that was killed at its very end has written its last evaluation already."""
+    lines = read_metrics(workdir / "metrics.jsonl")
+    return any(line["step"] == step and line.keys() & results.keys() for line in lines)
 
 
 class SaveClock:
@@ -142,7 +179,9 @@ class SaveClock:
         return due
 
 
-def stop_if_diverged(session: Session, step: int, metrics: dict[str, jax.Array]) -> None:
+def stop_if_diverged(
+    session: Session, checkpoints: Checkpoints, step: int, metrics: dict[str, jax.Array]
+) -> None:
     """Ends the run after too many skipped steps in a row."""
     streak = int(metrics["bad_streak"])
     if streak < session.run.max_bad_steps:
@@ -154,17 +193,11 @@ def stop_if_diverged(session: Session, step: int, metrics: dict[str, jax.Array])
                 streak,
             )
         return
-    session.checkpoints.wait()
-    last = session.checkpoints.latest()
-    good = (
-        f"the last good checkpoint is {session.checkpoints.folder / str(last)}"
-        if last
-        else "nothing was saved yet"
-    )
+    checkpoints.wait()
     raise RunFailed(
         f"{streak} steps in a row up to step {step} had a loss or gradient that is not finite"
-        f"{_broken(metrics)}; {good}. "
-        "Lower optimizer.lr, lengthen the warm-up, or set optimizer.clip_norm"
+        f"{_broken(metrics)}; {checkpoints.describe_latest()}. Lower optimizer.lr, lengthen the warm-up, or set "
+        "optimizer.clip_norm"
     )
 
 
@@ -175,14 +208,28 @@ def _broken(metrics: dict[str, jax.Array]) -> str:
     return f" ({named} hold NaN or infinity)" if named else ""
 
 
+@contextlib.contextmanager
+def unwritable_fails(workdir: Path) -> Iterator[None]:
+    """A full disk and the like end the run in one message that says what is safe."""
+    try:
+        yield
+    except OSError as error:
+        last = latest_step(workdir)
+        saved = "nothing was saved yet" if last is None else f"step {last} is saved"
+        raise RunFailed(
+            f"{error}; {saved} in {workdir}: mend that, and the same command continues"
+        ) from error
+
+
 def finish(session: Session, state: TrainState, results: dict[str, float], seconds: float) -> None:
-    """`results.json` and `report.html`."""
+    """`results.json` and `report.html`; all processes evaluate, the first one writes."""
     if jax.process_index() == 0:
         summary = {"step": session.total_steps, "seconds": round(seconds, 1)} | results
         replace_file(session.workdir / "results.json", json.dumps(summary, indent=2))
-    if jax.process_count() == 1:
-        predictor = session.predictor_for(state)
-        opened = Opened(
-            session.workdir, session.total_steps, session.run, predictor, session.evaluators
-        )
-        log.info("wrote %s", opened.report(results))
+    predictor = session.predictor_for(state)
+    opened = Opened(
+        session.workdir, session.total_steps, session.run, predictor, session.evaluators
+    )
+    path = opened.report(results)
+    if jax.process_index() == 0:
+        log.info("wrote %s", path)

@@ -5,37 +5,39 @@ Nothing is written before everything has been found to fit.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import logging
-import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from clipjax.checkpoint import FORMAT, Checkpoints, latest_step, pack_tokenizer, unpack_tokenizer
 from clipjax.component import to_json
 from clipjax.config import Run
-from clipjax.data import load_tokenizer
+from clipjax.data import TokenizerModel, load_tokenizer
 from clipjax.data.placement import process_rows
-from clipjax.errors import ClipjaxError
+from clipjax.errors import ClipjaxError, did_you_mean
 from clipjax.evals.base import Evaluator, Runner, build_runners
 from clipjax.objectives.pairs import PairEngine
 from clipjax.optim import Scale
 from clipjax.predictor import Predictor
+from clipjax.train.folder import claim
 from clipjax.train.state import Blueprint, Leaves, TrainState
 from clipjax.train.step import Step, check_batch, jit_step, make_step
 
 log = logging.getLogger(__name__)
-RUN_FILE = "run.json"
-TOKENIZER_FOLDER = "tokenizer"
 
 
 @dataclasses.dataclass
 class Session:
-    """A run that is set up: what the loop works with."""
+    """A run that is set up: what the loop works with.
+
+    Attributes:
+      start: the checkpoint to continue from; None for a fresh run.
+    """
 
     run: Run
     workdir: Path
@@ -45,25 +47,27 @@ class Session:
     total_steps: int
     blueprint: Blueprint
     step: Step
-    checkpoints: Checkpoints
     meta: dict[str, Any]
     evaluators: list[tuple[Evaluator, Runner]]
     predictor: Predictor
+    start: int | None
     start_leaves: tuple[Leaves, Leaves]
 
-    def evaluate(self, state: TrainState, step: int | None) -> dict[str, float]:
-        """The figures of the evaluators due at `step`; of all of them when `step` is None."""
-        due = [
+    def due(self, step: int | None) -> list[Runner]:
+        """The evaluators due after `step`; all of them when `step` is None."""
+        return [
             runner
             for evaluator, runner in self.evaluators
             if step is None or (evaluator.every is not None and evaluator.every.due(step))
         ]
-        if not due:
-            return {}
-        predictor = self.predictor_for(state)
+
+    def evaluate(self, state: TrainState, step: int | None) -> dict[str, float]:
+        """The figures of the evaluators due after `step`."""
         results: dict[str, float] = {}
-        for runner in due:
-            results |= runner(predictor)
+        if due := self.due(step):
+            predictor = self.predictor_for(state)
+            for runner in due:
+                results |= runner(predictor)
         return results
 
     def predictor_for(self, state: TrainState) -> Predictor:
@@ -72,31 +76,21 @@ class Session:
         params = self.blueprint.averaged(state) if ema and ema.evaluate else state.params
         return self.predictor.with_params(params, state.model_state)
 
-    def save(self, step: int, state: TrainState, metrics: dict[str, float] | None = None) -> None:
-        """Starts saving the state after `step`, with the evaluation of that step if there is one."""
-        self.checkpoints.save(step, state, self.meta, metrics)
+    def restore_or_init(self) -> TrainState:
+        """The state to begin with, laid out on the mesh.
 
-    def restore_or_init(self, start: int | None) -> TrainState:
-        """The state to begin with, laid out on the mesh; `start` is the checkpoint to continue from."""
-        if start is None:
+        Raises:
+          ClipjaxError: the checkpoint is of another model, or cannot be read.
+        """
+        if self.start is None:
             return self.blueprint.init(self.start_leaves)
-        log.info("continuing from step %d of %s", start, self.workdir)
-        return self.checkpoints.restore(start, self.blueprint.target())
-
-    def write_run_files(self) -> None:
-        """`run.json` and `tokenizer/`."""
-        if jax.process_index() == 0:
-            self.workdir.mkdir(parents=True, exist_ok=True)
-            unpack_tokenizer(self.meta["tokenizer"], self.workdir / TOKENIZER_FOLDER)
-            text = json.dumps(self.meta["run"], indent=2, ensure_ascii=False)
-            replace_file(self.workdir / RUN_FILE, text)
+        log.info("continuing from step %d of %s", self.start, self.workdir)
+        with contextlib.closing(Checkpoints(self.workdir)) as checkpoints:
+            return checkpoints.restore(self.start, self.blueprint.target())
 
 
-def setup(run: Run, workdir: Path) -> tuple[Session, int | None]:
+def setup(run: Run, workdir: Path) -> Session:
     """Opens everything a run needs.
-
-    Returns:
-      The session, and the step of the checkpoint to continue from (None for a fresh run).
 
     Raises:
       ClipjaxError: something does not fit together.
@@ -104,11 +98,12 @@ def setup(run: Run, workdir: Path) -> tuple[Session, int | None]:
     claim(run, workdir)
     mesh = run.mesh.build()
     check_batch(run.data.batch_size, mesh, run.accumulate)
-    saved = workdir / TOKENIZER_FOLDER
+    check_best(run)
+    start = latest_step(workdir)
     tokenizer = (
-        load_tokenizer(saved)
-        if saved.is_dir()
-        else run.data.tokenizer.build(run.data.iter_captions())
+        run.data.tokenizer.build(run.data.iter_captions())
+        if start is None
+        else saved_tokenizer(workdir, start)
     )
     check_vocabulary(run, tokenizer)
     loader = run.data.build(tokenizer, run.seed, *process_rows(mesh))
@@ -117,6 +112,11 @@ def setup(run: Run, workdir: Path) -> tuple[Session, int | None]:
     if total_steps < 1:
         raise ClipjaxError(
             f"duration={run.duration.amount} {run.duration.unit}: there is nothing to train"
+        )
+    if start is not None and start > total_steps:
+        raise ClipjaxError(
+            f"{workdir} is at step {start} already, and duration={run.duration.amount:g} "
+            f"{run.duration.unit} ends at step {total_steps}: lengthen it, or give another --workdir"
         )
     blueprint = Blueprint.draw(
         run.model,
@@ -145,9 +145,8 @@ def setup(run: Run, workdir: Path) -> tuple[Session, int | None]:
     evaluators = build_runners(run.evals)
     for _, runner in evaluators:
         runner.prepare(predictor)
-    fresh = latest_step(workdir) is None
-    start_leaves = blueprint.start_leaves(run.start) if run.start and fresh else ({}, {})
-    session = Session(
+    begin = run.start if start is None else None
+    return Session(
         run=run,
         workdir=workdir,
         mesh=mesh,
@@ -156,50 +155,31 @@ def setup(run: Run, workdir: Path) -> tuple[Session, int | None]:
         total_steps=total_steps,
         blueprint=blueprint,
         step=jit_step(step, blueprint),
-        checkpoints=Checkpoints(workdir, run.checkpoint),
         meta={"format": FORMAT, "run": to_json(run), "tokenizer": pack_tokenizer(tokenizer)},
         evaluators=evaluators,
         predictor=predictor,
-        start_leaves=start_leaves,
+        start=start,
+        start_leaves=blueprint.start_leaves(begin) if begin else ({}, {}),
     )
-    return session, session.checkpoints.latest()
 
 
-def claim(run: Run, workdir: Path) -> None:
-    """Makes sure that `workdir` is free or holds a run, and says what has changed since it was started.
+def saved_tokenizer(workdir: Path, step: int) -> TokenizerModel:
+    """The tokenizer of a checkpoint: the run goes on with the one it began with."""
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        files = checkpoints.meta(step)["tokenizer"]
+    with tempfile.TemporaryDirectory() as scratch:
+        unpack_tokenizer(files, Path(scratch))
+        return load_tokenizer(scratch)
 
-    Raises:
-      ClipjaxError: the folder holds something else.
-    """
-    if workdir.exists() and not workdir.is_dir():
-        raise ClipjaxError(f"{workdir} is a file: --workdir names a folder for the run")
-    if not workdir.is_dir() or not any(workdir.iterdir()):
-        return
-    saved = workdir / RUN_FILE
-    if not saved.is_file():
+
+def check_best(run: Run) -> None:
+    """Refuses a `checkpoint.best` of an evaluator that the run does not have."""
+    best, names = run.checkpoint.best, [evaluator.name for evaluator in run.evals]
+    if best and best.split("/")[0] not in names:
         raise ClipjaxError(
-            f"{workdir} is not empty and holds no clipjax run (no {RUN_FILE}): give another --workdir"
+            f"checkpoint.best={best!r} is a figure of no evaluator in evals"
+            + did_you_mean(best.split("/")[0], names)
         )
-    try:
-        before = json.loads(saved.read_text())
-    except json.JSONDecodeError as error:
-        raise ClipjaxError(
-            f"{saved} is not JSON ({error}): restore it, or give another --workdir"
-        ) from error
-    for path, old, new in changes(before, to_json(run)):
-        log.warning("continuing %s with %s = %s (was %s)", workdir, path, new, old)
-
-
-def changes(before: Any, after: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted path, old value, new value) for everything that differs between two runs as JSON."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        names = list(dict.fromkeys([*before, *after]))
-        return [
-            c
-            for n in names
-            for c in changes(before.get(n), after.get(n), f"{path}.{n}".lstrip("."))
-        ]
-    return [] if before == after else [(path, before, after)]
 
 
 def check_vocabulary(run: Run, tokenizer: Any) -> None:
@@ -224,10 +204,3 @@ def _check_part(run: Run, part: str, text: Any, tokenizer: Any) -> None:
             raise ClipjaxError(
                 f"model.{part}.{name}={wanted}, but the tokenizer's is {got}: make them equal"
             )
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes a file in one rename, so that a kill leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)

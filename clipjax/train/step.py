@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from clipjax.batch import SHARED, Batch, Encoded
 from clipjax.errors import ClipjaxError
+from clipjax.layout import on_mesh
 from clipjax.mesh import BATCH_AXES, batch_shards
 from clipjax.objectives.base import Metrics, Objective
 from clipjax.objectives.diagnostics import broken_rows
@@ -64,7 +65,8 @@ def make_step(
 
     def forward(params, model_state, batch, key, needs=frozenset()):
         module = blueprint.module(params, model_state)
-        encoded = module(batch, key=key, **dict.fromkeys(needs, True))
+        with on_mesh(mesh):
+            encoded = module(batch, key=key, **dict.fromkeys(needs, True))
         return encoded, split(module)[2]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -87,7 +89,7 @@ def make_step(
             batch,
             key,
         )
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = blueprint.transform.update(grads, state.opt_state, moving)
         moving = optax.apply_updates(moving, updates)

@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -127,9 +128,13 @@ def test_pictures_of_a_folder(root, tmp_path_factory, caplog):
     (root / ".hidden").mkdir()
     Image.new("RGB", (2, 2)).save(root / ".hidden" / "h.png")
     (root / "notes.txt").write_text("no picture")
+    for name in (b"\xff.png", b"\x1b[2J.png"):
+        with open(os.path.join(os.fsencode(root), name), "wb"):
+            pass
     found = read(PictureFolder(str(root)))
     assert [r["key"] for r in found] == ["a.png", "b.png", "deep/c.jpg", "in.png"]
     assert "out.png: a link out of the folder" in caplog.text
+    assert r"'\udcff.png': a name with control" in caplog.text and "\x1b" not in caplog.text
     assert "loop: a link to a folder" in caplog.text
     with pytest.raises(ClipjaxError, match="no folder 'nowhere'"):
         PictureFolder("nowhere").open()

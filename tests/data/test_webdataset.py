@@ -184,6 +184,11 @@ def test_a_file_of_absurd_size_is_refused_unread(tmp_path, monkeypatch):
         opened[0]
 
 
+def test_a_name_that_is_not_utf8(tmp_path):
+    write_tar(tmp_path / "a.tar", [("\udcff.png", picture(1))])
+    assert [r["key"] for r in read(WebDataset(str(tmp_path / "a.tar")))] == ["a.tar:\ufffd"]
+
+
 def test_names_that_climb_out_are_left_out(tmp_path, caplog):
     names = ["../up.png", "/root.png", "a/../../b.png", "..c/fine.png"]
     write_tar(tmp_path / "a.tar", [(name, picture(i)) for i, name in enumerate(names)])

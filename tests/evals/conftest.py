@@ -2,9 +2,13 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from clipjax.batch import Encoded
 from clipjax.data import Resize, Source
 
 
@@ -47,7 +51,8 @@ class Shades(Source):
 class TablePredictor:
     """Embeddings from tables: of the shade of a picture, of the text itself."""
 
-    image_size, context_length, resize = 8, 4, Resize()
+    image_size, context_length, resize, mesh = 8, 4, Resize(), None
+    logit_scale = 10.0
 
     def __init__(self, images, texts):
         self.images = np.asarray(images, np.float32)
@@ -65,6 +70,9 @@ class TablePredictor:
     def encode_image(self, image):
         return self.images[image[:, 0, 0, 0] // 10]
 
+    def encode_image_rows(self, read, count):
+        return self.encode_image(read(np.arange(count)))
+
 
 @pytest.fixture
 def shades():
@@ -80,3 +88,37 @@ def table():
 @pytest.fixture
 def reads():
     return lambda: Opened.reads
+
+
+class Linear(nnx.Module):
+    """Pixels and tokens, each through a random matrix. With `depth` 1 all shades embed alike."""
+
+    def __init__(self, rngs, depth=2):
+        self.depth = depth
+        self.image = nnx.Param(jax.random.normal(rngs.params(), (8 * 8 * 3, 5)))
+        self.text = nnx.Param(jax.random.normal(rngs.params(), (30, 5)))
+
+    def encode_image(self, image, key=None):
+        x = (1 + image / 255.0).reshape(len(image), -1)
+        x = x if self.depth == 1 else jnp.sin(x * jnp.arange(192))
+        x = x @ self.image[...]
+        return x / jnp.linalg.norm(x, axis=1, keepdims=True)
+
+    def encode_text(self, text, key=None):
+        x = self.text[...][text].mean(1)
+        return x / jnp.linalg.norm(x, axis=1, keepdims=True)
+
+    def __call__(self, batch, key=None):
+        encoded = self.encode_image(batch["image"]), self.encode_text(batch["text"])
+        return Encoded(*encoded, jnp.float32(1.0))
+
+
+@pytest.fixture
+def linear():
+    return Linear(nnx.Rngs(0))
+
+
+@pytest.fixture
+def flat():
+    """All pictures in one place, up to rounding."""
+    return Linear(nnx.Rngs(0), 1)

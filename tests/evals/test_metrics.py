@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,8 +70,8 @@ def test_ties_count_against_the_model_at_any_tile_size(tile):
 
 def test_scores_do_not_depend_on_how_the_product_is_cut_up():
     rng = np.random.default_rng(2)
-    u = metrics._fixed_point("u", unit(rng, 64, 768))
-    v = metrics._fixed_point("v", unit(rng, 64, 768))
+    u = metrics._FixedPoint("u", unit(rng, 64, 768))[:]
+    v = metrics._FixedPoint("v", unit(rng, 64, 768))[:]
     whole = u @ v.T
     pieces = np.stack([[np.dot(a[::-1], b[::-1]) for b in v] for a in u])
     np.testing.assert_array_equal(whole, pieces)
@@ -82,7 +83,7 @@ def test_fixed_point_moves_a_score_less_than_float32_would():
     rng = np.random.default_rng(3)
     a, b = unit(rng, 200, 512), unit(rng, 200, 512)
     exact = a.astype(np.float64) @ b.astype(np.float64).T
-    moved = metrics._fixed_point("a", a) @ metrics._fixed_point("b", b).T
+    moved = metrics._FixedPoint("a", a)[:] @ metrics._FixedPoint("b", b)[:].T
     assert np.abs(moved - exact).max() < 1e-7
 
 
@@ -187,3 +188,73 @@ def test_bad_input_is_refused_by_name():
         metrics.retrieval_ranks(eye, eye[:, :2], np.arange(3))
     with pytest.raises(ClipjaxError, match="labels run from 0 to 3, but there are 3 classes"):
         metrics.class_ranks(eye, eye, np.array([0, 1, 3]))
+
+
+@pytest.fixture(scope="module")
+def real():
+    """Embeddings of emoji by a random tower; many emoji are drawn alike, so there are ties."""
+    golden = np.load(Path(__file__).parent / "golden_probe.npz")
+    x = golden["test_x"].astype(np.float32)[:300]
+    return x / np.linalg.norm(x, axis=1, keepdims=True), golden["test_y"].astype(np.int64)[:300]
+
+
+@pytest.mark.parametrize("tile", [7, 128, 2048])
+def test_ranks_of_real_embeddings_with_ties_agree_with_sorting(real, tile):
+    image, _ = real
+    image = np.concatenate([image, image[:20]])  # twenty pictures twice
+    rng = np.random.default_rng(7)
+    owner = np.concatenate([np.arange(len(image)), rng.integers(0, len(image), 100)])
+    text = image[owner]
+    text[50:] = np.roll(text[50:], 3, axis=0)  # most captions are their neighbors'
+    score = np.round(image.astype(np.float64) @ text.T.astype(np.float64), 7)
+    ties = sum(len(row) - len(np.unique(row)) for row in score)
+    assert ties > 1000
+    ranks = metrics.retrieval_ranks(image, text, owner, tile=tile)
+    best = np.array([score[i, owner == i].max() for i in range(len(image))])
+    i2t = [1 + (score[i, owner != i] >= best[i] - 1e-6).sum() for i in range(len(image))]
+    own = score[owner, np.arange(len(text))]
+    t2i = [(score[:, j] >= own[j] - 1e-6).sum() for j in range(len(text))]
+    np.testing.assert_array_equal(ranks.image_to_text, i2t)
+    np.testing.assert_array_equal(ranks.text_to_image, t2i)
+
+
+def test_predictions_agree_with_ranks_and_fill_the_confusion_matrix(real):
+    image, label = real
+    classes = np.stack([image[label == c].mean(axis=0) for c in range(9)])
+    classes[3] = classes[2]  # a tie that classes 2 and 3 both lose
+    ranks = metrics.class_ranks(image, classes, label, tile=64)
+    predicted = metrics.predictions(image, classes, label, tile=64)
+    np.testing.assert_array_equal(predicted == label, ranks == 1)
+    assert (predicted[label == 2] != 2).all() and (predicted[label == 3] != 3).all()
+    wrong = predicted != label
+    score = image.astype(np.float64) @ classes.T.astype(np.float64)
+    np.testing.assert_allclose(score[wrong, predicted[wrong]], score[wrong].max(axis=1), atol=1e-6)
+    counts = metrics.confusion_matrix(predicted, label, 9)
+    expected = [[np.sum((label == i) & (predicted == j)) for j in range(9)] for i in range(9)]
+    np.testing.assert_array_equal(counts, expected)
+    assert np.trace(counts) == (ranks == 1).sum()
+
+
+@pytest.mark.parametrize("tile", [1, 50, 1000])
+def test_a_class_of_several_rows_scores_as_its_best(real, tile):
+    image, _ = real
+    rng = np.random.default_rng(8)
+    rows, group = unit(rng, 12, image.shape[1]), np.array([2, 0, 1, 1, 3, 0, 2, 2, 4, 4, 3, 0])
+    label = rng.integers(0, 5, len(image))
+    score = image.astype(np.float64) @ rows.T.astype(np.float64)
+    best = np.stack([score[:, group == g].max(axis=1) for g in range(5)], axis=1)
+    expected = (best >= best[np.arange(len(image)), label][:, None]).sum(axis=1)
+    ranks = metrics.class_ranks(image, rows, label, group=group, tile=tile)
+    np.testing.assert_array_equal(ranks, expected)
+    scores = metrics.class_scores(image, rows, group=group, tile=tile)
+    np.testing.assert_allclose(scores, best, atol=1e-7)
+    with pytest.raises(ClipjaxError, match="leaving none out"):
+        metrics.class_ranks(image, rows, label, group=group + 1)
+
+
+def test_scores_of_pairs(real):
+    image, _ = real
+    expected = (image[:50].astype(np.float64) * image[50:100]).sum(axis=1)
+    np.testing.assert_allclose(
+        metrics.pair_scores(image[:50], image[50:100], tile=16), expected, atol=1e-7
+    )

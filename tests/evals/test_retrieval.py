@@ -1,10 +1,6 @@
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from clipjax.batch import Encoded
 from clipjax.errors import ClipjaxError
 from clipjax.evals import Retrieval
 from clipjax.mesh import MeshShape
@@ -153,39 +149,16 @@ def test_bad_input_is_refused_by_name(shades, table):
         Retrieval(source).run(table(EYE * np.nan, TEXTS))
 
 
-class Linear(nnx.Module):
-    """Pixels and tokens, each through a random matrix. With `depth` 1 all shades embed alike."""
-
-    def __init__(self, rngs, depth=2):
-        self.depth = depth
-        self.image = nnx.Param(jax.random.normal(rngs.params(), (8 * 8 * 3, 5)))
-        self.text = nnx.Param(jax.random.normal(rngs.params(), (30, 5)))
-
-    def encode_image(self, image, key=None):
-        x = (1 + image / 255.0).reshape(len(image), -1)
-        x = x if self.depth == 1 else jnp.sin(x * jnp.arange(192))
-        x = x @ self.image[...]
-        return x / jnp.linalg.norm(x, axis=1, keepdims=True)
-
-    def encode_text(self, text, key=None):
-        x = self.text[...][text].mean(1)
-        return x / jnp.linalg.norm(x, axis=1, keepdims=True)
-
-    def __call__(self, batch, key=None):
-        encoded = self.encode_image(batch["image"]), self.encode_text(batch["text"])
-        return Encoded(*encoded, jnp.float32(1.0))
-
-
 class Characters:
     def encode(self, texts, context_length):
         return np.array([[ord(c) % 30 for c in t.ljust(6)[:6]] for t in texts], np.int32)
 
 
-def test_figures_do_not_depend_on_mesh_or_batch_size(shades):
+def test_figures_do_not_depend_on_mesh_or_batch_size(shades, linear, flat):
     captions = tuple((f"{i * 7919 % 1000:06d}", f"{i * 104729 % 1000:06d}") for i in range(24))
     evaluator = Retrieval(shades(captions, languages=("en", "zh")))
     settings = {"tokenizer": Characters(), "context_length": 6, "image_size": 8}
-    module = Linear(nnx.Rngs(0))
+    module = linear
     reference = evaluator.run(Predictor.from_module(module, batch_size=24, **settings))
     assert 0 < reference["retrieval/text_to_image/R@10"] < 1
     for shape, batch_size in (((1, 8, 1), 5), ((2, 2, 2), 7), ((1, 1, 8), 100)):
@@ -193,5 +166,5 @@ def test_figures_do_not_depend_on_mesh_or_batch_size(shades):
         predictor = Predictor.from_module(module, mesh=mesh, batch_size=batch_size, **settings)
         assert evaluator.run(predictor) == reference
     # All pictures in one place, up to rounding: nothing is found, everywhere.
-    collapsed = Predictor.from_module(Linear(nnx.Rngs(0), 1), mesh=mesh, **settings)
+    collapsed = Predictor.from_module(flat, mesh=mesh, **settings)
     assert evaluator.run(collapsed)["retrieval/text_to_image/R@10"] == 0.0

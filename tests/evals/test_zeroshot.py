@@ -1,9 +1,15 @@
+import json
+import re
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from clipjax.errors import ClipjaxError
 from clipjax.evals import ZeroShot
 from clipjax.evals.zeroshot import mean_direction
+from clipjax.report import write_report
+from clipjax.report.confusion import draw_confusion
 
 # Four pictures: two of class 0, one each of 1 and 2.
 IMAGES = np.array([[1, 0, 0], [0.6, 0.8, 0], [0, 1, 0], [0, 0, 1]])
@@ -99,7 +105,7 @@ def test_bad_input_is_refused_by_name(shades, table):
     labeled = shades(ONE_CAPTION, labels=(0, 0, 1, 2))
     with pytest.raises(ClipjaxError, match=r"evaluator 'zeroshot': .* has no labels"):
         ZeroShot(shades(ONE_CAPTION), class_names=NAMES).run(predictor)
-    with pytest.raises(ClipjaxError, match="set class_names"):
+    with pytest.raises(ClipjaxError, match="set class_names or prompts"):
         ZeroShot(labeled).run(predictor)
     with pytest.raises(ClipjaxError, match=r"has 2 names, but .* has a label 2"):
         ZeroShot(labeled, class_names=NAMES[:2]).run(predictor)
@@ -114,3 +120,97 @@ def test_bad_input_is_refused_by_name(shades, table):
         ZeroShot(labeled, classes="caption", class_names=NAMES)
     with pytest.raises(ClipjaxError, match=r"no caption .* in 'fr'"):
         ZeroShot(labeled, classes="caption", languages=("fr",)).run(predictor)
+
+
+def write(path, content):
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def test_names_and_templates_of_a_prompt_file(shades, table, tmp_path):
+    texts = {"a red": [1, 0, 0], "a green": [0, 1, 0], "a blue": [0, 0, 1]} | TEXTS
+    prompts = write(tmp_path / "p.json", {"names": list(NAMES), "templates": ["a {}"]})
+    source = shades(ONE_CAPTION, labels=(0, 0, 1, 2))
+    predictor = table(IMAGES, texts)
+    assert ZeroShot(source, prompts=prompts).run(predictor)["zeroshot/top1"] == 0.75
+    assert predictor.tokenized == 3
+    # other templates take the place of the file's
+    ZeroShot(source, prompts=prompts, templates=("{}", "a {}")).run(predictor)
+    assert predictor.tokenized == 3 + 6
+    # the data set declares its classes in another order
+    source = shades(ONE_CAPTION, labels=(2, 2, 0, 1), class_names=("Green", "Blue", "Red"))
+    assert ZeroShot(source, prompts=prompts).run(predictor)["zeroshot/top1"] == 0.75
+
+
+def test_a_part_of_the_classes_leaves_the_other_pictures_out(shades, table, tmp_path):
+    write(tmp_path / "whole.json", {"names": list(NAMES)})
+    part = {"subset_of": str(tmp_path / "whole.json"), "classes": [0, 2]}
+    source = shades(ONE_CAPTION, labels=(0, 0, 1, 2))
+    runner = ZeroShot(source, prompts=write(tmp_path / "part.json", part)).build()
+    # Without green as a choice, picture 1 is red; picture 2 is green and sits out.
+    assert runner(table(IMAGES, TEXTS))["zeroshot/top1"] == 1.0
+    assert runner.chance()["zeroshot/top1"] == 0.5
+    assert runner.confusion().counts.tolist() == [[2, 0], [0, 1]]
+
+
+def test_a_class_that_stands_for_several_scores_as_the_best_of_them(shades, table, tmp_path):
+    prompts = write(tmp_path / "p.json", {"names": list(NAMES)})
+    mapped = write(tmp_path / "m.json", {"warm": ["red", 1], "cold": "blue"})
+    source = shades(ONE_CAPTION, labels=(0, 0, 0, 2), class_names=("warm", "none", "cold"))
+    runner = ZeroShot(source, prompts=prompts, class_map=mapped).build()
+    assert runner(table(IMAGES, TEXTS))["zeroshot/top1"] == 1.0
+    confusion = runner.confusion()
+    assert confusion.classes == ("warm", "cold") and confusion.counts.tolist() == [[3, 0], [0, 1]]
+    # A class that the map leaves out: its picture sits out.
+    source = shades(ONE_CAPTION, labels=(0, 0, 1, 2), class_names=("warm", "none", "cold"))
+    runner = ZeroShot(source, prompts=prompts, class_map=mapped).build()
+    runner(table(IMAGES, TEXTS))
+    assert runner.confusion().counts.tolist() == [[2, 0], [0, 1]]
+
+
+def test_calibration_is_that_of_the_scaled_scores(shades, table):
+    source = shades(ONE_CAPTION, labels=(0, 0, 1, 2), class_names=NAMES)
+    results = ZeroShot(source, calibration=True).run(table(IMAGES, TEXTS))
+    logits = 10.0 * IMAGES  # the texts are unit vectors; the scale of the table is 10
+    probability = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    assert results["zeroshot/nll"] == pytest.approx(
+        -np.log(probability[np.arange(4), [0, 0, 1, 2]]).mean(), rel=1e-6
+    )
+    # Three of confidence near 1, right; picture 1 is taken for green at .88, wrong: two bins.
+    top = probability.max(axis=1)
+    expected = 0.75 * abs(1 - top[[0, 2, 3]].mean()) + 0.25 * top[1]
+    assert results["zeroshot/ece"] == pytest.approx(expected, rel=1e-6)
+    assert {"zeroshot/ece_scaled", "zeroshot/temperature"} <= set(results)
+
+
+def test_the_confusion_matrix_goes_into_a_report(shades, table, tmp_path):
+    source = shades(ONE_CAPTION, labels=(0, 0, 1, 2), class_names=NAMES)
+    runner = ZeroShot(source).build()
+    assert runner.confusion() is None
+    results = runner(table(IMAGES, TEXTS))
+    assert runner.confusion().counts.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
+    page = write_report(tmp_path, results=results, confusions=[runner.confusion()]).read_text()
+    assert "What was taken for what: zeroshot" in page
+    assert re.search(r"<th>red</th>\s*<td>green</td>\s*<td>1 of 2</td>", page)
+    draw_confusion(runner.confusion(), tmp_path / "c.png")
+    assert Image.open(tmp_path / "c.png").size[0] > 400
+    with pytest.raises(ClipjaxError, match="cannot be written"):
+        draw_confusion(runner.confusion(), tmp_path / "none" / "c.png")
+
+
+def test_prompts_that_cannot_work_are_refused(shades, table, tmp_path):
+    labeled = shades(ONE_CAPTION, labels=(0, 0, 1, 2))
+    with pytest.raises(ClipjaxError, match="leave class_names empty"):
+        ZeroShot(labeled, prompts="cifar10", class_names=NAMES)
+    with pytest.raises(ClipjaxError, match="needs prompts"):
+        ZeroShot(labeled, class_map="map.json")
+    with pytest.raises(ClipjaxError, match="did you mean 'cifar10'"):
+        ZeroShot(labeled, prompts="cifar").run(table(IMAGES, TEXTS))
+    with pytest.raises(ClipjaxError, match="has 3 classes, but 'patch_camelyon' names 2"):
+        ZeroShot(labeled, prompts="patch_camelyon").run(table(IMAGES, TEXTS))
+    part = {"subset_of": "cifar10", "classes": [7, 8]}
+    with pytest.raises(ClipjaxError, match="no picture of .* has a class"):
+        prompts = write(tmp_path / "part.json", part)
+        ZeroShot(shades(ONE_CAPTION, labels=(0, 0, 1, 2)), prompts=prompts).run(
+            table(IMAGES, TEXTS)
+        )

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import jax
+import named_weights
 import numpy as np
 import pytest
 from flax import nnx
@@ -19,10 +20,12 @@ from clipjax.interop.family import Description, require_expressible
 from clipjax.interop.resample import resample_positions, with_context_length, with_image_size
 from clipjax.interop.tokens import renumbered
 from clipjax.models import DualEncoder
-from clipjax.params import paths, split
+from clipjax.params import abstract, map_with_path, paths
 from clipjax.towers import TextTransformer, ViT
 
 CAPTIONS = ["a red apple", "two green apples on a table", "ÉTÉ à la plage", "x"]
+TEXTS = [*CAPTIONS, "  Red\tAPPLE ", "<eos> 日本 unseen!"]
+PICTURES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3)).astype(np.uint8)
 SHAPE = {"width": 32, "depth": 2, "heads": 2}
 OURS = DualEncoder(
     image=ViT(image_size=16, patch_size=8, pre_norm=True, patch_bias=False, **SHAPE),
@@ -34,7 +37,8 @@ OURS = DualEncoder(
 @pytest.fixture(scope="module")
 def ours():
     """A model of our own, as a run leaves it: our BPE, whose end token has the number 2."""
-    _, params, state = split(OURS.build(nnx.Rngs(0)))
+    _, params, state = abstract(lambda: OURS.build(nnx.Rngs(0)))
+    params = map_with_path(lambda path, leaf: named_weights.tensor(path, leaf.shape), params)
     tokenizer = BPE(vocab_size=300).build(CAPTIONS)
     return Pretrained(OURS, params, state, tokenizer, 12, 16, Resize("crop", half_pixel="down"))
 
@@ -80,18 +84,23 @@ def test_other_peoples_weights_open_like_ours(clip_folder, golden):
     )
 
 
+@pytest.fixture(scope="module")
+def our_embeddings(ours):
+    predictor = ours.predictor(batch_size=8)
+    return predictor.encode_image(PICTURES), predictor.encode_text(TEXTS)
+
+
 @pytest.mark.parametrize("to", ["hf", "open_clip"])
-def test_our_own_model_comes_back_with_its_tokenizer(ours, to, tmp_path):
+def test_our_own_model_comes_back_with_its_tokenizer(ours, our_embeddings, to, tmp_path):
     export_weights(ours, tmp_path / "out", to)
     again = import_weights(tmp_path / "out")
     assert again.resize.mode == "crop" and again.context_length == 12
-    before, after = ours.predictor(batch_size=8), again.predictor(batch_size=8)
     # Hugging Face's CLIP forbids 2 as the end token: its number has changed, no text's embedding has.
     assert again.tokenizer.eos_id == (299 if to == "hf" else 2)
-    texts = [*CAPTIONS, "  Red\tAPPLE ", "<eos> 日本 unseen!"]
-    np.testing.assert_allclose(after.encode_text(texts), before.encode_text(texts), atol=1e-6)
-    picture = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3)).astype(np.uint8)
-    np.testing.assert_allclose(after.encode_image(picture), before.encode_image(picture), atol=1e-6)
+    after = again.predictor(batch_size=8)
+    image, text = our_embeddings
+    np.testing.assert_allclose(after.encode_text(TEXTS), text, atol=1e-6)
+    np.testing.assert_allclose(after.encode_image(PICTURES), image, atol=1e-6)
 
 
 def test_renumbering_swaps_two_tokens_everywhere(ours):
@@ -263,8 +272,6 @@ def test_full_size_siglip_has_its_timm_name(size, width, name):
 
 
 def test_positions_resample_as_openclips():
-    import named_weights
-
     for case in json.loads((Path(__file__).parent / "goldens" / "resampled.json").read_text()):
         old, new = case["old"], case["new"]
         table = named_weights.tensor("table.positions", (old * old + 1, 3))

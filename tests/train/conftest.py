@@ -1,9 +1,12 @@
 """What the trainer's tests share: the tiny run, started as a user would."""
 
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -12,6 +15,38 @@ import pytest
 from clipjax.cli import main
 
 TINY = Path(__file__).parent / "tiny.py"
+VARIANT = """
+import dataclasses
+from pathlib import Path
+
+from clipjax import Checkpointing, Run, load_config
+from clipjax.data import *
+from clipjax.evals import *
+from clipjax.mesh import MeshShape
+from clipjax.models import DualEncoder
+from clipjax.objectives import *
+from clipjax.optim import *
+from clipjax.sharding import Rule, Sharding
+from clipjax.tracking import *
+
+replace = dataclasses.replace
+
+def config():
+    run = load_config(Path({tiny!r}))
+    return replace(run, {change})
+"""
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory):
+    """Programs are compiled once a session, by whichever process needs them first."""
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    yield folder
+    jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.fixture
@@ -37,6 +72,18 @@ def tiny():
 
 
 @pytest.fixture
+def vary(tmp_path):
+    """`vary("accumulate=2, ema=Ema(0.9)")`: a config file of the tiny run with fields replaced."""
+
+    def write(change):
+        path = tmp_path / f"variant_{next(_numbers)}.py"
+        path.write_text(VARIANT.format(tiny=str(TINY), change=change))
+        return path
+
+    return write
+
+
+@pytest.fixture
 def clipjax(tmp_path, monkeypatch):
     """`clipjax("train", options...)`: the command line inside this process, on the tiny run in `tmp_path/run`.
 
@@ -55,18 +102,42 @@ def clipjax(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def spawn():
+def spawn(compiled):
     """`spawn("train", ...)`: the command line in a process of its own, for what kills it."""
+    started = []
 
-    def start(*arguments, devices=1, **environment):
-        env = (
-            os.environ
-            | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-            | environment
+    def start(*arguments, devices=1, command=(sys.executable, "-m", "clipjax.cli"), **environment):
+        flags = re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"])
+        caching = {
+            "JAX_COMPILATION_CACHE_DIR": compiled,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        }
+        process = subprocess.Popen(
+            [*map(str, command), *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"XLA_FLAGS": flags} | caching | environment,
         )
-        command = [sys.executable, "-m", "clipjax.cli", *map(str, arguments)]
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-        )
+        started.append(process)
+        return process
 
-    return start
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def wait_for():
+    return _wait_for
+
+
+def _wait_for(condition, process, seconds=300):
+    """Polls until the condition holds; fails with the process's own words when it ends before that."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)

@@ -1,0 +1,49 @@
+"""Sources by a short name, for commands: a TFDS data set and its split, or a path."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from clipjax.data.folder import ClassFolder, ImageFolder
+from clipjax.data.sources import Source, Tfds
+from clipjax.data.webdataset import WebDataset
+from clipjax.errors import ClipjaxError
+
+TABLES = ("captions.csv", "captions.tsv", "captions.jsonl")
+
+
+def named_source(name: str, default_split: str = "test", **fields: str | None) -> Source:
+    """The source that a name on the command line means.
+
+    Args:
+      name: `cifar10:test`, `my_data/my_config:1.0.0:validation` (a TFDS data set, its version if
+        wanted, its split); a folder with a table captions.csv, .tsv or .jsonl; a folder with one
+        folder per class; the path or pattern of WebDataset's .tar files.
+      default_split: of a TFDS data set without one.
+      **fields: of `Tfds` (`data_dir`, `label_key`, `caption_key`, `language_key`, `image_key`); None leaves the
+        default.
+
+    Raises:
+      ClipjaxError: fields are given that are for TFDS alone.
+    """
+    given: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
+    path = Path(name).expanduser()
+    if name.endswith(".tar") or path.is_dir():
+        if given:
+            raise ClipjaxError(
+                f"{', '.join(given)}: for TFDS data sets only, and {name!r} is a path"
+            )
+        if name.endswith(".tar"):
+            return WebDataset(name)
+        table = next((table for table in TABLES if (path / table).is_file()), None)
+        return ImageFolder(str(path), table) if table else ClassFolder(str(path))
+    if path.is_absolute() or name.startswith("."):
+        raise ClipjaxError(f"there is no folder {name!r}")
+    *parts, last = name.split(":")
+    if not parts:
+        return Tfds(last, default_split, **given)
+    if re.fullmatch(r"\d+(\.\d+)*", last):
+        return Tfds(name, default_split, **given)
+    return Tfds(":".join(parts), last, **given)

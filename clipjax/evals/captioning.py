@@ -1,0 +1,262 @@
+"""Captioning: how close to people's captions are the model's?"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from clipjax.data import Source, UnreadableRecord, load_eval
+from clipjax.errors import ClipjaxError
+from clipjax.evals import caption_metrics, java_metrics
+from clipjax.evals.base import Evaluator, Runner
+from clipjax.evals.embed import embed_images
+from clipjax.evals.metrics import top_k
+from clipjax.evals.retrieval import merge_equal, spaced
+from clipjax.generation import Greedy, Strategy
+from clipjax.predictor import Predictor
+from clipjax.report.contents import CaptionExample, ScoredCaption
+
+_QUERIES = 256  # pictures that look for a training caption at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Captioning(Evaluator):
+    """Captions a split and compares with its own captions, the references.
+
+    Figures are named `{name}/BLEU-1` to `BLEU-4`, `{name}/ROUGE-L`, `{name}/CIDEr-D` (from 0 to 10)
+    and, by the model's own embeddings, `{name}/CLIPScore` and `{name}/RefCLIPScore`; with several
+    languages, `{name}/zh/CIDEr-D` and so on besides. `{name}/retrieved/CIDEr-D` and its like are
+    what the nearest training caption scores, which a captioner should beat.
+
+    Pictures with equal ids are one picture, whose references are the captions of all of them.
+    """
+
+    source: Source
+    """Split to caption."""
+    name: str = "captioning"
+    """First part of the figures' names."""
+    strategy: Strategy = Greedy()
+    """How tokens are chosen."""
+    prompt: str = ""
+    """What every caption begins with; it counts as a part of it."""
+    seed: int = 0
+    """For strategies that draw at random."""
+    languages: tuple[str, ...] = ()
+    """Codes of the references' languages, the first for the main figures; (): all captions alike."""
+    limit: int | None = None
+    """Most records to use; None: all."""
+    embeddings: bool = True
+    """Whether to take CLIPScore and RefCLIPScore; False for a model that does not embed texts."""
+    training: Source | None = None
+    """Where the baseline takes captions from: for each picture the nearest; None: no baseline."""
+    training_limit: int | None = None
+    """Most records of `training` to use; None: all."""
+    split_unspaced: bool = True
+    """Whether to compare Chinese, Japanese, Thai, ... by character instead of by phrase."""
+    meteor: bool = False
+    """Also METEOR (English; needs Java and the extra `captioning`)."""
+    spice: bool = False
+    """Also SPICE (English; needs Java and the extra `captioning`, and fetches models when first used)."""
+
+    def __post_init__(self):
+        for field in ("limit", "training_limit"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ClipjaxError(f"{self.name}: {field}={value} must be at least 1")
+        if self.training is not None and not self.embeddings:
+            raise ClipjaxError(
+                f"{self.name}: the baseline finds training captions by embeddings, and "
+                "embeddings=False says that there are none: leave training out"
+            )
+
+    def run(self, predictor: Predictor) -> dict[str, float]:
+        return self.build()(predictor)
+
+    def build(self) -> CaptioningRunner:
+        return CaptioningRunner(self)
+
+
+class CaptioningRunner(Runner):
+    """`Captioning` at work: keeps pictures, references and training captions between evaluations."""
+
+    evaluator: Captioning
+
+    def __init__(self, evaluator: Captioning):
+        super().__init__(evaluator)
+        self._loaded_for: int | None = None
+
+    def load(self, predictor: Predictor) -> None:
+        if self._loaded_for == predictor.image_size:
+            return
+        config = self.evaluator
+        java_metrics.require(self._java())
+        data = load_eval(config.source, predictor.image_size, config.limit, predictor.resize)
+        rows, owners = merge_equal(data.ids)
+        references: list[dict[str, str]] = [{} for _ in rows]  # text -> language, in order
+        for owner, captions, languages in zip(owners, data.captions, data.languages, strict=True):
+            for i, text in enumerate(captions):
+                language = languages[i] if languages else ""
+                if not config.languages or language in config.languages:
+                    references[owner].setdefault(text, language)
+        kept = [i for i, own in enumerate(references) if own]
+        self._images, self._rows = data.images, rows[kept]
+        self._references = [references[i] for i in kept]
+        self._check_languages(data.languages)
+        self._training = self._training_captions() if config.training is not None else []
+        self._loaded_for = predictor.image_size
+
+    def evaluate(self, predictor: Predictor) -> dict[str, float]:
+        config = self.evaluator
+        image = embed_images(predictor, self._images, self._rows)
+        kept = np.flatnonzero(~self._images.unreadable[self._rows])
+        image, references = image[kept], [self._references[i] for i in kept]
+        sets = {"": self._caption(predictor, self._rows[kept])}
+        if config.training is not None:
+            sets["retrieved/"] = self._nearest(predictor, image)
+        main, *others = config.languages or (None,)
+        results: dict[str, float] = {}
+        for kind, captions in sets.items():
+            figures = self._figures(captions, references, main)
+            if config.embeddings:
+                figures |= self._clip_scores(predictor, image, captions, references, main)
+            for language in (main, *others) if others else ():
+                in_language = self._figures(captions, references, language)
+                figures |= {f"{language}/{name}": value for name, value in in_language.items()}
+            results |= {f"{config.name}/{kind}{name}": value for name, value in figures.items()}
+        return results
+
+    def examples(self, predictor: Predictor, count: int = 24) -> list[CaptionExample]:
+        """Pictures with their generated captions, not picked by how well that went.
+
+        Args:
+          predictor: the model.
+          count: pictures, evenly spaced over the split.
+        """
+        self.prepare(predictor)
+        chosen = spaced(len(self._rows), count)
+        images = self._images[self._rows[chosen]]
+        references = [tuple(self._references[i])[:3] for i in chosen]
+        captions = self._caption(predictor, self._rows[chosen])
+        image = predictor.encode_image(images) if self.evaluator.embeddings else None
+        nearest = self._nearest(predictor, image) if self._training and image is not None else None
+
+        def scored(texts: list[str], owner: np.ndarray) -> list[ScoredCaption]:
+            if image is None:
+                return [ScoredCaption(text, None) for text in texts]
+            cosine = np.einsum("ne,ne->n", image[owner], predictor.encode_text(texts))
+            return [ScoredCaption(t, float(c)) for t, c in zip(texts, cosine, strict=True)]
+
+        owner = np.repeat(np.arange(len(chosen)), [len(own) for own in references])
+        own_scored = scored([text for own in references for text in own], owner)
+        everyone = np.arange(len(chosen))
+        retrieved = None if nearest is None else scored(nearest, everyone)
+        return [
+            CaptionExample(
+                image=images[i],
+                caption=caption,
+                references=tuple(own_scored[j] for j in np.flatnonzero(owner == i)),
+                retrieved=None if retrieved is None else retrieved[i],
+                right=self._tokens(caption.text) in [self._tokens(r) for r in references[i]],
+            )
+            for i, caption in enumerate(scored(captions, everyone))
+        ]
+
+    def _caption(self, predictor: Predictor, rows: np.ndarray) -> list[str]:
+        config = self.evaluator
+        return predictor.caption_rows(
+            lambda index: self._images[rows[index]],
+            len(rows),
+            config.strategy,
+            config.prompt,
+            config.seed,
+        )
+
+    def _figures(
+        self, captions: list[str], references: list[dict[str, str]], language: str | None
+    ) -> dict[str, float]:
+        """Figures of captions as text, against the references in a language (None: in all)."""
+        rows, texts = _spoken(references, language)
+        candidates = [self._tokens(captions[i]) for i in rows]
+        wanted = [[self._tokens(text) for text in own] for own in texts]
+        bleu = caption_metrics.bleu(candidates, wanted)
+        figures = {f"BLEU-{n}": value for n, value in enumerate(bleu, 1)}
+        figures["ROUGE-L"] = float(caption_metrics.rouge_l(candidates, wanted).mean())
+        figures["CIDEr-D"] = float(caption_metrics.cider_d(candidates, wanted).mean())
+        return figures | java_metrics.score(self._java(), candidates, wanted)
+
+    def _clip_scores(
+        self,
+        predictor: Predictor,
+        image: np.ndarray,
+        captions: list[str],
+        references: list[dict[str, str]],
+        language: str | None,
+    ) -> dict[str, float]:
+        """Figures of captions by the model's own embeddings."""
+        rows, texts = _spoken(references, language)
+        image, caption = image[rows], predictor.encode_text([captions[i] for i in rows])
+        owner = np.repeat(np.arange(len(rows)), [len(own) for own in texts])
+        reference = predictor.encode_text([text for own in texts for text in own])
+        with_references = caption_metrics.ref_clip_score(image, caption, reference, owner)
+        return {
+            "CLIPScore": float(caption_metrics.clip_score(image, caption).mean()),
+            "RefCLIPScore": float(with_references.mean()),
+        }
+
+    def _java(self) -> list[str]:
+        config = self.evaluator
+        return ["METEOR"] * config.meteor + ["SPICE"] * config.spice
+
+    def _tokens(self, text: str) -> list[str]:
+        return caption_metrics.tokenize(text, self.evaluator.split_unspaced)
+
+    def _nearest(self, predictor: Predictor, image: np.ndarray) -> list[str]:
+        """For each picture the training caption with the greatest cosine similarity."""
+        text = predictor.encode_text(self._training)
+        nearest: list[str] = []
+        for start in range(0, len(image), _QUERIES):
+            index, _ = top_k(image[start : start + _QUERIES], text, 1)
+            nearest += [self._training[i] for i in index[:, 0]]
+        return nearest
+
+    def _training_captions(self) -> list[str]:
+        """Different captions of the training source, in the languages of the references."""
+        config = self.evaluator
+        assert config.training is not None
+        opened = config.training.open()
+        size = len(opened)
+        found: dict[str, None] = {}
+        for i in range(size if config.training_limit is None else min(config.training_limit, size)):
+            try:
+                record = opened[i]
+            except UnreadableRecord:
+                continue
+            languages = record.get("languages", ()) or ("",) * len(record["captions"])
+            for text, language in zip(record["captions"], languages, strict=True):
+                if text.strip() and (not config.languages or language in config.languages):
+                    found[text.strip()] = None
+        if not found:
+            raise ClipjaxError(f"{config.training} has no captions to retrieve")
+        return list(found)
+
+    def _check_languages(self, languages: tuple[tuple[str, ...], ...]) -> None:
+        config = self.evaluator
+        known = tuple(dict.fromkeys(code for codes in languages for code in codes))
+        for code in config.languages:
+            if code not in known:
+                raise ClipjaxError(
+                    f"languages={config.languages}: no caption of {config.source} is in {code!r}; "
+                    f"there are {', '.join(known) or 'captions without languages'}"
+                )
+        if not self._references:
+            raise ClipjaxError(f"{config.source} has no captions to compare with")
+
+
+def _spoken(
+    references: list[dict[str, str]], language: str | None
+) -> tuple[list[int], list[list[str]]]:
+    """(pictures with references in a language, those references); None: in any."""
+    texts = [[t for t, spoken in own.items() if language in (None, spoken)] for own in references]
+    rows = [i for i, own in enumerate(texts) if own]
+    return rows, [texts[i] for i in rows]

@@ -1,0 +1,99 @@
+"""Geometry: how the embeddings of pictures and texts lie on the sphere."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from clipjax.data import Source, load_eval
+from clipjax.errors import ClipjaxError
+from clipjax.evals.base import Evaluator, Runner
+from clipjax.evals.embed import embed_images
+from clipjax.predictor import Predictor
+
+_TILE = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry(Evaluator):
+    """Alignment, uniformity and modality gap over a whole split.
+
+    `{name}/alignment`, mean ||x_i - y_i||^2 of a picture and its main caption, and
+    `{name}/uniformity/image`, `{name}/uniformity/text`, log mean exp(-2 ||a_i - a_j||^2) over
+    i != j (Wang & Isola 2020, arXiv:2005.10242); `{name}/uniformity/cross`, the same between x_i
+    and y_j (arXiv:2405.18570); `{name}/modality_gap`, the distance of the two means (Liang et al.
+    2022, arXiv:2203.02053). The objective `Diagnostics` gives the same of every batch.
+    """
+
+    source: Source
+    """Split to look at; records without a caption are left out."""
+    name: str = "geometry"
+    """First part of the figures' names."""
+    limit: int | None = 10_000
+    """Most records to use (the time grows with the square); None: all."""
+
+    def __post_init__(self):
+        if self.limit is not None and self.limit < 2:
+            raise ClipjaxError(f"{self.name}: limit={self.limit} must be at least 2")
+
+    def run(self, predictor: Predictor) -> dict[str, float]:
+        return self.build()(predictor)
+
+    def build(self) -> GeometryRunner:
+        return GeometryRunner(self)
+
+
+class GeometryRunner(Runner):
+    """`Geometry` at work."""
+
+    evaluator: Geometry
+
+    def __init__(self, evaluator: Geometry):
+        super().__init__(evaluator)
+        self._loaded_for: tuple[int, int] | None = None
+
+    def load(self, predictor: Predictor) -> None:
+        needed = (predictor.image_size, predictor.context_length)
+        if self._loaded_for == needed:
+            return
+        config = self.evaluator
+        data = load_eval(config.source, predictor.image_size, config.limit, predictor.resize)
+        self._images = data.images
+        self._rows = np.array([i for i, texts in enumerate(data.captions) if texts], np.int64)
+        if len(self._rows) < 2:
+            raise ClipjaxError(f"{config.source} has {len(self._rows)} pictures with captions")
+        self._tokens = predictor.tokenize([data.captions[i][0] for i in self._rows])
+        self._loaded_for = needed
+
+    def evaluate(self, predictor: Predictor) -> dict[str, float]:
+        image = embed_images(predictor, self._images, self._rows)
+        text = predictor.encode_text(self._tokens)
+        seen = ~self._images.unreadable[self._rows]
+        figures = geometry(image[seen], text[seen])
+        return {f"{self.evaluator.name}/{key}": value for key, value in figures.items()}
+
+
+def geometry(image: np.ndarray, text: np.ndarray) -> dict[str, float]:
+    """The figures of `Geometry` for n >= 2 pairs of unit vectors [n, E]."""
+    x, y = np.asarray(image, np.float64), np.asarray(text, np.float64)
+    return {
+        "alignment": float(((x - y) ** 2).sum(axis=1).mean()),
+        "uniformity/image": uniformity(x, x),
+        "uniformity/text": uniformity(y, y),
+        "uniformity/cross": uniformity(x, y),
+        "modality_gap": float(np.linalg.norm(x.mean(axis=0) - y.mean(axis=0))),
+    }
+
+
+def uniformity(a: np.ndarray, b: np.ndarray) -> float:
+    """log mean exp(-2 ||a_i - b_j||^2) over i != j, for unit rows [n, E]."""
+    total = 0.0
+    for start in range(0, len(a), _TILE):
+        # ||a - b||^2 = 2 - 2 a.b on the sphere; each term is at most 1, so nothing overflows.
+        terms = np.exp(4 * (a[start : start + _TILE] @ b.T) - 4)
+        own = np.arange(len(terms))
+        terms[own, start + own] = 0.0
+        total += terms.sum()
+    return math.log(total / (len(a) * (len(a) - 1)))

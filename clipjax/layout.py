@@ -1,0 +1,53 @@
+"""What layers say about the layout of arrays: hints to the compiler that no result depends on.
+
+Under FSDP the batch and the weights are split over the same devices. A layer's output could then be
+laid out like either, and the compiler, asked nothing, may send activations of the whole batch around
+where it should gather the weights of one layer. Layers settle it with the two functions here. They
+name no mesh: the step and the predictor put one around the model while it is traced (`on_mesh`), and
+without one the functions return what they are given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from clipjax.mesh import BATCH_AXES, batch_shards
+
+
+def on_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """The context in which the hints mean this mesh; None: they mean nothing."""
+    if mesh is None:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def batch_first(x: jax.Array) -> jax.Array:
+    """Splits the leading axis, the batch, over group x data, and leaves the others to the compiler.
+
+    Called on what a layer makes of its input and its weights. An axis that does not divide is left
+    alone.
+    """
+    mesh = _mesh()
+    if mesh is None or x.ndim == 0 or x.shape[0] % batch_shards(mesh):
+        return x
+    free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *free))
+
+
+def gathered(weight: jax.Array) -> jax.Array:
+    """Gathers a weight on every device.
+
+    Called on a table before rows are taken from it: looking up the tokens of the whole batch in a
+    split table would make every device hold the embeddings of the whole batch.
+    """
+    return weight if _mesh() is None else jax.lax.with_sharding_constraint(weight, PartitionSpec())
+
+
+def _mesh() -> Any:
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if set(BATCH_AXES) <= set(mesh.axis_names) else None

@@ -1,0 +1,377 @@
+"""`clipjax eval`: every option, on model folders, a run, and small data sets on disk."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from clipjax.cli import main
+from clipjax.component import to_json
+from clipjax.config import load_config
+from clipjax.data import BPE
+from clipjax.models import DualEncoder
+from clipjax.params import split
+from clipjax.pretrained import Pretrained
+from clipjax.towers import TextTransformer, ViT
+
+TINY = Path(__file__).parents[1] / "train" / "tiny.py"
+COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+RETRIEVED = "retrieval/image_to_text/R@1"
+
+
+def save_model(folder, seed, width=16):
+    towers = {"width": width, "depth": 1, "heads": 2}
+    model = DualEncoder(
+        image=ViT(image_size=16, patch_size=8, pool="mean", **towers),
+        text=TextTransformer(vocab_size=300, context_length=8, eos_id=2, **towers),
+        embed_dim=8,
+    )
+    _, params, state = split(model.build(nnx.Rngs(seed)))
+    tokenizer = BPE(vocab_size=300).build(["a red thing", "a green thing", "a blue thing"] * 20)
+    Pretrained(model, params, state, tokenizer, 8, 16).save(folder)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two models, folders of colored pictures, the same with captions, and a file of entries."""
+    root = tmp_path_factory.mktemp("world")
+    save_model(root / "one", 0)
+    save_model(root / "two", 1)
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 6), ("test", 4)):
+        rows = ["image,caption"]
+        for name, color in COLORS.items():
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(rng.normal(size=(16, 16, 3)) * 20 + color, 0, 255)
+                path = root / part / name / f"{i}.png"
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
+                rows.append(f"{part}/{name}/{i}.png,a {name} thing {i}")
+        (root / f"{part}-pairs").mkdir()
+        (root / f"{part}-pairs" / "captions.csv").write_text(
+            "\n".join(rows).replace(f"{part}/", f"../{part}/")
+        )
+    entry = {"caption": "a red thing", "negative_caption": "a blue thing"}
+    for name in ("swap", "add"):
+        (root / f"{name}.json").write_text(json.dumps([entry | {"image": "red/0.png"}] * 2))
+    return root
+
+
+class OpenedOnce:
+    """A model whose predictor is made once for each batch size, so that the tests compile it once."""
+
+    def __init__(self, pretrained):
+        self._pretrained, self._predictors = pretrained, {}
+
+    def predictor(self, **settings):
+        key = settings.get("batch_size")
+        if key not in self._predictors:
+            self._predictors[key] = self._pretrained.predictor(**settings)
+        return self._predictors[key]
+
+
+@pytest.fixture(scope="module")
+def opened():
+    return {}
+
+
+@pytest.fixture
+def one_device(opened, monkeypatch):
+    from clipjax import restore
+
+    devices, open_pretrained = jax.devices()[:1], restore.open_pretrained
+    monkeypatch.setattr("clipjax.mesh.jax.devices", lambda: devices)
+
+    def open_once(path):
+        if path not in opened:
+            opened[path] = OpenedOnce(open_pretrained(path))
+        return opened[path]
+
+    monkeypatch.setattr(restore, "open_pretrained", open_once)
+
+
+@pytest.fixture
+def evaluate(world, capsys, one_device):
+    """`evaluate(models, options...)` -> what --json says."""
+
+    def run(models, *options):
+        models = [models] if isinstance(models, (str, Path)) else models
+        arguments = ["eval", *(str(world / m) for m in models), *map(str, options), "--json"]
+        assert main(arguments) == 0, capsys.readouterr().err
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture
+def refused(world, capsys, one_device):
+    def run(models, *options):
+        models = [models] if isinstance(models, str) else models
+        assert main(["eval", *(str(world / m) for m in models), *map(str, options)]) == 2
+        return capsys.readouterr().err
+
+    return run
+
+
+def test_zero_shot_with_prompts_templates_and_pictures(evaluate, world, tmp_path):
+    test = world / "test"
+    bare = evaluate("one", "--dataset", test)
+    assert set(bare) == {"zeroshot/top1", "zeroshot/top5", "zeroshot/mean_per_class"}
+    assert bare["zeroshot/top5"] == 1.0
+    prompts = tmp_path / "prompts.json"
+    content = {"names": ["Blue", "Green", "Red", "sun"], "templates": ["a {} thing", "the {}"]}
+    prompts.write_text(json.dumps(content))
+    templates = tmp_path / "templates.txt"
+    templates.write_text("{}\n")
+    named = ["--dataset", test, "--task", "zeroshot", "--prompts", prompts]
+    full = evaluate("one", *named, "--calibration", "--confusion", tmp_path / "c.png")
+    assert {"zeroshot/ece", "zeroshot/ece_scaled"} <= set(full)
+    assert Image.open(tmp_path / "c.png").width > 300
+    other = evaluate("one", *named, "--templates", templates, "--calibration", "--batch-size", 5)
+    assert other["zeroshot/nll"] != full["zeroshot/nll"]
+    mapped = tmp_path / "map.json"
+    mapped.write_text(json.dumps({"red": ["Red", "sun"], "blue": "Blue"}))
+    some = evaluate("one", *named, "--class-map", mapped, "--limit", 4)
+    assert some["zeroshot/top1"] in (0.0, 1.0)  # the first four are blue
+
+
+def test_probes(evaluate, world):
+    where = ["--dataset", world / "test", "--train-dataset", world / "train"]
+    found = evaluate("one", *where, "--task", "linear_probe", "--folds", 3, "--seed", 1)
+    assert found["linear_probe/top1"] == 1.0  # colors are easy
+    assert -2 <= found["linear_probe/log10_C"] <= 7.5
+    fixed = evaluate("one", *where, "--task", "linear_probe", "--log10-c", 2)
+    assert fixed["linear_probe/log10_C"] == 2.0
+    near = evaluate("one", *where, "--task", "knn", "--k", 3, "--temperature", 0.2)
+    assert near["knn/top1"] == 1.0 and near["knn/plain/top1"] == 1.0
+    few = evaluate(
+        "one", *where, "--task", "few_shot", "--shots", "1,4", "--draws", 2, "--log10-c", 1
+    )
+    assert set(few) == {
+        f"few_shot/{n}_shot/{k}" for n in (1, 4) for k in ("top1", "top1_std", "mean_per_class")
+    }
+    assert few["few_shot/4_shot/top1"] > 0.5
+
+
+def test_retrieval_geometry_and_several_data_sets(evaluate, world):
+    pairs = world / "test-pairs"
+    both = evaluate(
+        "one", "--dataset", pairs, "--task", "retrieval", "--task", "geometry", "--limit", 5
+    )
+    assert {RETRIEVED, "geometry/modality_gap"} <= set(both)
+    two = evaluate("one", "--dataset", pairs, "--dataset", world / "train-pairs")  # retrieval
+    assert {"test-pairs_" + RETRIEVED, "train-pairs_" + RETRIEVED} <= set(two)
+
+
+def test_compositional(evaluate, world):
+    files = ["--dataset", world / "swap.json", "--dataset", world / "add.json"]
+    found = evaluate("one", *files, "--task", "compositional", "--images", world / "test")
+    assert found["compositional/swap/accuracy"] == found["compositional/add/accuracy"]
+    assert found["compositional/accuracy"] in (0.0, 1.0)
+
+
+def test_a_tfds_data_set_by_name_split_and_languages(evaluate, tmp_path):
+    build_tiny_tfds(tmp_path / "tfds")
+    where = ["--data-dir", tmp_path / "tfds", "--limit", 6, "--image-key", "picture"]
+    spoken = ["--caption-key", "spoken/words", "--language-key", "spoken/code"]
+    found = evaluate(
+        "one", "--dataset", "colors:1.0.0:test", "--languages", "zh,en", *spoken, *where
+    )
+    assert {"retrieval/zh/image_to_text/R@1", "retrieval/en/image_to_text/R@1"} <= set(found)
+    labels = ["--dataset", "colors", "--label-key", "kind", "--task", "zeroshot", "--task", "knn"]
+    found = evaluate("one", *labels, "--k", 1, *where)
+    assert found["zeroshot/top5"] == 1.0
+    assert found["knn/top1"] == 1.0  # from the split train
+
+
+def build_tiny_tfds(folder):
+    import tensorflow_datasets as tfds
+
+    class Colors(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = "colors"
+        VERSION = tfds.core.Version("1.0.0")
+        url_infos = {}  # noqa: RUF012
+
+        def _info(self):
+            text = tfds.features.Text()
+            features = {
+                "picture": tfds.features.Image(),
+                "kind": tfds.features.ClassLabel(names=list(COLORS)),
+                "spoken": tfds.features.Sequence({"words": text, "code": text}),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, manager):
+            return {"train": self._generate_examples(), "test": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(9):
+                name = list(COLORS)[i % 3]
+                file = io.BytesIO()
+                Image.new("RGB", (16, 16), COLORS[name]).save(file, "PNG")
+                spoken = {"words": [f"a {name} thing", f"{name} {i}"], "code": ["en", "zh"]}
+                yield (
+                    str(i),
+                    {"picture": io.BytesIO(file.getvalue()), "kind": name, "spoken": spoken},
+                )
+
+    Colors(data_dir=folder, file_format="array_record").download_and_prepare()
+
+
+def test_a_table_of_several_models(world, capsys, one_device):
+    models = [str(world / "one"), str(world / "two")]
+    data = ["--dataset", str(world / "test-pairs"), "--task", "retrieval"]
+    assert main(["eval", *models, *data, "--table", "csv", "--json"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)
+    assert list(found) == models
+    rows = list(csv.reader(lines))
+    assert rows[0] == ["figure", *models] and len(rows) == 1 + len(found[models[0]])
+    for name, *cells in rows[1:]:
+        assert [float(c) for c in cells] == [found[m][name] for m in models]
+    assert main(["eval", models[0], *data, "--table", "md"]) == 0
+    head, rule, *lines = capsys.readouterr().out.splitlines()
+    assert [cell.strip() for cell in head.split("|")[1:-1]] == ["figure", models[0]]
+    assert set(rule) == set("|-: ") and len({len(line) for line in (head, rule, *lines)}) == 1
+    for line in lines:
+        _, name, cell, _ = line.split("|")
+        assert float(cell) == pytest.approx(found[models[0]][name.strip()], abs=5e-5)
+
+
+def test_evaluators_from_a_file(evaluate, world, tmp_path):
+    file = tmp_path / "my_evals.py"
+    file.write_text(
+        "from clipjax.data import ClassFolder\nfrom clipjax.evals import ZeroShot\n"
+        f"def evals():\n    return (ZeroShot(ClassFolder({str(world / 'test')!r}), name='mine'),)\n"
+    )
+    assert "mine/top1" in evaluate("one", "--evals", file, "--confusion", tmp_path / "c.png")
+    assert (tmp_path / "c.png").is_file()
+
+
+def test_the_robustness_file_is_a_file_of_evaluators():
+    from clipjax.cli.eval import _from_file
+
+    found = _from_file(Path(__file__).parents[2] / "configs" / "robustness.py")
+    assert [e.name for e in found] == [
+        "imagenet",
+        "imagenet_v2",
+        "imagenet_sketch",
+        "imagenet_r",
+        "imagenet_a",
+    ]
+
+
+def test_a_run_and_a_model_side_by_side(evaluate, world, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", str(TINY), "--workdir", str(run), "--duration.amount", "1"]) == 0
+    capsys.readouterr()
+    found = evaluate([run, "one"], "--dataset", world / "test-pairs")
+    assert found[str(run)]["step"] == 1 and "step" not in found[str(world / "one")]
+    own = evaluate(run, "--batch-size", 3)
+    results = json.loads((run / "results.json").read_text())
+    assert own["step"] == 1 and own[RETRIEVED] == results[RETRIEVED]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Six runs of the tiny config that ended on a power law, as far as their files say."""
+    root = tmp_path_factory.mktemp("runs")
+    run = load_config(TINY)
+    for i, steps in enumerate((10, 30, 100, 300, 1000, 3000)):
+        folder = root / f"run{i}"
+        folder.mkdir()
+        (folder / "run.json").write_text(json.dumps(to_json(run)))
+        error = 2.0 * (16 * steps) ** -0.4 + 0.1
+        results = {"step": steps, "seconds": 1.0, RETRIEVED: 1 - error, "loss": 3 * error}
+        (folder / "results.json").write_text(json.dumps(results))
+    return root
+
+
+def fit(finished, capsys, *options):
+    runs = [str(finished / f"run{i}") for i in range(6)]
+    code = main(["eval", *runs, "--fit-scaling", "--imports", str(TINY), *map(str, options)])
+    return code, capsys.readouterr()
+
+
+def test_a_scaling_law_over_runs(finished, capsys, tmp_path):
+    code, said = fit(finished, capsys, "--json", "--plot", tmp_path / "law.png", "--resamples", 20)
+    assert code == 0
+    found = json.loads(said.out.splitlines()[-1])
+    assert found["fit"]["b"] == pytest.approx(0.4, abs=0.01)
+    assert found["fit"]["c"] == pytest.approx(0.1, abs=0.003)
+    assert found["points"][0]["x"] == 160 and set(found["interval_95"]) == {"a", "b", "c"}
+    assert Image.open(tmp_path / "law.png").width == 900
+    code, said = fit(
+        finished, capsys, "--json", "--metric", "loss", "--x", "flops", "--resamples", 0
+    )
+    found = json.loads(said.out.splitlines()[-1])
+    assert found["fit"]["c"] == pytest.approx(0.3, abs=0.01) and found["interval_95"] == {}
+    # more than 3 x 2 operations for each weight of a product and example, and not orders more
+    assert 1e5 < found["points"][0]["x"] / 160 < 1e7
+
+
+def test_a_scaling_law_that_cannot_be_fitted_is_refused(finished, capsys, refused):
+    for options, message in (
+        (["--metric", "retrieval/image_to_text/R@2"], "did you mean 'retrieval/image_to_text/R@1'"),
+        (["--x", "flop"], "no axis 'flop'; did you mean 'flops'"),
+        (["--x", "params"], "1 different values of x"),  # all have the same size
+        (["--resamples", "-1"], "must be at least 0"),
+        (["--limit", 3], "--limit has no effect with --fit-scaling"),
+        (["--plot", finished / "none" / "x.png", "--resamples", 0], "cannot be written"),
+    ):
+        code, said = fit(finished, capsys, *options)
+        assert code == 2 and message in said.err
+    assert "holds no results.json" in refused("one", "--fit-scaling")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task", "zero_shot", "--dataset", "x"], "no task 'zero_shot'; did you mean 'zeroshot'"),
+        (["--datset", "x"], "no option '--datset'; did you mean '--dataset'"),
+        ([], "is a model without evaluators of its own"),
+        (["--k", 3], "--k needs --dataset"),
+        (["--task", "knn"], "--task needs --dataset"),
+        (["--dataset", "cifar10", "--k", 3], "--k is for --task knn"),
+        (["--dataset", "cifar10", "--metric", "x"], "--metric needs --fit-scaling"),
+        (["--dataset", "cifar10", "--evals", "x.py"], "give one"),
+        (["--evals", "none.py"], "none.py: no such file"),
+        (["--dataset", "./none"], "no folder './none'"),
+        (["--dataset", "nine", "--data-dir", "/none"], "the data set 'nine' is not in '/none'"),
+        (["--dataset", "x:train", "--task", "knn"], "say with --train-dataset"),
+        (["--dataset", "x", "--task", "few_shot", "--shots", "two"], "--shots two"),
+        (["--dataset", "x.json", "--task", "compositional"], "needs --images"),
+        (
+            ["--dataset", "x", "--task", "compositional", "--task", "knn", "--images", "."],
+            "by itself",
+        ),
+        (
+            ["--dataset", "x", "--dataset", "y", "--task", "zeroshot", "--confusion", "c.png"],
+            "one data set",
+        ),
+        (["--dataset", "x", "--task", "zeroshot", "--templates", "none"], "no file of templates"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_evaluated(refused, options, message):
+    assert message in refused("one", *options)
+
+
+def test_a_model_that_is_not_there_is_found_before_the_first_is_evaluated(refused, world):
+    error = refused(["one", "three"], "--dataset", world / "test-pairs")
+    assert "three is no folder" in error
+    assert "TFDS data sets only" in refused("one", "--dataset", world / "test", "--label-key", "x")
+
+
+def test_a_file_without_evaluators_is_refused(refused, tmp_path):
+    (tmp_path / "nothing_here.py").write_text("x = 1\n")
+    assert "defines `def evals()" in refused("one", "--evals", tmp_path / "nothing_here.py")
+    (tmp_path / "nothing_returned.py").write_text("def evals():\n    return ()\n")
+    assert "at least one" in refused("one", "--evals", tmp_path / "nothing_returned.py")
