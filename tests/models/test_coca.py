@@ -1,6 +1,7 @@
 """CoCa: who sees whom, its layouts, its cache, its sizes, and that one forward pass serves both losses."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +125,33 @@ def test_cached_decoding_equals_whole_rows(models, name):
     np.testing.assert_allclose(cached_logits, logits, atol=1e-5 * np.abs(logits).max())
     np.testing.assert_allclose(cached_features, features, atol=1e-5 * np.abs(features).max())
     assert all(leaf.shape[1] == 3 for leaf in jax.tree.leaves(cache))  # [layers, B, ...]
+
+
+def test_a_step_writes_its_positions_and_copies_no_cache():
+    """In a loop over positions the cache of the text is updated in place, never copied."""
+    graphdef, params, _ = abstract(lambda: tiny().build(nnx.Rngs(0)))
+    rows, length = 3, 7
+
+    def run(params, memory):
+        module = merge(graphdef, params, {})
+        cache = module.start_cache(memory, length)
+        tokens = jnp.ones((rows, 1), jnp.int32)
+
+        def step(position, state):
+            logits, _, cache = module.decode(state[0], position, state[1])
+            return jnp.argmax(logits, -1).astype(jnp.int32), cache
+
+        shape = cache["multimodal"]["k"].shape
+        return jax.lax.fori_loop(0, length, step, (tokens, cache))[0], jnp.zeros(shape)
+
+    width = tiny().decoder.width
+    memory = jax.ShapeDtypeStruct((rows, 5, width), jnp.float32)
+    compiled = jax.jit(run).lower(params, memory).compile()
+    whole = compiled.out_info[1].shape
+    loops = compiled.as_text().split("ENTRY ")[0]
+    kept = ",".join(map(str, whole))
+    assert f"f32[{kept}]" in loops
+    assert not re.findall(rf"= f32\[{kept}\]\S* copy\(", loops)
 
 
 @pytest.mark.parametrize("name", ["coca", "openclip", "mammut"])
