@@ -101,7 +101,7 @@ def choose_c(
                 if (dealing, power) not in merits:
                     attempt(dealing, power)
         tried = {p for d, p in merits if d == count - 1}
-        return max(tried, key=lambda p: tuple(sum(merits[d, p] for d in range(count))))
+        return max(tried, key=lambda p: tuple(np.sum([merits[d, p] for d in range(count)], axis=0)))
 
     power = best(COARSE, 1)
     step = COARSE[1] - COARSE[0]
