@@ -129,11 +129,11 @@ class Average(Start):
 
     def open(self, opener):
         weights = self.weights or (1 / len(self.models),) * len(self.models)
-        first = opener(self.models[0])
+        first = opener(self.models[0]).folded()
         mean = _scaled(first, weights[0])
         # One model at a time: no more than two are held.
         for path, weight in zip(self.models[1:], weights[1:], strict=True):
-            other = opener(path)
+            other = opener(path).folded()
             _same(first, self.models[0], other, path)
             mean = jax.tree.map(lambda m, x, w=weight: m + w * _float(x), mean, _arrays(other))
         params, model_state = jax.tree.map(lambda m, x: m.astype(x.dtype), mean, _arrays(first))

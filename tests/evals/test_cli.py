@@ -15,6 +15,7 @@ from clipjax.cli import main
 from clipjax.component import to_json
 from clipjax.config import load_config
 from clipjax.data import BPE
+from clipjax.evals.embed import embed_images
 from clipjax.models import DualEncoder
 from clipjax.params import split
 from clipjax.pretrained import Pretrained
@@ -141,7 +142,7 @@ def test_zero_shot_with_prompts_templates_and_pictures(evaluate, world, tmp_path
     assert some["zeroshot/top1"] in (0.0, 1.0)  # the first four are blue
 
 
-def test_probes(evaluate, world):
+def test_probes(evaluate, world, monkeypatch):
     where = ["--dataset", world / "test", "--train-dataset", world / "train"]
     found = evaluate("one", *where, "--task", "linear_probe", "--folds", 3, "--seed", 1)
     assert found["linear_probe/top1"] == 1.0  # colors are easy
@@ -150,9 +151,19 @@ def test_probes(evaluate, world):
     assert fixed["linear_probe/log10_C"] == 2.0
     near = evaluate("one", *where, "--task", "knn", "--k", 3, "--temperature", 0.2)
     assert near["knn/top1"] == 1.0 and near["knn/plain/top1"] == 1.0
-    few = evaluate(
-        "one", *where, "--task", "few_shot", "--shots", "1,4", "--draws", 2, "--log10-c", 1
+    embedded = []
+    monkeypatch.setattr(
+        "clipjax.evals.features.embed_images",
+        lambda predictor, images, rows: (
+            embedded.append(rows) or embed_images(predictor, images, rows)
+        ),
     )
+    few = evaluate(
+        "one", *where, "--task", "few_shot", "--shots", "1,4", "--draws", 2, "--log10-c", 1,
+        "--task", "knn", "--k", 3, "--temperature", 0.2,
+    )  # fmt: skip
+    assert len(embedded) == 2  # each split once, for both
+    assert {name: few.pop(name) for name in near} == near
     assert set(few) == {
         f"few_shot/{n}_shot/{k}" for n in (1, 4) for k in ("top1", "top1_std", "mean_per_class")
     }
