@@ -7,6 +7,7 @@ saved as JSON with every checkpoint, so a checkpoint opens without the file it c
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib.util
 import re
 import sys
@@ -17,7 +18,7 @@ from types import ModuleType
 from clipjax.checkpoint import Checkpointing
 from clipjax.component import Component, did_you_mean_field
 from clipjax.data import Data
-from clipjax.errors import ClipjaxError
+from clipjax.errors import ClipjaxError, did_you_mean
 from clipjax.evals.base import Evaluator
 from clipjax.mesh import MeshShape
 from clipjax.models.base import Model
@@ -78,7 +79,9 @@ def load_module(path: Path) -> ModuleType:
     """
     path = Path(path)
     if not path.is_file():
-        raise ClipjaxError(f"{path}: no such file")
+        beside = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside)
+        raise ClipjaxError(f"{path}: no such file{did_you_mean(path.name, near)}")
     name = path.stem
     loaded = sys.modules.get(name)
     if loaded is not None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipjax.errors import ClipjaxError
+from clipjax.errors import ClipjaxError, did_you_mean
 
 if TYPE_CHECKING:
     from clipjax.config import Run
@@ -50,6 +52,7 @@ def parse_run(
         print("\nGive a config before --help to see every option it has.")
         raise SystemExit(0)
     namespace, options = parser.parse_known_args(with_config)
+    _refuse_misspelt(parser, options)
     import_files(namespace.imports)
     source = namespace.config / "run.json" if namespace.config.is_dir() else namespace.config
     if namespace.config.is_dir() and not source.is_file():
@@ -60,6 +63,19 @@ def parse_run(
         parser.print_help()
     run = override(load_config(source), options + ["--help"] * asks_help, parser.prog)
     return namespace, run
+
+
+def _refuse_misspelt(parser: argparse.ArgumentParser, options: list[str]) -> None:
+    """Names the command's own option that one is near to, unless it is a field of a run."""
+    from clipjax.config import Run
+
+    own = [name for action in parser._actions for name in action.option_strings]
+    fields = {field.name for field in dataclasses.fields(Run)}
+    for option in options:
+        name = option.split("=")[0]
+        is_field = name.removeprefix("--").removeprefix("no_").split(".")[0] in fields
+        if name.startswith("--") and not is_field and difflib.get_close_matches(name, own):
+            raise ClipjaxError(f"{parser.prog}: no option {name!r}{did_you_mean(name, own)}")
 
 
 def add_opened_run(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from clipjax.component import Component
@@ -28,8 +29,10 @@ class Duration(Component):
     unit: Literal["steps", "examples", "epochs"] = "steps"
 
     def __post_init__(self) -> None:
-        if self.amount < 0:
-            raise ClipjaxError(f"a duration of {self.amount} {self.unit}: must not be negative")
+        if not 0 <= self.amount < math.inf:
+            raise ClipjaxError(
+                f"a duration of {self.amount} {self.unit}: must be finite and not negative"
+            )
         if self.unit not in ("steps", "examples", "epochs"):
             raise ClipjaxError(f"duration unit {self.unit!r}: use 'steps', 'examples' or 'epochs'")
 

@@ -51,6 +51,7 @@ class Progress:
         self._shown = jax.process_index() == 0
         self._live: Live | None = None
         self._line_every, self._last_line = seconds_between_lines, -math.inf
+        self._printed: int | None = None
         self._clock = clock
         self._first: tuple[float, int] | None = None
         self._window: collections.deque[tuple[float, int]] = collections.deque(maxlen=20)
@@ -69,7 +70,7 @@ class Progress:
             self._live.update(self._render())
             self._live.__exit__(*exc_info)
             self._live = None
-        elif self._shown and self._scalars:
+        elif self._shown and self._scalars and self._printed != self._step:
             self._print_line()
 
     def update(self, step: int, scalars: Scalars | None = None) -> None:
@@ -120,6 +121,7 @@ class Progress:
             self._print_line()
 
     def _print_line(self) -> None:
+        self._printed = self._step
         percent = 100 * self._step / max(self._total, 1)
         self.say(
             f"step {self._step}/{self._total} ({percent:.1f} %)  {self._pace()}  {self._state()}"

@@ -41,6 +41,9 @@ class Writer(Protocol):
 class Tracker(Component):
     """Role: a place outside the run's folder, or a format inside it, that figures are sent to."""
 
+    def check(self) -> None:
+        """Refuses, before a run writes anything, what can be seen to keep `build` from working."""
+
     def build(self, workdir: Path, config: dict[str, Any], resume_step: int | None) -> Writer:
         """Opens the tracker; called in process 0 only.
 
@@ -78,6 +81,9 @@ class Wandb(Tracker):
     def __post_init__(self):
         if self.mode not in ("online", "offline", "disabled"):
             raise ClipjaxError(f"Wandb.mode={self.mode!r}: choose online, offline or disabled")
+
+    def check(self):
+        _import_wandb()
 
     def build(self, workdir, config, resume_step):
         return _WandbWriter(self, Path(workdir), config, resume_step)
@@ -226,17 +232,22 @@ class _TensorBoardWriter:
         self._writer.close()
 
 
+def _import_wandb() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ClipjaxError(
+            "the run asks for Weights & Biases, and wandb is not installed: "
+            "pip install 'clipjax[tracking]', or take Wandb(...) out of the run's trackers"
+        ) from error
+    return wandb
+
+
 class _WandbWriter:
     def __init__(
         self, settings: Wandb, workdir: Path, config: dict[str, Any], resume_step: int | None
     ):
-        try:
-            import wandb
-        except ImportError as error:
-            raise ClipjaxError(
-                "the run asks for Weights & Biases, and wandb is not installed: "
-                "pip install 'clipjax[tracking]', or take Wandb(...) out of the run's trackers"
-            ) from error
+        wandb = _import_wandb()
         # The id in the run's folder is what lets a resumed run continue the same curves.
         id_file = workdir / "wandb_id"
         resumed = resume_step is not None and id_file.exists()

@@ -59,6 +59,8 @@ def claim(run: Run, workdir: Path) -> None:
 
 def changes(before: Any, after: Any, path: str = "") -> list[tuple[str, Any, Any]]:
     """(dotted path, old value, new value) for everything that differs between two runs as JSON."""
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        before, after = dict(enumerate(before)), dict(enumerate(after))
     if isinstance(before, dict) and isinstance(after, dict):
         names = list(dict.fromkeys([*before, *after]))
         return [

@@ -99,6 +99,8 @@ def setup(run: Run, workdir: Path) -> Session:
     mesh = run.mesh.build()
     check_batch(run.data.batch_size, mesh, run.accumulate)
     check_best(run)
+    for tracker in run.trackers:
+        tracker.check()
     start = latest_step(workdir)
     tokenizer = (
         run.data.tokenizer.build(run.data.iter_captions())

@@ -38,6 +38,12 @@ def test_durations_in_steps(duration, steps):
     assert duration.steps(SCALE) == steps
 
 
+@pytest.mark.parametrize("amount", [-1, math.nan, math.inf])
+def test_amounts_that_are_no_length_are_refused(amount):
+    with pytest.raises(ClipjaxError, match="must be finite and not negative"):
+        Duration(amount)
+
+
 def test_warmup_is_linear_and_never_zero():
     got = values(Constant(warmup=Duration(4)), 10, range(6))
     np.testing.assert_allclose(got, [0.25, 0.5, 0.75, 1, 1, 1])

@@ -36,6 +36,13 @@ def test_progress_without_a_terminal_prints_plain_lines_every_so_often():
     assert "\x1b" not in output.getvalue()
 
 
+def test_the_last_state_is_not_printed_twice():
+    output = io.StringIO()
+    with Progress(1, 8, console=Console(file=output), clock=Clock()) as progress:
+        progress.update(1, {"loss": 1.0})
+    assert output.getvalue().count("step 1/1") == 1
+
+
 def test_speed_leaves_evaluations_out_and_the_time_left_does_not():
     clock = Clock()
     progress = Progress(100, 10, console=Console(file=io.StringIO()), clock=clock)

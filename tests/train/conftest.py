@@ -38,17 +38,6 @@ def config():
 _numbers = itertools.count()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compiled(tmp_path_factory):
-    """Programs are compiled once a session, by whichever process needs them first."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    yield folder
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
 @pytest.fixture
 def read_metrics():
     return _read_metrics
@@ -102,22 +91,18 @@ def clipjax(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def spawn(compiled):
+def spawn():
     """`spawn("train", ...)`: the command line in a process of its own, for what kills it."""
     started = []
 
     def start(*arguments, devices=1, command=(sys.executable, "-m", "clipjax.cli"), **environment):
         flags = re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"])
-        caching = {
-            "JAX_COMPILATION_CACHE_DIR": compiled,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        }
         process = subprocess.Popen(
             [*map(str, command), *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"XLA_FLAGS": flags} | caching | environment,
+            env=os.environ | {"XLA_FLAGS": flags} | environment,
         )
         started.append(process)
         return process

@@ -27,13 +27,15 @@ from clipjax.objectives import (
     Softmax,
 )
 from clipjax.optim import SGD, Constant, Scale
-from clipjax.params import map_with_path, merge, paths
+from clipjax.params import merge, paths
 from clipjax.sharding import Sharding
 from clipjax.towers import TextTransformer, ViT
 from clipjax.train.state import Blueprint
 from clipjax.train.step import make_step
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "objectives"))
+from drawn import begin
 from fast import jit
 
 LR = 1e4
@@ -76,22 +78,6 @@ def make_batch(n=16):
 def draw(model, objective, mesh, fsdp=False):
     sharding = Sharding(fsdp=fsdp, min_size=64)
     return Blueprint.draw(model, objective, PLAIN, None, mesh, sharding, 10, Scale(16, 64), seed=0)
-
-
-def begin(blueprint):
-    """A first state, drawn by NumPy: compiling JAX's own drawing takes longer than all else here."""
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        spread = leaf.shape[-2] ** -0.5 if path.endswith(("kernel", "queries")) else 0.02
-        value = spread * rng.normal(size=leaf.shape)
-        if path == "logit_scale":
-            value = np.log(5.0)
-        return np.asarray(value + path.endswith("/scale"), leaf.dtype)
-
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), blueprint.abstract)
-    state = dataclasses.replace(zeros, params=map_with_path(draw, blueprint.abstract.params))
-    return jax.device_put(state, blueprint.shardings)
 
 
 @functools.cache

@@ -47,6 +47,8 @@ def test_a_config_with_an_unknown_field(refused, tmp_path, tiny, clipjax):
 def test_missing_files(refused, tmp_path):
     refused(["nowhere.py: no such file"], "train", config=tmp_path / "nowhere.py")
     refused(["nowhere.py: no such file"], "train", "--imports", tmp_path / "nowhere.py")
+    (tmp_path / "somewhere.py").touch()
+    refused(["did you mean 'somewhere.py'?"], "train", config=tmp_path / "somewhre.py")
 
 
 def test_a_config_that_does_not_run(refused, tmp_path):
@@ -59,7 +61,8 @@ def test_a_config_that_does_not_run(refused, tmp_path):
     refused(["returned int"], "config", config=tmp_path / "other.py")
 
 
-def test_misspelt_options_name_the_nearest(clipjax, capsys):
+def test_misspelt_options_name_the_nearest(clipjax, capsys, refused):
+    refused(["no option '--wrkdir'; did you mean '--workdir'?"], "train", "--wrkdir", "runs/x")
     with pytest.raises(SystemExit) as stop:
         clipjax("train", "--optimizer.lrr", "1e-3")
     assert stop.value.code == 2
@@ -133,7 +136,7 @@ def test_folders_that_are_no_run(refused, tmp_path, clipjax):
 
 
 def test_a_checkpoint_of_another_model(refused, clipjax, vary):
-    assert clipjax("train", "--duration.amount", 2) == 0
+    assert clipjax("train", "--duration.amount", 2, config=vary("evals=()")) == 0
     before = files(clipjax.workdir)
     message = refused(
         ["is of another model", "fc1/bias", "(2, 64)", "(2, 32)"],
@@ -153,10 +156,11 @@ def test_a_checkpoint_of_another_model(refused, clipjax, vary):
     assert files(clipjax.workdir) == before
 
 
-def test_a_run_whose_components_are_unknown(refused, clipjax):
-    assert clipjax("train", "--duration.amount", 2) == 0
+def test_a_run_whose_components_are_unknown(refused, clipjax, capsys):
+    assert clipjax("config") == 0
+    run = json.loads(capsys.readouterr().out)
+    clipjax.workdir.mkdir()
     saved = clipjax.workdir / "run.json"
-    run = json.loads(saved.read_text())
     run["data"]["source"]["@type"] = "somewhere_else:Squares"
     saved.write_text(json.dumps(run))
     refused(["somewhere_else:Squares", "--imports"], "config", config=clipjax.workdir)

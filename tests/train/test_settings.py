@@ -12,6 +12,7 @@ import pytest
 from clipjax import open_pretrained
 from clipjax.checkpoint import Checkpoints
 from clipjax.params import paths
+from clipjax.train.folder import changes
 
 
 def weights(path):
@@ -210,10 +211,12 @@ def test_trackers(clipjax, read_metrics, vary, capsys, monkeypatch):
     assert [e.value for e in events] == pytest.approx(list(expected.values()))
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     capsys.readouterr()
+    before = (clipjax.workdir / "run.json").read_bytes()
     config = vary("trackers=(Wandb('project'),), evals=()")
     assert clipjax("train", "--duration.amount", 6, config=config) == 2
     assert "pip install 'clipjax[tracking]'" in capsys.readouterr().err
     assert read_metrics(clipjax.workdir) == expected
+    assert (clipjax.workdir / "run.json").read_bytes() == before
 
 
 def test_what_pictures_and_captions_are_shown(clipjax, read_metrics, vary, monkeypatch):
@@ -266,6 +269,12 @@ def test_one_compilation_no_implicit_transfers_and_no_wasted_buffers(
     compilations = re.findall(r"Finished XLA compilation of jit\(step\)", caplog.text)
     assert len(compilations) == 1
     assert not [w for w in recwarn if "donated" in str(w.message)]
+
+
+def test_what_changed_is_named_as_on_the_command_line():
+    before = {"seed": 0, "evals": [{"every": {"steps": 4}, "name": "a"}], "trackers": []}
+    after = {"seed": 0, "evals": [{"every": {"steps": 9}, "name": "a"}], "trackers": [1]}
+    assert changes(before, after) == [("evals.0.every.steps", 4, 9), ("trackers", [], [1])]
 
 
 def test_config_prints_what_trains(clipjax, capsys):
