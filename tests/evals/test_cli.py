@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -54,10 +55,8 @@ def world(tmp_path_factory):
                 path = root / part / name / f"{i}.png"
                 Image.fromarray(pixels.astype(np.uint8)).save(path)
                 rows.append(f"{part}/{name}/{i}.png,a {name} thing {i}")
-        (root / f"{part}-pairs").mkdir()
-        (root / f"{part}-pairs" / "captions.csv").write_text(
-            "\n".join(rows).replace(f"{part}/", f"../{part}/")
-        )
+        shutil.copytree(root / part, root / f"{part}-pairs" / part)
+        (root / f"{part}-pairs" / "captions.csv").write_text("\n".join(rows))
     entry = {"caption": "a red thing", "negative_caption": "a blue thing"}
     for name in ("swap", "add"):
         (root / f"{name}.json").write_text(json.dumps([entry | {"image": "red/0.png"}] * 2))
