@@ -194,12 +194,17 @@ def read_pretrained(folder: str | Path) -> Pretrained:
     try:
         facts = json.loads((folder / MODEL_FILE).read_text())
         flat = load_file(folder / WEIGHTS_FILE)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise ClipjaxError(f"{folder} holds no complete model: {error}") from error
+    if not isinstance(facts, dict):
+        raise ClipjaxError(f"{folder / MODEL_FILE} holds no JSON object")
     if facts.get("format") != FORMAT:
         raise ClipjaxError(
             f"{folder} was written in format {facts.get('format')}, and this clipjax reads {FORMAT}"
         )
+    for key in ("model", "context_length", "image_size", "resize"):
+        if key not in facts:
+            raise ClipjaxError(f"{folder / MODEL_FILE} lacks {key!r}")
     model = from_json(facts["model"])
     if not isinstance(model, Model):
         raise ClipjaxError(f"{folder / MODEL_FILE} describes a {type(model).__name__}, not a model")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from clipjax.params import map_with_path, paths
 from clipjax.pretrained import Pretrained
 
 log = logging.getLogger(__name__)
+Opener = Callable[[str], Pretrained]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,16 +33,23 @@ class Start(Component):
     into: str = ""
     """Path under which the run's model holds what is opened: "base" for `Lora`; "" is the whole model."""
 
-    def open(self) -> Pretrained:
-        """The model whose weights are taken."""
+    def open(self, opener: Opener) -> Pretrained:
+        """The model whose weights are taken.
+
+        Args:
+          opener: opens the model at a path: `clipjax.open_pretrained`.
+        """
         raise NotImplementedError
 
-    def leaves(self, params: Any, model_state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def leaves(
+        self, params: Any, model_state: Any, opener: Opener
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The arrays to begin with, by their paths in the run's model.
 
         Args:
           params: the run's parameters (arrays or ShapeDtypeStructs).
           model_state: the rest of its arrays.
+          opener: as for `open`.
 
         Returns:
           (of the parameters, of the model state).
@@ -54,7 +63,7 @@ class Start(Component):
             raise ClipjaxError(
                 f"start.fresh={self.fresh!r}: no regular expression: {error}"
             ) from error
-        opened = self.open()
+        opened = self.open(opener)
         taken: list[dict[str, Any]] = []
         random: list[str] = []
         for wanted, given in ((params, opened.params), (model_state, opened.model_state)):
@@ -89,8 +98,8 @@ class StartFrom(Start):
     path: str
     """What `clipjax.open_pretrained` opens."""
 
-    def open(self):
-        return _open(self.path)
+    def open(self, opener):
+        return opener(self.path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,13 +127,13 @@ class Average(Start):
                 f"Average: weights={self.weights} add up to {sum(self.weights):g}: make it 1"
             )
 
-    def open(self):
+    def open(self, opener):
         weights = self.weights or (1 / len(self.models),) * len(self.models)
-        first = _open(self.models[0])
+        first = opener(self.models[0]).folded()
         mean = _scaled(first, weights[0])
         # One model at a time: no more than two are held.
         for path, weight in zip(self.models[1:], weights[1:], strict=True):
-            other = _open(path)
+            other = opener(path).folded()
             _same(first, self.models[0], other, path)
             mean = jax.tree.map(lambda m, x, w=weight: m + w * _float(x), mean, _arrays(other))
         params, model_state = jax.tree.map(lambda m, x: m.astype(x.dtype), mean, _arrays(first))
@@ -136,12 +145,6 @@ def overlay(tree: Any, leaves: dict[str, Any]) -> Any:
     return map_with_path(
         lambda name, leaf: leaves[name].astype(leaf.dtype) if name in leaves else leaf, tree
     )
-
-
-def _open(path: str) -> Pretrained:
-    from clipjax.restore import open_pretrained  # which reads runs, which have a start
-
-    return open_pretrained(path)
 
 
 def _fitting(name: str, leaf: Any, there: dict[str, Any]) -> Any:

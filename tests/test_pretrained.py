@@ -53,6 +53,15 @@ def test_weights_that_do_not_fit_are_named(pretrained, tmp_path):
     (folder / "model.json").write_text(json.dumps(facts))
     with pytest.raises(ClipjaxError, match=r"image_projection/kernel' has shape \(16, 8\)"):
         read_pretrained(folder)
+    for content, message in (
+        ("[]", "holds no JSON object"),
+        ('{"format": 1}', "lacks 'model'"),
+        ("[" * 100_000, "holds no complete model"),
+    ):
+        (folder / "model.json").write_text(content)
+        with pytest.raises(ClipjaxError, match=message):
+            read_pretrained(folder)
+    (folder / "model.json").write_text(json.dumps(facts))
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(ClipjaxError, match="holds no complete model"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -24,7 +25,16 @@ def contest(contestants: dict[str, list[str]], rounds: int) -> dict[str, dict[st
 
     Returns:
       name -> {"seconds", "bytes", ...}: the smallest time and what the contestant reported.
+
+    Raises:
+      ClipjaxError: a command does not exist.
+      RunFailed: a contestant ended without a result (out of memory, no torch).
     """
+    from clipjax.errors import ClipjaxError
+
+    for name, (program, *_) in contestants.items():
+        if shutil.which(program) is None:
+            raise ClipjaxError(f"{program!r}, which should run {name}, is no program that starts")
     processes = {
         name: subprocess.Popen(
             command,
@@ -61,9 +71,9 @@ def _line(process: subprocess.Popen, name: str) -> str:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        raise RuntimeError(
-            f"the measurement of {name!r} ended without a result (its error is above)"
-        )
+        from clipjax.errors import RunFailed
+
+        raise RunFailed(f"the measurement of {name!r} ended without a result (its error is above)")
     return line
 
 

@@ -47,9 +47,10 @@ class LossBench(Component):
     """End with one JSON object on the last line."""
 
     def __post_init__(self):
-        for name in ("rows", "width", "rounds", "local_rows", "local_width"):
-            if getattr(self, name) < 1:
-                raise ClipjaxError(f"bench loss: {name}={getattr(self, name)} must be positive")
+        for name in ("rows", "width", "chunk", "rounds", "local_rows", "local_width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ClipjaxError(f"bench loss: {name}={value} must be positive")
         if self.devices < 8 or self.devices % 8:
             raise ClipjaxError(f"bench loss: devices={self.devices} must be a multiple of 8")
 

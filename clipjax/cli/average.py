@@ -24,10 +24,11 @@ def main(arguments: list[str]) -> int:
     )
     namespace = parser.parse_args(arguments)
     import_files(namespace.imports)
+    from clipjax.restore import open_pretrained
     from clipjax.start import Average
 
     weights = _numbers(namespace.weights) if namespace.weights else ()
-    Average(tuple(namespace.models), weights).open().save(namespace.out)
+    Average(tuple(namespace.models), weights).open(open_pretrained).save(namespace.out)
     print(namespace.out)
     return 0
 

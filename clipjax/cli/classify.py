@@ -9,7 +9,7 @@ from typing import Any
 
 from clipjax.cli.arguments import new_parser
 from clipjax.cli.models import add_model, open_model, say
-from clipjax.errors import EXIT_FAILED, ClipjaxError
+from clipjax.errors import EXIT_FAILED, ClipjaxError, did_you_mean
 
 
 def main(arguments: list[str]) -> int:
@@ -22,8 +22,9 @@ def main(arguments: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--templates", default="{}",
-        help='a prompt such as "a photo of a {}", or a file with one a line, whose embeddings are '
-        'averaged; {} stands for the name; default: the name alone',
+        help='a prompt such as "a photo of a {}", a file with one a line, or a data set whose prompts come '
+        'with clipjax (imagenet, cifar10, ...); the embeddings of several are averaged, {} stands for '
+        'the name; default: the name alone',
     )  # fmt: skip
     parser.add_argument("--top", type=int, default=5, metavar="K", help="labels to show; default 5")
     parser.add_argument(
@@ -67,15 +68,26 @@ def _labels(given: str) -> list[str]:
 
 
 def _templates(given: str) -> list[str]:
-    return [given] if "{}" in given else _lines(given, "--templates")
+    if "{}" in given:
+        return [given]
+    if Path(given).exists():
+        return _lines(given, "--templates")
+    from clipjax.evals.prompts import read_classes, shipped_classes
+
+    shipped = shipped_classes()
+    if given not in shipped:
+        raise ClipjaxError(
+            f"--templates {given!r} has no {{}} where the label goes, is no file, and no data set whose "
+            f"prompts come with clipjax{did_you_mean(given, shipped)}"
+        )
+    return list(read_classes(given).templates)
 
 
 def _lines(file: str, option: str) -> list[str]:
     try:
         lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
-        without = ", and has no {} where the label goes" if option == "--templates" else ""
-        raise ClipjaxError(f"{option} {file!r}: no readable file{without} ({error})") from error
+        raise ClipjaxError(f"{option} {file!r}: no readable file ({error})") from error
     kept = [line.strip() for line in lines if line.strip()]
     if not kept:
         raise ClipjaxError(f"{option} {file!r}: the file is empty")

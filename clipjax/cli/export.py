@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
 
     pretrained = open_pretrained(namespace.model)
     if namespace.to == "clipjax":
-        pretrained.save(namespace.out)
+        pretrained.folded().save(namespace.out)
         print(f"{namespace.out}: clipjax model folder")
         return 0
     family = export_weights(pretrained, namespace.out, namespace.to)

@@ -156,7 +156,7 @@ class TokenizerModel:
             text = _repaired(text)
         text = text.lower()
         if self._clean == "canonical":
-            text = text.translate(_PUNCTUATION)
+            text = text.replace("_", " ").translate(_PUNCTUATION)
         return " ".join(text.split())
 
 
@@ -232,7 +232,8 @@ class TokenizerFile(Tokenizer):
     eos: str | None = None
     """Last token; default: a token with a usual name."""
     clean: Clean = "keep"
-    """Before encoding: lower, canonical (that and no ASCII punctuation: SigLIP), or clip (OpenAI's)."""
+    """Before encoding: lower, canonical (that, `_` as a space and no other ASCII
+    punctuation: SigLIP), or clip (OpenAI's)."""
 
     def build(self, captions=()):
         from tokenizers import Tokenizer as Vocabulary
@@ -271,7 +272,8 @@ class SentencePiece(Tokenizer):
     eos: str | None = None
     """Last piece; default: the file's own, or a piece with a usual name."""
     clean: Clean = "keep"
-    """Before encoding: lower, canonical (that and no ASCII punctuation: SigLIP), or clip (OpenAI's)."""
+    """Before encoding: lower, canonical (that, `_` as a space and no other ASCII
+    punctuation: SigLIP), or clip (OpenAI's)."""
 
     def build(self, captions=()):
         path = _existing(self.path)
@@ -405,6 +407,7 @@ def _cleaning(clean: Clean) -> list[Any]:
         return []
     steps: list[Any] = [normalizers.Lowercase()]
     if clean == "canonical":
+        steps.append(normalizers.Replace("_", " "))
         marks = "".join("\\" + mark for mark in string.punctuation)
         steps.append(normalizers.Replace(Regex(f"[{marks}]"), ""))
     return [*steps, normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]

@@ -96,6 +96,9 @@ class Runner:
         """The figures; for subclasses."""
         return self.evaluator.run(predictor)
 
+    def share(self, others: Sequence[Runner]) -> None:
+        """Makes one thing of what this and one of the `others` would each load or compute."""
+
     def chance(self) -> dict[str, float]:
         """What a random order would score, by the names of the figures where it is known.
 
@@ -130,4 +133,9 @@ def build_runners(evaluators: Sequence[Evaluator]) -> list[tuple[Evaluator, Runn
                 f"{names.count(name)} evaluators are named {name!r}: their figures would overwrite "
                 f"each other; give one of them another name, such as name={name + '_2'!r}"
             )
-    return [(evaluator, evaluator.build()) for evaluator in evaluators]
+    runners: list[Runner] = []
+    for evaluator in evaluators:
+        runner = evaluator.build()
+        runner.share(runners)
+        runners.append(runner)
+    return list(zip(evaluators, runners, strict=True))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
+from collections.abc import Sequence
 
 import numpy as np
 from jax.sharding import Mesh
@@ -52,31 +54,27 @@ class FeatureEvaluator(Evaluator):
 
 
 class FeatureRunner(Runner):
-    """A `FeatureEvaluator` at work: keeps the pictures of small splits between evaluations."""
+    """A `FeatureEvaluator` at work; runners of the same splits embed them once between them."""
 
     evaluator: FeatureEvaluator
 
     def __init__(self, evaluator: FeatureEvaluator):
         super().__init__(evaluator)
-        self._loaded_for: int | None = None
+        self.features = Features(evaluator.train, evaluator.source, evaluator.limit)
+
+    def share(self, others: Sequence[Runner]) -> None:
+        for other in others:
+            if isinstance(other, FeatureRunner) and other.features.same_as(self.features):
+                self.features = other.features
+                self.features.users += 1
+                return
 
     def load(self, predictor: Predictor) -> None:
-        if self._loaded_for == predictor.image_size:
-            return
-        config = self.evaluator
-        self._train, self._test = (
-            load_eval(source, predictor.image_size, config.limit, predictor.resize)
-            for source in (config.train, config.source)
-        )
-        self._labels = _aligned(config, self._train, self._test)
-        self.classes = 1 + max(int(labels.max()) for labels in self._labels)
-        self._loaded_for = predictor.image_size
+        self.features.load(predictor)
+        self.classes = self.features.classes
 
     def evaluate(self, predictor: Predictor) -> dict[str, float]:
-        train, test = (
-            _labeled(predictor, data, labels)
-            for data, labels in zip((self._train, self._test), self._labels, strict=True)
-        )
+        train, test = self.features.embedded(predictor)
         figures = self.evaluator.measure(train, test, self.classes, predictor.mesh)
         return {f"{self.evaluator.name}/{key}": value for key, value in figures.items()}
 
@@ -84,6 +82,54 @@ class FeatureRunner(Runner):
         """What a random order of the classes would score, where figures are top-k; once loaded."""
         name, classes = self.evaluator.name, self.classes
         return {f"{name}/top{k}": metrics.recall_by_chance(k, classes) for k in (1, 5)}
+
+
+class Features:
+    """Two labeled splits, of which small ones' pictures are kept, and their embeddings by one model.
+
+    Attributes:
+      classes: how many, once loaded.
+      users: how many runners ask for the embeddings of each model. They are kept until the last
+        one has.
+    """
+
+    def __init__(self, train: Source, test: Source, limit: int | None):
+        self._sources, self._limit = (train, test), limit
+        self.users = 1
+        self._loaded_for: int | None = None
+        self._embedded: tuple[Labeled, ...] = ()
+        self._embedded_by: weakref.ref[Predictor] | None = None
+        self._asked = 0
+
+    def same_as(self, other: Features) -> bool:
+        """Whether they are of the same records."""
+        return (self._sources, self._limit) == (other._sources, other._limit)
+
+    def load(self, predictor: Predictor) -> None:
+        """Reads labels, and small splits' pictures, unless they are there."""
+        if self._loaded_for == predictor.image_size:
+            return
+        self._data = tuple(
+            load_eval(source, predictor.image_size, self._limit, predictor.resize)
+            for source in self._sources
+        )
+        self._labels = _aligned(self._sources, self._data)
+        self.classes = 1 + max(int(labels.max()) for labels in self._labels)
+        self._loaded_for = predictor.image_size
+
+    def embedded(self, predictor: Predictor) -> tuple[Labeled, ...]:
+        """(of the training split, of the test split)."""
+        if self._embedded_by is None or self._embedded_by() is not predictor:
+            self._embedded = tuple(
+                _labeled(predictor, data, labels)
+                for data, labels in zip(self._data, self._labels, strict=True)
+            )
+            self._embedded_by, self._asked = weakref.ref(predictor), 0
+        found = self._embedded
+        self._asked += 1
+        if self._asked == self.users:
+            self._embedded, self._embedded_by = (), None
+        return found
 
 
 def accuracies(score: np.ndarray, label: np.ndarray) -> dict[str, float]:
@@ -106,14 +152,17 @@ def _labeled(predictor: Predictor, data: EvalSet, labels: np.ndarray) -> Labeled
     return Labeled(x[seen], labels[rows[seen]])
 
 
-def _aligned(config: FeatureEvaluator, train: EvalSet, test: EvalSet) -> tuple[np.ndarray, ...]:
+def _aligned(
+    sources: tuple[Source, Source], data: tuple[EvalSet, ...]
+) -> tuple[np.ndarray, np.ndarray]:
     """The labels of both splits, with one meaning.
 
     Raises:
       ClipjaxError: a split has no labels, or one names classes that the other lacks.
     """
-    for data, source in ((train, config.train), (test, config.source)):
-        if data.labels is None:
+    train, test = data
+    for split, source in zip((train, test), sources, strict=True):
+        if split.labels is None:
             raise ClipjaxError(
                 f"{source} has no labels: name the feature that holds them (label_key of a Tfds "
                 "source)"
@@ -126,7 +175,7 @@ def _aligned(config: FeatureEvaluator, train: EvalSet, test: EvalSet) -> tuple[n
     occurring = {named[label] for label in set(test.labels.tolist()) if label >= 0}
     if unknown := sorted(occurring - set(place)):
         raise ClipjaxError(
-            f"{config.source} has {len(unknown)} classes that {config.train} lacks, such as "
+            f"{sources[1]} has {len(unknown)} classes that {sources[0]} lacks, such as "
             f"{unknown[0]!r}: both must have the same classes"
         )
     moved = np.array([place.get(name, -1) for name in named])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,22 @@ from jax.sharding import Mesh
 from clipjax.mesh import batch_sharding, batch_shards
 
 MAX_STEPS = 1000
-TOLERANCE = 1e-5
-"""The largest entry of the gradient of the mean loss at which a fit ends."""
+
+
+class Ending(NamedTuple):
+    """When a fit ends, at the latest after `MAX_STEPS`.
+
+    Attributes:
+      tolerance: the largest entry of the gradient of the mean loss.
+      patience: steps without a lower loss; in float32 the gradient falls on for a while.
+    """
+
+    tolerance: float
+    patience: int
+
+
+CLOSE = Ending(1e-6, 30)
+ROUGH = Ending(1e-5, 5)  # a few of a thousand predictions may differ from the minimum's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +85,7 @@ def fit(
     c: float,
     used: np.ndarray | None = None,
     start: Classifier | None = None,
+    ending: Ending = CLOSE,
 ) -> Classifier:
     """The minimum of sum_i loss_i + ||W||^2 / (2 c), as scikit-learn's LogisticRegression has it.
 
@@ -82,6 +98,7 @@ def fit(
       c: inverse strength of the penalty.
       used: bool [n], which of the data count; None: all. Other subsets compile nothing anew.
       start: where to begin.
+      ending: when to stop.
     """
     weight = np.zeros(len(examples.y), np.float32)
     weight[: examples.size] = 1.0 if used is None else used
@@ -91,7 +108,7 @@ def fit(
     width = examples.x.shape[1]
     begin = start or Classifier(np.zeros((width, classes)), np.zeros(classes))
     w, b, center = _fit(
-        examples.x, examples.y, placed, jnp.float32(penalty),
+        examples.x, examples.y, placed, jnp.float32(penalty), ending,
         jnp.asarray(begin.weight, jnp.float32), jnp.asarray(begin.bias, jnp.float32),
     )  # fmt: skip
     kernel = np.asarray(w, np.float64)
@@ -106,7 +123,7 @@ def spread(rows: np.ndarray, mesh: Mesh | None) -> jax.Array:
 
 
 @jax.jit
-def _fit(x, y, used, penalty, w, b):
+def _fit(x, y, used, penalty, ending, w, b):
     """(w, b, center): logits are (x - center) @ w + b."""
     total = used.sum()
     center = (used[:, None] * x).sum(0) / total
@@ -131,7 +148,6 @@ def _fit(x, y, used, penalty, w, b):
         value, grad = value_and_grad(params, state=state)
         updates, state = solver.update(grad, state, params, value=value, grad=grad, value_fn=loss)
         after = optax.tree.get(state, "value")
-        # In float32 the gradient may stay above the tolerance where the loss falls no more.
         since = jnp.where(after < before - 1e-7 * jnp.abs(before), 0, since + 1)
         largest = jax.tree.reduce(
             jnp.maximum, jax.tree.map(lambda g: jnp.abs(g).max(), optax.tree.get(state, "grad"))
@@ -141,7 +157,7 @@ def _fit(x, y, used, penalty, w, b):
     def going(carry):
         _, state, largest, since = carry
         count = optax.tree.get(state, "count")
-        return (count < MAX_STEPS) & (largest > TOLERANCE) & (since < 5)
+        return (count < MAX_STEPS) & (largest > ending.tolerance) & (since < ending.patience)
 
     begin = (params, solver.init(params), jnp.float32(jnp.inf), jnp.int32(0))
     (w, b), _, _, _ = jax.lax.while_loop(going, step, begin)

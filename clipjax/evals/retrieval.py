@@ -105,7 +105,8 @@ class RetrievalRunner(Runner):
         text = predictor.encode_text(self._tokens)
         results: dict[str, float] = {}
         for prefix, pairs in self._subsets().items():
-            ranks = metrics.retrieval_ranks(image[pairs.images], text[pairs.captions], pairs.owner)
+            images, captions = taken(image, pairs.images), taken(text, pairs.captions)
+            ranks = metrics.retrieval_ranks(images, captions, pairs.owner)
             for direction in ("image_to_text", "text_to_image"):
                 summary = metrics.summarize_ranks(getattr(ranks, direction))
                 results |= {f"{prefix}/{direction}/{k}": v for k, v in summary.items()}
@@ -214,7 +215,7 @@ class RetrievalRunner(Runner):
 
     def _rank(self, language, pairs, chosen, image, text, k) -> list[Ranking | None]:
         """For each chosen picture its ranking, None where it has no caption in this language."""
-        candidates = text[pairs.captions]
+        candidates = taken(text, pairs.captions)
         index, score = metrics.top_k(image, candidates, k)
         place = np.searchsorted(pairs.images, chosen)
         rankings: list[Ranking | None] = []
@@ -239,6 +240,11 @@ def merge_equal(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     return first[order], place[inverse]
+
+
+def taken(rows: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """`rows[index]` of distinct, ascending indices; no copy where that is all: rows may be gigabytes."""
+    return rows if len(index) == len(rows) else rows[index]
 
 
 def spaced(size: int, count: int) -> np.ndarray:

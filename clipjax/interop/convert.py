@@ -93,7 +93,7 @@ def export_weights(pretrained: Pretrained, folder: str | Path, to: str) -> Famil
     """Writes a model as another library's folder: weights, configuration, preprocessing, tokenizer.
 
     Args:
-      pretrained: the model.
+      pretrained: the model; what only training needs of it is folded in (`Pretrained.folded`).
       folder: a new or empty folder.
       to: one of `FORMATS`.
 
@@ -111,6 +111,7 @@ def export_weights(pretrained: Pretrained, folder: str | Path, to: str) -> Famil
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ClipjaxError(f"{folder} exists and is not empty: name a new folder for the export")
+    pretrained = pretrained.folded()
     family = _expressing(pretrained, FORMATS[to])
     model: Any = pretrained.model
     if family is huggingface.CLIP and model.text.eos_id == tokens.LEGACY_EOS:

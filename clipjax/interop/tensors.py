@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -76,13 +77,17 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
             raise ClipjaxError(f"{path}: the header is damaged ({error})") from error
     header.pop("__metadata__", None)
     layout = _check_layout(path, header, size - 8 - length)
-    if size == 8 + length:  # nothing to map
-        return {name: np.zeros(shape, dtype) for name, (dtype, shape, _) in layout.items()}
-    data = np.memmap(path, np.uint8, "r", offset=8 + length)
-    return {
-        name: data[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
-        for name, (dtype, shape, begin) in layout.items()
-    }
+    # An empty file cannot be mapped.
+    empty = size == 8 + length
+    data = np.zeros(0, np.uint8) if empty else np.memmap(path, np.uint8, "r", offset=8 + length)
+    tensors = {}
+    for name, (dtype, shape, begin) in layout.items():
+        raw = data[begin : begin + math.prod(shape) * dtype.itemsize]
+        try:
+            tensors[name] = raw.view(dtype).reshape(shape)
+        except ValueError as error:  # too many dimensions, or sizes that a zero among them hides
+            raise ClipjaxError(f"{path}: tensor {name!r} cannot be: {error}") from error
+    return tensors
 
 
 def _check_layout(path: Path, header: dict[str, Any], size: int) -> dict[str, Any]:
@@ -149,14 +154,16 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
                 raise ClipjaxError(
                     f"{path}: {path.stat().st_size:,} bytes that expand to {total:,} are no weights: refused"
                 )
-            arrays = {}
+            arrays: dict[str, np.ndarray] = {}
             for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                if name in arrays:
+                    raise ClipjaxError(f"{path} holds {name!r} twice")
                 with archive.open(member) as file:
-                    arrays[member.filename.removesuffix(".npy")] = _read_npy(
-                        path, member.filename, file, member.file_size
-                    )
+                    arrays[name] = _read_npy(path, member.filename, file, member.file_size)
             return arrays
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError) as error:
+        # RuntimeError and its NotImplementedError: encrypted, or an unknown compression.
         raise ClipjaxError(f"{path} is damaged or no npz file: {error}") from error
 
 

@@ -28,13 +28,8 @@ class MultiPositive(Objective):
 
     def __call__(self, encoded, batch, engine):
         ids = batch_ids(batch, "MultiPositive")
-        sides = (
-            {"image": encoded.logit_scale * encoded.image, "id": ids},
-            {
-                "text": encoded.text,
-                "id": ids,
-            },
-        )
+        rows = {"image": encoded.logit_scale * encoded.image, "id": ids}
+        cols = {"text": encoded.text, "id": ids}
 
         def tile(row, col, shared):
             logits = engine.dot(row["image"], col["text"])
@@ -51,7 +46,7 @@ class MultiPositive(Objective):
             mean = side["sum"] / side["count"]
             return jax.nn.softplus(side["negatives"] - side["positives"]) + side["positives"] - mean
 
-        rows, cols = engine.reduce(tile, *sides)
+        rows, cols = engine.reduce(tile, rows, cols)
         metrics = {"positives": jnp.mean(rows["count"])}
         return both_directions(loss(rows), loss(cols), self.image_weight), metrics
 

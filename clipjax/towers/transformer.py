@@ -121,20 +121,24 @@ class Attention(nnx.Module):
         return self.attend(x, *self.keys_values(memory), mask)
 
     def keys_values(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[B, M, D] -> keys and values [B, M, heads, D / heads]: what a cache keeps."""
-        return self._heads(self.k(memory)), self._heads(self.v(memory))
+        """[B, M, D] -> keys and values [B, heads, M, D / heads]: what a cache keeps.
+
+        Heads come first, as the products need them: a cache is read many times and laid out once.
+        """
+        k, v = (jnp.swapaxes(self._heads(project(memory)), 1, 2) for project in (self.k, self.v))
+        return k, v
 
     def attend(
         self, x: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None
     ) -> jax.Array:
         """`__call__` with the keys and values at hand."""
         q = self._heads(self.q(x))
-        scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bnhd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
         scores = scores * q.shape[-1] ** -0.5
         if mask is not None:
             scores = jnp.where(mask, scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return self.out(jnp.einsum("bhnm,bmhd->bnhd", weights, v).reshape(x.shape))
+        return self.out(jnp.einsum("bhnm,bhmd->bnhd", weights, v).reshape(x.shape))
 
     def _heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], self.heads, -1)
@@ -231,19 +235,19 @@ class Block(nnx.Module):
         Args:
           x: [B, T, D], positions start to start + T - 1.
           start: int32 [].
-          past: keys and values [B, length, heads, D / heads], of which those before `start` count.
+          past: keys and values [B, heads, length, D / heads], of which those before `start` count.
           memory: what `memory` returned, or None.
 
         Returns:
-          [B, T, D], and the new positions' keys and values [B, T, heads, D / heads].
+          [B, T, D], and the new positions' keys and values [B, heads, T, D / heads].
         """
         y = self.norm1(x)
         new = self.attn.keys_values(y)
         k, v = (
-            jax.lax.dynamic_update_slice_in_dim(a, b, start, 1)
+            jax.lax.dynamic_update_slice_in_dim(a, b, start, 2)
             for a, b in zip(past, new, strict=True)
         )
-        mask = jnp.arange(k.shape[1]) <= start + jnp.arange(x.shape[1])[:, None]
+        mask = jnp.arange(k.shape[2]) <= start + jnp.arange(x.shape[1])[:, None]
         return self._after_attention(x, self.attn.attend(y, k, v, mask), memory, None), new
 
     def _after_attention(self, x, attended, memory, key):
@@ -325,12 +329,12 @@ def start_cache(
       memory: [B, M, D_memory] for their cross-attention, or None.
 
     Returns:
-      `k` and `v` [layers, B, length, heads, D / heads] in the compute dtype, and `memory_k` and
-      `memory_v` [layers, B, M, heads, D / heads] of the memory; `{}` for no blocks.
+      `k` and `v` [layers, B, heads, length, D / heads] in the compute dtype, and `memory_k` and
+      `memory_v` [layers, B, heads, M, D / heads] of the memory; `{}` for no blocks.
     """
     if blocks is None:
         return {}
-    shape = (config.depth, rows, length, config.heads, config.width // config.heads)
+    shape = (config.depth, rows, config.heads, length, config.width // config.heads)
     cache = {name: jnp.zeros(shape, config.dtype) for name in ("k", "v")}
     if memory is not None:
         graphdef, state = nnx.split(blocks)
@@ -359,28 +363,26 @@ def decode_stack(
     graphdef, state = nnx.split(blocks)
     memory = (cache["memory_k"], cache["memory_v"]) if "memory_k" in cache else None
 
-    def step(carry, layer):
-        # The cache is carried and not scanned over, so that it is written in place: T positions
-        # of a layer at a time, and never copied as a whole.
-        x, past = carry
-        state, memory, i = layer
-        here = tuple(jax.lax.dynamic_index_in_dim(a, i, keepdims=False) for a in past)
-        x, new = nnx.merge(graphdef, state).decode(x, start, here, memory)
-        past = tuple(
-            jax.lax.dynamic_update_slice(a, b[None], (i, 0, start, 0, 0))
-            for a, b in zip(past, new, strict=True)
-        )
-        return (x, past), None
+    def step(x, layer):
+        state, past, memory = layer
+        return nnx.merge(graphdef, state).decode(x, start, past, memory)
 
-    carry = x, (cache["k"], cache["v"])
-    stacked = state, memory, jnp.arange(config.depth)
+    stacked = state, (cache["k"], cache["v"]), memory
     if config.scan:
-        (x, past), _ = jax.lax.scan(step, carry, stacked, unroll=config.scan_unroll)
+        x, new = jax.lax.scan(step, x, stacked, unroll=config.scan_unroll)
     else:
+        layers_new = []
         for i in range(config.depth):
-            carry, _ = step(carry, _layer(stacked, i))
-        x, past = carry
-    return x, cache | dict(zip(("k", "v"), past, strict=True))
+            x, one = step(x, _layer(stacked, i))
+            layers_new.append(one)
+        new = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers_new)
+    # Layers only read the cache, and all new positions are written at once: written layer by layer
+    # inside the loop, the compiler would copy the whole cache for every layer.
+    k, v = (
+        jax.lax.dynamic_update_slice_in_dim(cache[name], leaf, start, 3)
+        for name, leaf in zip(("k", "v"), new, strict=True)
+    )
+    return x, cache | {"k": k, "v": v}
 
 
 def _layer(stacked: Any, i: int) -> Any:

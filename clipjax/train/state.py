@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from clipjax.objectives.base import Objective
 from clipjax.optim import Ema, Optimizer, Scale
 from clipjax.params import join, merge, paths, select, split
+from clipjax.restore import open_pretrained
 from clipjax.sharding import Sharding
 from clipjax.start import Start, overlay
 
@@ -136,7 +137,7 @@ class Blueprint:
         Raises:
           ClipjaxError: the start does not fit the model.
         """
-        leaves = start.leaves(self.abstract.params, self.abstract.model_state)
+        leaves = start.leaves(self.abstract.params, self.abstract.model_state, open_pretrained)
         layouts = self.shardings.params, self.shardings.model_state
         return tuple(  # type: ignore[return-value]
             {

@@ -1,13 +1,15 @@
 """`clipjax bench loss` end to end, on tiny sizes."""
 
 import json
+import sys
 
 import pytest
 
 from clipjax.bench import loss
+from clipjax.bench.contestant import command, contest
 from clipjax.bench.loss import LossBench
 from clipjax.cli.bench import main
-from clipjax.errors import ClipjaxError
+from clipjax.errors import ClipjaxError, RunFailed
 
 
 def test_the_last_line_is_one_json_object(capsys):
@@ -71,7 +73,14 @@ def test_options_reach_the_contestants_and_figures_are_their_ratios(monkeypatch,
     assert set(results["large_temp_bytes"]) == set(loss.EXCHANGES)
 
 
-@pytest.mark.parametrize("bad", [{"rows": 0}, {"rounds": 0}, {"devices": 6}])
+@pytest.mark.parametrize("bad", [{"rows": 0}, {"chunk": 0}, {"rounds": 0}, {"devices": 6}])
 def test_bad_sizes_are_refused(bad):
     with pytest.raises(ClipjaxError, match=next(iter(bad))):
         LossBench(**bad)
+
+
+def test_a_python_that_cannot_run_its_contestant_is_named(capfd):
+    with pytest.raises(ClipjaxError, match="'no-python', which should run torch"):
+        contest({"torch": command("no-python")}, 1)
+    with pytest.raises(RunFailed, match="measurement of 'torch' ended without a result"):
+        contest({"torch": command(sys.executable, who="torch", objective="?")}, 1)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from clipjax import load
+from clipjax.evals.prompts import read_classes
 
 
 def classify(run, *arguments):
@@ -70,6 +71,17 @@ def test_the_table_shows_the_best_labels(run, model, pictures, tmp_path):
     assert "probability" in out and "█" in out
 
 
+def test_templates_of_a_well_known_data_set(run, model, pictures, tmp_path):
+    shipped = read_classes("cifar10").templates
+    assert len(shipped) > 2
+    (tmp_path / "same.txt").write_text("\n".join(shipped))
+    command = (str(pictures / "red.png"), "--labels", "red,blue", "--model", model, "--templates")
+    (_, named, _), (_, listed, _) = (
+        classify(run, *command, t) for t in ("cifar10", tmp_path / "same.txt")
+    )
+    assert named == listed
+
+
 def test_the_only_run_is_the_default(run, model, pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ("classify", pictures / "red.png", "--labels", "a,b")
@@ -125,6 +137,7 @@ def test_unusual_pictures_are_read(run, model, tmp_path):
         (["--labels", "red,"], "a label is empty"),
         (["--labels", "missing.txt"], "--labels 'missing.txt': no readable file"),
         (["--labels", "a,b", "--templates", "photo"], "has no {} where the label goes"),
+        (["--labels", "a,b", "--templates", "cifar11"], "did you mean 'cifar10'"),
         (["--labels", "a,b", "--top", "0"], "--top 0: must be at least 1"),
         (["--labels", "a,b", "nowhere.png"], "nowhere.png: there is no such file"),
         (["--labels", "a,b", "--model", "nowhere"], "--model nowhere: there is no such file"),

@@ -175,6 +175,7 @@ def test_cleaning(sentencepiece_file):
     assert rows("lower", "A  Red APPLE") == rows("keep", "a red apple")
     assert rows("lower", "a red, apple.") != rows("keep", "a red apple")
     assert rows("canonical", "A (red), apple!") == rows("keep", "a red apple")
+    assert rows("canonical", "red_apple") == rows("keep", "red apple")  # as big_vision and OpenCLIP
 
 
 def test_no_room_for_text_is_refused(bpe):

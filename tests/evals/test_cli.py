@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from clipjax.cli import main
 from clipjax.component import to_json
 from clipjax.config import load_config
 from clipjax.data import BPE
+from clipjax.evals.embed import embed_images
 from clipjax.models import DualEncoder
 from clipjax.params import split
 from clipjax.pretrained import Pretrained
@@ -53,10 +55,8 @@ def world(tmp_path_factory):
                 path = root / part / name / f"{i}.png"
                 Image.fromarray(pixels.astype(np.uint8)).save(path)
                 rows.append(f"{part}/{name}/{i}.png,a {name} thing {i}")
-        (root / f"{part}-pairs").mkdir()
-        (root / f"{part}-pairs" / "captions.csv").write_text(
-            "\n".join(rows).replace(f"{part}/", f"../{part}/")
-        )
+        shutil.copytree(root / part, root / f"{part}-pairs" / part)
+        (root / f"{part}-pairs" / "captions.csv").write_text("\n".join(rows))
     entry = {"caption": "a red thing", "negative_caption": "a blue thing"}
     for name in ("swap", "add"):
         (root / f"{name}.json").write_text(json.dumps([entry | {"image": "red/0.png"}] * 2))
@@ -141,7 +141,7 @@ def test_zero_shot_with_prompts_templates_and_pictures(evaluate, world, tmp_path
     assert some["zeroshot/top1"] in (0.0, 1.0)  # the first four are blue
 
 
-def test_probes(evaluate, world):
+def test_probes(evaluate, world, monkeypatch):
     where = ["--dataset", world / "test", "--train-dataset", world / "train"]
     found = evaluate("one", *where, "--task", "linear_probe", "--folds", 3, "--seed", 1)
     assert found["linear_probe/top1"] == 1.0  # colors are easy
@@ -150,9 +150,19 @@ def test_probes(evaluate, world):
     assert fixed["linear_probe/log10_C"] == 2.0
     near = evaluate("one", *where, "--task", "knn", "--k", 3, "--temperature", 0.2)
     assert near["knn/top1"] == 1.0 and near["knn/plain/top1"] == 1.0
-    few = evaluate(
-        "one", *where, "--task", "few_shot", "--shots", "1,4", "--draws", 2, "--log10-c", 1
+    embedded = []
+    monkeypatch.setattr(
+        "clipjax.evals.features.embed_images",
+        lambda predictor, images, rows: (
+            embedded.append(rows) or embed_images(predictor, images, rows)
+        ),
     )
+    few = evaluate(
+        "one", *where, "--task", "few_shot", "--shots", "1,4", "--draws", 2, "--log10-c", 1,
+        "--task", "knn", "--k", 3, "--temperature", 0.2,
+    )  # fmt: skip
+    assert len(embedded) == 2  # each split once, for both
+    assert {name: few.pop(name) for name in near} == near
     assert set(few) == {
         f"few_shot/{n}_shot/{k}" for n in (1, 4) for k in ("top1", "top1_std", "mean_per_class")
     }

@@ -19,7 +19,7 @@ from clipjax.interop import export_weights, import_weights, open_clip
 from clipjax.interop.family import Description, require_expressible
 from clipjax.interop.resample import resample_positions, with_context_length, with_image_size
 from clipjax.interop.tokens import renumbered
-from clipjax.models import DualEncoder
+from clipjax.models import DualEncoder, Lora
 from clipjax.params import abstract, map_with_path, paths
 from clipjax.towers import TextTransformer, ViT
 
@@ -101,6 +101,31 @@ def test_our_own_model_comes_back_with_its_tokenizer(ours, our_embeddings, to, t
     image, text = our_embeddings
     np.testing.assert_allclose(after.encode_text(TEXTS), text, atol=1e-6)
     np.testing.assert_allclose(after.encode_image(PICTURES), image, atol=1e-6)
+
+
+def test_low_rank_updates_are_exported_in_the_kernels(ours, tmp_path, capsys):
+    """And averages are of the kernels, so that an adapted model mixes with its base."""
+    model = Lora(OURS, rank=2)
+    rng = np.random.default_rng(0)
+    _, params, state = abstract(lambda: model.build(nnx.Rngs(0)))
+    params = map_with_path(lambda p, x: rng.normal(size=x.shape).astype(np.float32), params)
+    params["base"] = ours.params
+    adapted = dataclasses.replace(ours, model=model, params=params, model_state=state)
+    adapted.save(tmp_path / "adapted")
+    ours.save(tmp_path / "base")
+    folded = dict(paths(adapted.folded().params))
+    kernel = "image/blocks/attn/q/kernel"
+    before = dict(paths(ours.params))[kernel]
+    assert np.abs(folded[kernel] - before).max() > 0.1
+    for to in ("hf", "clipjax"):
+        command = ("export", tmp_path / "adapted", "--to", to, "--out", tmp_path / to)
+        assert run(capsys, *command)[0] == 0
+        found = dict(paths(clipjax.open_pretrained(tmp_path / to).params))
+        np.testing.assert_array_equal(found[kernel], folded[kernel])
+    command = ("average", tmp_path / "base", tmp_path / "adapted", "--out", tmp_path / "mixed")
+    assert run(capsys, *command)[0] == 0
+    mixed = dict(paths(clipjax.open_pretrained(tmp_path / "mixed").params))
+    np.testing.assert_allclose(mixed[kernel], (before + folded[kernel]) / 2, rtol=1e-5, atol=1e-6)
 
 
 def test_renumbering_swaps_two_tokens_everywhere(ours):

@@ -70,6 +70,8 @@ def test_a_truncated_safetensors_file_is_refused(tmp_path):
         ({"a": entry(0, 16, (2,), ["F32"])}, "damaged|dtype"),
         ({"a": {"dtype": "F32", "shape": [2]}}, "entry for 'a' is damaged"),
         ({"a": 7}, "entry for 'a' is damaged"),
+        ({"a": entry(0, 16, (4, *[1] * 80))}, "tensor 'a' cannot be: "),
+        ({"a": entry(0, 0, (0, 2**62)), "b": entry(0, 16, (4,))}, "tensor 'a' cannot be: "),
         (b'{"a": {}, "a": {}}', "names a tensor twice"),
         (b"[1]", "it is no object"),
         (b"\xff\xfe{", "header is damaged"),
@@ -170,13 +172,33 @@ def test_npz_bombs_and_damage_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ClipjaxError, match="that expand to .* are no weights"):
         read_tensors(path)
     member((2,), b"12345678")
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ClipjaxError, match="damaged or no npz"):
+    whole = path.read_bytes()
+    listed = whole.index(b"PK\x01\x02")
+    stream = 30 + len("a.npy")
+    for damaged in (
+        whole[:-20],
+        whole[:stream] + bytes([255] * 20) + whole[stream + 20 :],  # no deflate stream
+        _patched(_patched(whole, 6, 1), listed + 8, 1),  # said to be encrypted
+        _patched(_patched(whole, 8, 99), listed + 10, 99),  # compressed in an unknown way
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(ClipjaxError, match="damaged or no npz"):
+            read_tensors(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("a", "a.npy"):
+            buffer = io.BytesIO()
+            np.save(buffer, np.zeros(2))
+            archive.writestr(name, buffer.getvalue())
+    with pytest.raises(ClipjaxError, match="holds 'a' twice"):
         read_tensors(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.npy", b"no array")
     with pytest.raises(ClipjaxError, match="'a.npy' is damaged or no array"):
         read_tensors(path)
+
+
+def _patched(raw, position, byte):
+    return raw[:position] + bytes([byte]) + raw[position + 1 :]
 
 
 # PyTorch's files. `write_torch` makes the zip that torch.save makes; goldens/*.pt are PyTorch's own.

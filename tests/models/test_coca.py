@@ -1,6 +1,7 @@
 """CoCa: who sees whom, its layouts, its cache, its sizes, and that one forward pass serves both losses."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -88,19 +89,22 @@ def built(config):
         encoded = merge(graphdef, params, {})(batch, key=key, captions=True)
         return dataclasses.replace(encoded, caption_head=None)
 
-    @jit
+    def method(name):
+        return jit(lambda *inputs: getattr(merge(graphdef, params, {}), name)(*inputs))
+
+    decode = method("decode")
+
     def decode_both_ways(batch):
         """Logits and features of all tokens at once, and 2, 1, 1, ... at a time from a cache."""
-        model = merge(graphdef, params, {})
-        tokens, memory = batch["text"], model.caption_memory(batch["image"])
-        cache = model.start_cache(memory, LENGTH)
+        tokens, memory = batch["text"], method("caption_memory")(batch["image"])
+        cache = jit(lambda m: merge(graphdef, params, {}).start_cache(m, LENGTH))(memory)
         # What is in the room of later positions must not matter.
         cache = jax.tree.map(lambda c: c + 7.0 if c.shape[2] == LENGTH else c, cache)
         parts = []
         for start, end in [(0, 2), *((i, i + 1) for i in range(2, LENGTH))]:
-            *out, cache = model.decode(tokens[:, start:end], jnp.int32(start), cache)
+            *out, cache = decode(tokens[:, start:end], jnp.int32(start), cache)
             parts.append(out)
-        whole = model.caption_logits(tokens, memory)
+        whole = method("caption_logits")(tokens, memory)
         return whole, tuple(jnp.concatenate(p, axis=1) for p in zip(*parts, strict=True)), cache
 
     return encode, decode_both_ways
@@ -121,6 +125,33 @@ def test_cached_decoding_equals_whole_rows(models, name):
     np.testing.assert_allclose(cached_logits, logits, atol=1e-5 * np.abs(logits).max())
     np.testing.assert_allclose(cached_features, features, atol=1e-5 * np.abs(features).max())
     assert all(leaf.shape[1] == 3 for leaf in jax.tree.leaves(cache))  # [layers, B, ...]
+
+
+def test_a_step_writes_its_positions_and_copies_no_cache():
+    """In a loop over positions the cache of the text is updated in place, never copied."""
+    graphdef, params, _ = abstract(lambda: tiny().build(nnx.Rngs(0)))
+    rows, length = 3, 7
+
+    def run(params, memory):
+        module = merge(graphdef, params, {})
+        cache = module.start_cache(memory, length)
+        tokens = jnp.ones((rows, 1), jnp.int32)
+
+        def step(position, state):
+            logits, _, cache = module.decode(state[0], position, state[1])
+            return jnp.argmax(logits, -1).astype(jnp.int32), cache
+
+        shape = cache["multimodal"]["k"].shape
+        return jax.lax.fori_loop(0, length, step, (tokens, cache))[0], jnp.zeros(shape)
+
+    width = tiny().decoder.width
+    memory = jax.ShapeDtypeStruct((rows, 5, width), jnp.float32)
+    compiled = jax.jit(run).lower(params, memory).compile()
+    whole = compiled.out_info[1].shape
+    loops = compiled.as_text().split("ENTRY ")[0]
+    kept = ",".join(map(str, whole))
+    assert f"f32[{kept}]" in loops
+    assert not re.findall(rf"= f32\[{kept}\]\S* copy\(", loops)
 
 
 @pytest.mark.parametrize("name", ["coca", "openclip", "mammut"])
@@ -182,10 +213,12 @@ def test_embeddings_are_the_same_with_and_without_captions():
     )  # fmt: skip
     graphdef, params = drawn(model)
     key = jax.random.key(1)
-    both, one, other = (
-        jit(lambda p, b, k, c=c: merge(graphdef, p, {})(b, key=k, captions=c))(params, make_batch(), k)
-        for c, k in ((True, key), (False, key), (True, jax.random.key(2)))
-    )  # fmt: skip
+    with_captions, without = (
+        jit(lambda p, b, k, c=c: merge(graphdef, p, {})(b, key=k, captions=c))
+        for c in (True, False)
+    )
+    both, one = (f(params, make_batch(), key) for f in (with_captions, without))
+    other = with_captions(params, make_batch(), jax.random.key(2))
     np.testing.assert_allclose(both.image, one.image, atol=1e-6)
     np.testing.assert_allclose(both.text, one.text, atol=1e-6)
     assert one.caption_features is None
@@ -297,12 +330,12 @@ def test_what_does_not_fit_is_refused(fields, message):
         tiny(**fields)
 
 
-def test_other_refusals(models):
+def test_other_refusals():
     with pytest.raises(ClipjaxError, match="did you mean 'coca_base'"):
         CoCa.preset("coca_bas")
     with pytest.raises(ClipjaxError, match=r"layout='cascad' is unknown.*cascade"):
         Poolers(layout="cascad")
-    model = CAPPA.build(nnx.Rngs(0))
+    model = merge(*drawn(CAPPA), {})
     with pytest.raises(ClipjaxError, match="only captions"):
         model.encode_text(make_batch()["text"])
     with pytest.raises(ClipjaxError, match="context_length=8"):

@@ -119,7 +119,6 @@ def assert_close(got, expected, tolerance=1e-5):
     [
         {"accumulate": 2},
         {"accumulate": 4, "devices": 4, "exchange": Ring(), "fsdp": True},
-        {"devices": 4, "shape": MeshShape(tensor=2)},
         {
             "accumulate": 2,
             "devices": 8,

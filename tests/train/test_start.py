@@ -112,7 +112,7 @@ def test_average_is_the_weighted_mean(clipjax, trained, tmp_path, capsys):
         expected = 0.25 * np.float64(a[name]) + 0.75 * np.float64(b[name])
         np.testing.assert_allclose(mean[name], expected, rtol=1e-6, atol=1e-7)
     # As a run's start, through the command line alone; the state is what a step from there gives.
-    soup = Average((str(trained), str(out))).open()
+    soup = Average((str(trained), str(out))).open(open_pretrained)
     half = 0.5 * (np.float64(a["logit_scale"]) + np.float64(mean["logit_scale"]))
     assert float(soup.params["logit_scale"]) == pytest.approx(half, rel=1e-6)
     capsys.readouterr()
@@ -187,14 +187,14 @@ def test_the_configs_that_ship_fit_the_quickstart(name):
     run.optimizer.trainable(wanted)
 
     class Given(StartFrom):
-        def open(self):
+        def open(self, opener):
             class Opened:
                 params, model_state = given, {}
 
             return Opened
 
     start = Given(path="", fresh=run.start.fresh, into=run.start.into)
-    leaves, _ = start.leaves(wanted, {})
+    leaves, _ = start.leaves(wanted, {}, open_pretrained)
     assert len(leaves) > 5
 
 
@@ -204,4 +204,4 @@ def test_bad_patterns_and_weights():
     with pytest.raises(ClipjaxError, match="3 weights for 2 models"):
         Average(("a", "b"), (0.1, 0.2, 0.7))
     with pytest.raises(ClipjaxError, match="no regular expression"):
-        StartFrom("a", fresh="(").leaves({}, {})
+        StartFrom("a", fresh="(").leaves({}, {}, open_pretrained)
