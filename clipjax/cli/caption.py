@@ -123,7 +123,10 @@ def _print(rows: list[tuple[str, str, float]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("picture", "caption", "score", box=None, padding=(0, 2))
+    table = Table(box=None, padding=(0, 2))
+    table.add_column("picture", overflow="fold")
+    table.add_column("caption", overflow="fold")
+    table.add_column("score", justify="right", no_wrap=True)
     for image, caption, score in rows:
         table.add_row(Text(image), Text(caption), f"{score:.2f}")
     Console(highlight=False).print(table)

@@ -93,8 +93,9 @@ def test_options_reach_the_strategy(options, strategy, folder, pictures, capsys,
     ]
 
 
-def test_greedy_is_the_default_and_the_table_shows_captions(folder, pictures, capsys):
-    file = pictures / "1.png"
+def test_greedy_is_the_default_and_the_table_shows_captions(folder, pictures, capsys, monkeypatch):
+    monkeypatch.chdir(pictures)  # a short name, which no table folds
+    file = "1.png"
     table, (row,) = captions(capsys, "--model", folder, file, "--min_length", 4)
     (caption,) = clipjax.load(folder).caption(
         [np.asarray(Image.open(file))], clipjax.generation.Greedy(min_length=4)
