@@ -40,7 +40,7 @@ def big_batch():
     return one_step(OBJECTIVES, jit)
 
 
-@pytest.mark.parametrize("accumulate,devices", [(2, 1), (4, 4), (8, 2)])
+@pytest.mark.parametrize("accumulate,devices", [(1, 8), (2, 1), (4, 4), (8, 2)])
 def test_every_objective_equals_the_big_batch(accumulate, devices):
     got = one_step(OBJECTIVES, jit, devices, accumulate)
     assert_close(got, big_batch())
