@@ -47,6 +47,10 @@ class Checkpointing(Component):
     def __post_init__(self) -> None:
         if self.keep < 1:
             raise ClipjaxError(f"checkpoint.keep={self.keep}: keep at least the latest one")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ClipjaxError(
+                f"checkpoint.minutes={self.minutes}: must be above 0, or None for steps alone"
+            )
 
 
 class Checkpoints:

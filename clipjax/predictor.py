@@ -182,11 +182,8 @@ class Predictor:
         Raises:
           UnreadableRecord: a picture is missing, damaged, too large or none; it is named.
         """
-        if isinstance(images, jax.Array):
-            images = np.asarray(images)
-        if _is_one_picture(images):
-            return self.encode_image([images])[0]  # type: ignore[list-item]
-        return self.encode_image_rows(*self._reader(images))  # type: ignore[arg-type]
+        embedded = self.encode_image_rows(*self._reader(images))
+        return embedded[0] if _is_one_picture(images) else embedded
 
     def encode_image_rows(self, read: Callable[[np.ndarray], np.ndarray], count: int) -> np.ndarray:
         """Embeds pictures that are read while the ones before are being embedded.
@@ -328,9 +325,8 @@ class Predictor:
         Raises:
           ClipjaxError: the model has no decoder or no tokenizer, or a prompt does not fit.
         """
-        if _is_one_picture(images):
-            return self.caption([images], strategy, prompt, seed)[0]  # type: ignore[list-item]
-        return self.decode(self.generate(images, strategy, prompt, seed))  # type: ignore[arg-type]
+        captions = self.decode(self.generate(images, strategy, prompt, seed))
+        return captions[0] if _is_one_picture(images) else captions
 
     def caption_rows(
         self,
@@ -345,7 +341,7 @@ class Predictor:
 
     def generate(
         self,
-        images: Sequence[Picture] | np.ndarray,
+        images: Picture | Sequence[Picture] | np.ndarray,
         strategy: Strategy = Greedy(),  # noqa: B008 (frozen)
         prompt: str | Sequence[str] = "",
         seed: int = 0,
@@ -423,10 +419,14 @@ class Predictor:
         return self.read(image, os.fspath(image) if named else f"image number {number}")  # type: ignore[arg-type]
 
     def _reader(
-        self, images: Sequence[Picture] | np.ndarray
+        self, images: Picture | Sequence[Picture] | np.ndarray
     ) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
         """What gives the rows uint8 [k, S, S, 3] at indices [k] of some pictures; their number."""
         size = self.image_size
+        if isinstance(images, jax.Array):
+            images = np.asarray(images)
+        if _is_one_picture(images):
+            images = [images]  # type: ignore[list-item]
         if isinstance(images, np.ndarray):
             if images.dtype == np.uint8 and images.shape[1:] == (size, size, 3):
                 return images.__getitem__, len(images)
@@ -435,7 +435,7 @@ class Predictor:
                     "pictures are uint8 [n, H, W, 3] or [H, W, 3], not "
                     f"{images.dtype} {list(images.shape)}"
                 )
-        pictures: list[Any] = list(images)
+        pictures: list[Any] = list(images)  # type: ignore[arg-type]
 
         def read(index: np.ndarray) -> np.ndarray:
             out = np.empty((len(index), size, size, 3), np.uint8)
@@ -500,7 +500,7 @@ def mean_direction(x: np.ndarray) -> np.ndarray:
 
 
 def _is_one_picture(images: Any) -> bool:
-    if isinstance(images, np.ndarray):
+    if isinstance(images, (np.ndarray, jax.Array)):
         return images.ndim in (2, 3)
     return isinstance(images, (str, os.PathLike, bytes)) or not hasattr(images, "__iter__")
 

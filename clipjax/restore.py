@@ -80,7 +80,7 @@ class Opened:
         )
 
 
-def open_run(path: str | Path, mesh: Mesh | None = None) -> Opened:
+def open_run(path: str | Path, mesh: Mesh | None = None, batch_size: int | None = None) -> Opened:
     """Opens a run's latest checkpoint, or the one that `path` names.
 
     Components of the user's own must have been imported first.
@@ -88,6 +88,7 @@ def open_run(path: str | Path, mesh: Mesh | None = None) -> Opened:
     Args:
       path: a run's folder, or one of its `checkpoints/<step>`.
       mesh: where the model goes; default: all devices along the data axis.
+      batch_size: pictures or texts per call of the model; default: 64 a device.
 
     Raises:
       ClipjaxError: there is no checkpoint, or it names components that are unknown here.
@@ -96,7 +97,7 @@ def open_run(path: str | Path, mesh: Mesh | None = None) -> Opened:
 
     mesh = mesh or MeshShape().build()
     folder, step, run, pretrained = _restore(Path(path), mesh)
-    predictor = pretrained.predictor(mesh, run.sharding)
+    predictor = pretrained.predictor(mesh, run.sharding, batch_size=batch_size)
     return Opened(folder, step, run, predictor, build_runners(run.evals))
 
 

@@ -1,7 +1,9 @@
 """Start: what a run begins with instead of random weights.
 
-start=StartFrom("models/vit_b16", fresh="^(text|text_projection)/")     # LiT: only the image tower is kept
-start=Average(("runs/a", "runs/b"), weights=(0.5, 0.5))                 # WiSE-FT, model soups
+    start=StartFrom("models/vit_b16", fresh="^(text|text_projection)/")   # LiT: only the image tower is kept
+    start=Average(("runs/a", "runs/b"), weights=(0.5, 0.5))               # WiSE-FT, model soups
+
+docs/transfer.md has the recipes.
 """
 
 from __future__ import annotations

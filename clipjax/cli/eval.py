@@ -64,7 +64,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("models", nargs="+", type=Path, metavar="RUN_OR_MODEL",
-        help="a run's folder, one of its checkpoints/<step>, or a model's folder")  # fmt: skip
+        help="a run's folder, one of its checkpoints/<step>, a model's folder, or other people's weights")  # fmt: skip
     add("--json", action="store_true", help="end with one JSON object on the last line")
     add(
         "--table",
@@ -369,9 +369,10 @@ _BUILDERS: dict[str, Callable[[argparse.Namespace, str], Evaluator]] = {
 def _step(path: Path, has_evaluators: bool) -> int | None:
     """The step of a run's checkpoint, None for a model apart from a run; refuses anything else."""
     from clipjax.checkpoint import locate
+    from clipjax.interop.source import is_source
     from clipjax.pretrained import is_pretrained
 
-    if is_pretrained(path):
+    if is_pretrained(path) or is_source(path):
         if not has_evaluators:
             raise ClipjaxError(
                 f"{path} is a model without evaluators of its own: give --dataset or --evals"
@@ -387,16 +388,13 @@ def _open(
     from clipjax.evals import build_runners
     from clipjax.restore import open_pretrained, open_run
 
-    settings = _given(options, "batch_size")
     if evaluators:
-        return open_pretrained(path).predictor(**settings), build_runners(evaluators)
-    opened = open_run(path)
+        predictor = open_pretrained(path).predictor(batch_size=options.batch_size)
+        return predictor, build_runners(evaluators)
+    opened = open_run(path, batch_size=options.batch_size)
     if not opened.runners:
         raise ClipjaxError(f"{path} has no evaluators of its own: give --dataset or --evals")
-    predictor = opened.predictor
-    if settings:
-        predictor = open_pretrained(path).predictor(sharding=opened.run.sharding, **settings)
-    return predictor, opened.runners
+    return opened.predictor, opened.runners
 
 
 def _draw_confusion(options: argparse.Namespace, runners: list[tuple[Evaluator, Runner]]) -> None:

@@ -44,8 +44,8 @@ class Every(Component):
 class Evaluator(Component):
     """Role: takes a `Predictor`, gives named figures.
 
-    A subclass has `run`. One that loads data has a `Runner` of its own besides, which `build` makes
-    and which keeps the data between evaluations.
+    A subclass has `run`; or, where it loads data, a `Runner` of its own, which `build` makes and
+    which keeps the data between evaluations.
     """
 
     every: Every | None = None
@@ -61,11 +61,25 @@ class Evaluator(Component):
 
     def run(self, predictor: Predictor) -> dict[str, float]:
         """The figures, under names that begin with `{self.name}/`."""
-        raise NotImplementedError(f"{type(self).__name__} has neither run nor build")
+        if type(self).build is Evaluator.build:
+            raise NotImplementedError(f"{type(self).__name__} has neither run nor build")
+        return self.build()(predictor)
 
     def build(self) -> Runner:
         """What evaluates again and again with `runner(predictor)`."""
         return Runner(self)
+
+
+def require_at_least(evaluator: Evaluator, least: int, *fields: str) -> None:
+    """Refuses fields below `least`; None passes.
+
+    Raises:
+      ClipjaxError: one is; it is named.
+    """
+    for field in fields:
+        value = getattr(evaluator, field)
+        if value is not None and value < least:
+            raise ClipjaxError(f"{evaluator.name}: {field}={value} must be at least {least}")
 
 
 class Runner:
@@ -77,6 +91,7 @@ class Runner:
 
     def __init__(self, evaluator: Any):
         self.evaluator = evaluator
+        self._loaded_for: tuple[int, int] | None = None
 
     def __call__(self, predictor: Predictor) -> dict[str, float]:
         """The evaluator's figures."""
@@ -85,12 +100,19 @@ class Runner:
             return {name: float(value) for name, value in self.evaluate(predictor).items()}
 
     def prepare(self, predictor: Predictor) -> None:
-        """Loads what is needed, once; a run does so before it trains, for faults to show early."""
+        """Loads what is needed, once for pictures and texts of one size.
+
+        A run does so before it trains, for faults to show early.
+        """
+        needed = (predictor.image_size, predictor.context_length)
+        if self._loaded_for == needed:
+            return
         with self._named():
             self.load(predictor)
+        self._loaded_for = needed
 
     def load(self, predictor: Predictor) -> None:
-        """Loads what `evaluate` needs unless it is there; for subclasses."""
+        """Loads what `evaluate` needs; for subclasses."""
 
     def evaluate(self, predictor: Predictor) -> dict[str, float]:
         """The figures; for subclasses."""

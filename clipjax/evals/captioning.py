@@ -9,7 +9,7 @@ import numpy as np
 from clipjax.data import Source, UnreadableRecord, load_eval
 from clipjax.errors import ClipjaxError
 from clipjax.evals import caption_metrics, java_metrics
-from clipjax.evals.base import Evaluator, Runner
+from clipjax.evals.base import Evaluator, Runner, require_at_least
 from clipjax.evals.embed import embed_images
 from clipjax.evals.metrics import top_k
 from clipjax.evals.retrieval import merge_equal, spaced
@@ -60,18 +60,12 @@ class Captioning(Evaluator):
     """Also SPICE (English; needs Java and the extra `captioning`, and fetches models when first used)."""
 
     def __post_init__(self):
-        for field in ("limit", "training_limit"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise ClipjaxError(f"{self.name}: {field}={value} must be at least 1")
+        require_at_least(self, 1, "limit", "training_limit")
         if self.training is not None and not self.embeddings:
             raise ClipjaxError(
                 f"{self.name}: the baseline finds training captions by embeddings, and "
                 "embeddings=False says that there are none: leave training out"
             )
-
-    def run(self, predictor: Predictor) -> dict[str, float]:
-        return self.build()(predictor)
 
     def build(self) -> CaptioningRunner:
         return CaptioningRunner(self)
@@ -82,13 +76,7 @@ class CaptioningRunner(Runner):
 
     evaluator: Captioning
 
-    def __init__(self, evaluator: Captioning):
-        super().__init__(evaluator)
-        self._loaded_for: int | None = None
-
     def load(self, predictor: Predictor) -> None:
-        if self._loaded_for == predictor.image_size:
-            return
         config = self.evaluator
         java_metrics.require(self._java())
         data = load_eval(config.source, predictor.image_size, config.limit, predictor.resize)
@@ -104,7 +92,6 @@ class CaptioningRunner(Runner):
         self._references = [references[i] for i in kept]
         self._check_languages(data.languages)
         self._training = self._training_captions() if config.training is not None else []
-        self._loaded_for = predictor.image_size
 
     def evaluate(self, predictor: Predictor) -> dict[str, float]:
         config = self.evaluator

@@ -13,7 +13,7 @@ from clipjax.data import Source, load_eval
 from clipjax.data.sources import RandomAccess
 from clipjax.errors import ClipjaxError, did_you_mean
 from clipjax.evals import metrics
-from clipjax.evals.base import Evaluator, Runner
+from clipjax.evals.base import Evaluator, Runner, require_at_least
 from clipjax.evals.embed import embed_images
 from clipjax.evals.prompts import read_json
 from clipjax.predictor import Predictor
@@ -46,11 +46,7 @@ class Compositional(Evaluator):
     def __post_init__(self):
         if not self.files:
             raise ClipjaxError(f"{self.name}: files is empty; name at least one")
-        if self.limit is not None and self.limit < 1:
-            raise ClipjaxError(f"{self.name}: limit={self.limit} must be at least 1")
-
-    def run(self, predictor: Predictor) -> dict[str, float]:
-        return self.build()(predictor)
+        require_at_least(self, 1, "limit")
 
     def build(self) -> CompositionalRunner:
         return CompositionalRunner(self)
@@ -82,14 +78,7 @@ class CompositionalRunner(Runner):
 
     evaluator: Compositional
 
-    def __init__(self, evaluator: Compositional):
-        super().__init__(evaluator)
-        self._loaded_for: tuple[int, int] | None = None
-
     def load(self, predictor: Predictor) -> None:
-        needed = (predictor.image_size, predictor.context_length)
-        if self._loaded_for == needed:
-            return
         config = self.evaluator
         entries = [
             e for file in config.files for e in read_entries(Path(file).expanduser(), config.limit)
@@ -109,7 +98,6 @@ class CompositionalRunner(Runner):
         self._row = np.array([place[str(folder / e.image)] for e in entries])
         texts = [text for e in entries for text in (e.caption, *e.negatives)]
         self._tokens = predictor.tokenize(texts)
-        self._loaded_for = needed
 
     def evaluate(self, predictor: Predictor) -> dict[str, float]:
         image = embed_images(predictor, self._images)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from clipjax.data import EvalSet, Source, load_eval
 from clipjax.errors import ClipjaxError
 from clipjax.evals import metrics
-from clipjax.evals.base import Evaluator, Runner
+from clipjax.evals.base import Evaluator, Runner, require_at_least
 from clipjax.evals.embed import embed_images
 from clipjax.predictor import Predictor
 
@@ -37,17 +37,13 @@ class FeatureEvaluator(Evaluator):
     """Most records of each split to use; None: all."""
 
     def __post_init__(self):
-        if self.limit is not None and self.limit < 1:
-            raise ClipjaxError(f"{self.name}: limit={self.limit} must be at least 1")
+        require_at_least(self, 1, "limit")
 
     def measure(
         self, train: Labeled, test: Labeled, classes: int, mesh: Mesh | None
     ) -> dict[str, float]:
         """The figures, without the evaluator's name; for subclasses."""
         raise NotImplementedError
-
-    def run(self, predictor: Predictor) -> dict[str, float]:
-        return self.build()(predictor)
 
     def build(self) -> FeatureRunner:
         return FeatureRunner(self)

@@ -9,7 +9,7 @@ import numpy as np
 
 from clipjax.data import Source, load_eval
 from clipjax.errors import ClipjaxError
-from clipjax.evals.base import Evaluator, Runner
+from clipjax.evals.base import Evaluator, Runner, require_at_least
 from clipjax.evals.embed import embed_images
 from clipjax.predictor import Predictor
 
@@ -35,11 +35,7 @@ class Geometry(Evaluator):
     """Most records to use (the time grows with the square); None: all."""
 
     def __post_init__(self):
-        if self.limit is not None and self.limit < 2:
-            raise ClipjaxError(f"{self.name}: limit={self.limit} must be at least 2")
-
-    def run(self, predictor: Predictor) -> dict[str, float]:
-        return self.build()(predictor)
+        require_at_least(self, 2, "limit")
 
     def build(self) -> GeometryRunner:
         return GeometryRunner(self)
@@ -50,14 +46,7 @@ class GeometryRunner(Runner):
 
     evaluator: Geometry
 
-    def __init__(self, evaluator: Geometry):
-        super().__init__(evaluator)
-        self._loaded_for: tuple[int, int] | None = None
-
     def load(self, predictor: Predictor) -> None:
-        needed = (predictor.image_size, predictor.context_length)
-        if self._loaded_for == needed:
-            return
         config = self.evaluator
         data = load_eval(config.source, predictor.image_size, config.limit, predictor.resize)
         self._images = data.images
@@ -65,7 +54,6 @@ class GeometryRunner(Runner):
         if len(self._rows) < 2:
             raise ClipjaxError(f"{config.source} has {len(self._rows)} pictures with captions")
         self._tokens = predictor.tokenize([data.captions[i][0] for i in self._rows])
-        self._loaded_for = needed
 
     def evaluate(self, predictor: Predictor) -> dict[str, float]:
         image = embed_images(predictor, self._images, self._rows)

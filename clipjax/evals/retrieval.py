@@ -9,7 +9,7 @@ import numpy as np
 from clipjax.data import EvalSet, Source, load_eval
 from clipjax.errors import ClipjaxError
 from clipjax.evals import metrics
-from clipjax.evals.base import Evaluator, Runner
+from clipjax.evals.base import Evaluator, Runner, require_at_least
 from clipjax.evals.embed import embed_images
 from clipjax.predictor import Predictor
 from clipjax.report.contents import Example, Guess, Ranking, Similarities
@@ -44,11 +44,7 @@ class Retrieval(Evaluator):
     """Most records to use; None: all."""
 
     def __post_init__(self):
-        if self.limit is not None and self.limit < 1:
-            raise ClipjaxError(f"{self.name}: limit={self.limit} must be at least 1")
-
-    def run(self, predictor: Predictor) -> dict[str, float]:
-        return self.build()(predictor)
+        require_at_least(self, 1, "limit")
 
     def build(self) -> RetrievalRunner:
         return RetrievalRunner(self)
@@ -75,12 +71,8 @@ class RetrievalRunner(Runner):
     def __init__(self, evaluator: Retrieval):
         super().__init__(evaluator)
         self.languages: tuple[str, ...] = ()
-        self._loaded_for: tuple[int, int] | None = None
 
     def load(self, predictor: Predictor) -> None:
-        needed = (predictor.image_size, predictor.context_length)
-        if self._loaded_for == needed:
-            return
         config = self.evaluator
         data = load_eval(config.source, predictor.image_size, config.limit, predictor.resize)
         rows, owners = merge_equal(data.ids)
@@ -98,7 +90,6 @@ class RetrievalRunner(Runner):
         self._owner = np.array([owner for _, _, owner in spoken], np.int64)
         self.languages = self._find_languages(data)
         self._tokens = predictor.tokenize(self._captions)
-        self._loaded_for = needed
 
     def evaluate(self, predictor: Predictor) -> dict[str, float]:
         image = embed_images(predictor, self._images, self._rows)

@@ -10,7 +10,7 @@ import numpy as np
 from clipjax.data import EvalSet, Source, load_eval
 from clipjax.errors import ClipjaxError
 from clipjax.evals import metrics
-from clipjax.evals.base import Evaluator, Runner
+from clipjax.evals.base import Evaluator, Runner, require_at_least
 from clipjax.evals.calibration import calibration
 from clipjax.evals.embed import embed_images
 from clipjax.evals.prompts import Names, label_map, read_class_map, read_classes
@@ -65,8 +65,7 @@ class ZeroShot(Evaluator):
                 f"{self.name}: class_names is for classes='label'; with classes='caption' the "
                 "captions are the names"
             )
-        if self.limit is not None and self.limit < 1:
-            raise ClipjaxError(f"{self.name}: limit={self.limit} must be at least 1")
+        require_at_least(self, 1, "limit")
         if self.prompts and (self.classes == "caption" or self.class_names):
             raise ClipjaxError(
                 f"{self.name}: prompts={self.prompts!r} names the classes: leave class_names empty, "
@@ -83,9 +82,6 @@ class ZeroShot(Evaluator):
                     f"{self.name}: templates={templates}: each needs a {{}} where the class "
                     "name goes"
                 )
-
-    def run(self, predictor: Predictor) -> dict[str, float]:
-        return self.build()(predictor)
 
     def build(self) -> ZeroShotRunner:
         return ZeroShotRunner(self)
@@ -120,13 +116,9 @@ class ZeroShotRunner(Runner):
     def __init__(self, evaluator: ZeroShot):
         super().__init__(evaluator)
         self._tasks: list[_Task] = []
-        self._loaded_for: tuple[int, int] | None = None
         self._confusion: Confusion | None = None
 
     def load(self, predictor: Predictor) -> None:
-        needed = (predictor.image_size, predictor.context_length)
-        if self._loaded_for == needed:
-            return
         config = self.evaluator
         data = load_eval(config.source, predictor.image_size, config.limit, predictor.resize)
         self._images = data.images
@@ -139,7 +131,6 @@ class ZeroShotRunner(Runner):
                 predictor.tokenize(prompts), len(found.asked), found.group,
             )  # fmt: skip
             self._tasks.append(task)
-        self._loaded_for = needed
 
     def evaluate(self, predictor: Predictor) -> dict[str, float]:
         image = embed_images(predictor, self._images)

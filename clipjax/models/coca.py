@@ -9,7 +9,6 @@ forward pass serves both losses, and what is not asked for is not computed.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -20,7 +19,8 @@ from clipjax.batch import Batch, Encoded
 from clipjax.component import Component
 from clipjax.errors import ClipjaxError, did_you_mean
 from clipjax.models.base import Model
-from clipjax.models.dual_encoder import clamp_max, to_unit
+from clipjax.models.dual_encoder import to_unit
+from clipjax.models.scale import require_scale, scale_and_bias, scale_of
 from clipjax.towers import layers
 from clipjax.towers.base import Tower, require, require_choice, require_positive
 from clipjax.towers.pooling import QueryPool, mean_pool
@@ -130,16 +130,7 @@ class CoCa(Model):
 
     def __post_init__(self) -> None:
         require_positive(self, "embed_dim")
-        require(
-            self.logit_scale_init > 0,
-            f"CoCa.logit_scale_init={self.logit_scale_init} must be above 0: it is the scale "
-            "itself, not its logarithm",
-        )
-        require(
-            self.logit_scale_max is None or self.logit_scale_max >= self.logit_scale_init,
-            f"CoCa.logit_scale_max={self.logit_scale_max} is below "
-            f"logit_scale_init={self.logit_scale_init}",
-        )
+        require_scale(self)
         require(
             not (self.two_pass and self.text is not None),
             "CoCa.two_pass embeds texts with the decoder: set CoCa.text to None",
@@ -258,9 +249,7 @@ class CoCaModule(nnx.Module):
         text_width = width if config.text is None else _width(self.text, config.text, "text")
         self.image_projection = layers.Linear(memory_width, config.embed_dim, rngs, bias=False)
         self.text_projection = layers.Linear(text_width, config.embed_dim, rngs, bias=False)
-        self.logit_scale = nnx.Param(jnp.asarray(math.log(config.logit_scale_init), jnp.float32))
-        bias = config.logit_bias_init
-        self.logit_bias = None if bias is None else nnx.Param(jnp.asarray(bias, jnp.float32))
+        self.logit_scale, self.logit_bias = scale_and_bias(config)
 
     def encode_image(self, image: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """[B, H, W, 3] uint8 (or float in 0..1) -> [B, E] float32, unit norm.
@@ -368,8 +357,7 @@ class CoCaModule(nnx.Module):
         """float32 []: `exp(logit_scale)`, at most `logit_scale_max`; None if the model only captions."""
         if self.logit_scale is None:
             return None
-        log_scale, maximum = self.logit_scale[...], self.config.logit_scale_max
-        return jnp.exp(log_scale if maximum is None else clamp_max(log_scale, math.log(maximum)))
+        return scale_of(self.logit_scale[...], self.config.logit_scale_max)
 
     @property
     def _first_half(self) -> TextTransformerModule:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from clipjax.batch import Batch, Encoded
 from clipjax.errors import ClipjaxError
 from clipjax.layout import batch_first
 from clipjax.models.base import Model
+from clipjax.models.scale import require_scale, scale_and_bias, scale_of
 from clipjax.towers import layers
 from clipjax.towers.base import Tower, require, require_choice, require_positive
 from clipjax.towers.text import TextTransformer
@@ -50,16 +50,7 @@ class DualEncoder(Model):
         for name in ("image", "text"):
             tower = getattr(self, name)
             require(isinstance(tower, Tower), f"DualEncoder.{name}={tower!r} is no Tower")
-        require(
-            self.logit_scale_init > 0,
-            f"DualEncoder.logit_scale_init={self.logit_scale_init} must be above 0: it is the "
-            "scale itself, not its logarithm",
-        )
-        require(
-            self.logit_scale_max is None or self.logit_scale_max >= self.logit_scale_init,
-            f"DualEncoder.logit_scale_max={self.logit_scale_max} is below "
-            f"logit_scale_init={self.logit_scale_init}",
-        )
+        require_scale(self)
 
     def build(self, rngs: nnx.Rngs) -> DualEncoderModule:
         """Makes the module.
@@ -79,9 +70,7 @@ class DualEncoderModule(nnx.Module):
         self.text = config.text.build(rngs)
         self.image_projection = _projection(config, "image", self.image, rngs)
         self.text_projection = _projection(config, "text", self.text, rngs)
-        self.logit_scale = nnx.Param(jnp.asarray(math.log(config.logit_scale_init), jnp.float32))
-        bias = config.logit_bias_init
-        self.logit_bias = None if bias is None else nnx.Param(jnp.asarray(bias, jnp.float32))
+        self.logit_scale, self.logit_bias = scale_and_bias(config)
 
     def encode_image(self, image: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """[B, H, W, 3] uint8 (or float in 0..1) -> [B, E] float32, unit norm."""
@@ -115,11 +104,7 @@ class DualEncoderModule(nnx.Module):
 
     def scale(self) -> jax.Array:
         """float32 []: `exp(logit_scale)`, at most `logit_scale_max`."""
-        maximum = self.config.logit_scale_max
-        log_scale = self.logit_scale[...]
-        if maximum is not None:
-            log_scale = clamp_max(log_scale, math.log(maximum))
-        return jnp.exp(log_scale)
+        return scale_of(self.logit_scale[...], self.config.logit_scale_max)
 
     def _embed_image(self, image, key):
         tokens, pooled = self.image(image, key=key)
@@ -140,31 +125,6 @@ class Head(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., E]."""
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
-
-
-@jax.custom_vjp
-def clamp_max(x: jax.Array, maximum: float) -> jax.Array:
-    """`min(x, maximum)` whose gradient can bring `x` back from above the maximum.
-
-    CLIP clips the parameter after each step, so at the limit an update that would raise it has no
-    effect and one that would lower it has. A pure function cannot write to the parameter, and the
-    gradient of a plain minimum is zero above the limit: a parameter that a step carried past it
-    would stay there for good. Here the gradient above the limit is zero only where descent would
-    raise `x` further, and passes where descent would lower it.
-    """
-    return jnp.minimum(x, maximum)
-
-
-def _clamp_max_forward(x, maximum):
-    return clamp_max(x, maximum), (x, maximum)
-
-
-def _clamp_max_backward(residuals, g):
-    x, maximum = residuals
-    return jnp.where((x >= maximum) & (g < 0), 0.0, g), None
-
-
-clamp_max.defvjp(_clamp_max_forward, _clamp_max_backward)
 
 
 def _projection(

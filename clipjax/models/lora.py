@@ -47,15 +47,11 @@ class Lora(Model):
         except re.error as error:
             raise ClipjaxError(f"Lora.pattern={self.pattern!r}: {error}") from error
 
-    @property
-    def image(self) -> Any:
-        """The base's image tower."""
-        return getattr(self.base, "image", None)
-
-    @property
-    def text(self) -> Any:
-        """The base's text tower."""
-        return getattr(self.base, "text", None)
+    def __getattr__(self, name: str) -> Any:
+        # What others ask of a model's configuration (its towers, embed_dim) is the base's.
+        if name.startswith("_") or name == "base":
+            raise AttributeError(name)
+        return getattr(self.base, name)
 
     def build(self, rngs: nnx.Rngs) -> LoraModule:
         """Makes the module.

@@ -140,9 +140,10 @@ class PairEngine:
         route = engine.exchange.route(self.mesh)
         columns = batch_size * _size(self.mesh, route.gather) // batch_shards(self.mesh)
         asked = "Auto chose " if isinstance(self.exchange, Auto) else ""
+        devices = batch_shards(self.mesh)
         return (
-            f"pairs: {asked}{type(engine.exchange).__name__}, {batch_shards(self.mesh)} devices, "
-            f"{columns} of {batch_size} columns at a time ({8e-9 * columns * width:.3g} GB with "
+            f"pairs: {asked}{type(engine.exchange).__name__}, {devices} device{'s' * (devices > 1)}, "
+            f"{columns} of {batch_size} columns at a time ({8e-6 * columns * width:,.3g} MB with "
             f"their gradient), {batch_size // engine.blocks} columns a row, tiles of {chunk}, "
             f"{self.dtype}"
         )

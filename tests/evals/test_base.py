@@ -1,4 +1,5 @@
 import dataclasses
+import types
 
 import pytest
 
@@ -6,6 +7,9 @@ from clipjax.component import from_json, to_json
 from clipjax.data import Tfds
 from clipjax.errors import ClipjaxError, RunFailed
 from clipjax.evals import Evaluator, Every, Retrieval, ZeroShot, build_runners
+from clipjax.evals.base import Runner
+
+PREDICTOR = types.SimpleNamespace(image_size=2, context_length=5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +19,7 @@ class Constant(Evaluator):
     value: float
 
     def run(self, predictor):
-        return {f"{self.name}/value": self.value * predictor}
+        return {f"{self.name}/value": self.value * predictor.image_size}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,18 +42,42 @@ def test_every_is_due_at_its_multiples():
 def test_a_users_evaluator_needs_one_method():
     evaluator = Constant(3.0, every=Every(10))
     assert evaluator.name == "constant"
-    assert evaluator.build()(2) == {"constant/value": 6.0}
-    assert isinstance(evaluator.build()(2)["constant/value"], float)
+    assert evaluator.build()(PREDICTOR) == {"constant/value": 6.0}
+    assert isinstance(evaluator.build()(PREDICTOR)["constant/value"], float)
+
+
+def test_what_is_needed_is_loaded_once_for_each_size():
+    class Counting(Runner):
+        def load(self, predictor):
+            loads.append((predictor.image_size, predictor.context_length))
+
+        def evaluate(self, predictor):
+            return {"counted": len(loads)}
+
+    @dataclasses.dataclass(frozen=True)
+    class Counted(Evaluator):
+        def build(self):
+            return Counting(self)
+
+    loads: list = []
+    runner, other = Counted().build(), types.SimpleNamespace(image_size=2, context_length=6)
+    runner.prepare(PREDICTOR)
+    assert runner(PREDICTOR) == runner(PREDICTOR) == {"counted": 1}
+    assert runner(other) == {"counted": 2}
+    assert loads == [(2, 5), (2, 6)]
+    assert Counted().run(PREDICTOR) == {"counted": 3}  # what has a runner needs no `run`
+    with pytest.raises(NotImplementedError, match="Evaluator has neither run nor build"):
+        Evaluator().run(PREDICTOR)
 
 
 def test_an_error_names_the_evaluator_and_keeps_its_kind():
     with pytest.raises(ClipjaxError, match=r"^evaluator 'failing': the reason$") as caught:
-        Failing().build()(None)
+        Failing().build()(PREDICTOR)
     assert type(caught.value) is ClipjaxError
     with pytest.raises(RunFailed, match="evaluator 'mine': the reason"):
-        Failing(name="mine", kind="run").build()(None)
+        Failing(name="mine", kind="run").build()(PREDICTOR)
     with pytest.raises(KeyError) as bug:
-        Failing(kind="bug").build()(None)
+        Failing(kind="bug").build()(PREDICTOR)
     assert bug.value.__notes__ == ["raised by the evaluator 'failing' (Failing)"]
 
 

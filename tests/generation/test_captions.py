@@ -68,6 +68,10 @@ def test_captions_are_text_and_begin_with_the_prompt(predictor, pictures):
     assert all(c.startswith("w3 w4") and "w1 " not in c for c in captions)
     assert model.caption(list(pictures[:2]), prompt=["w3 w4", "w7"])[1].startswith("w7")
     assert model.caption([]) == []
+    # One picture gives one caption, and arrays of jax are pictures too.
+    first = model.caption(pictures[0], prompt="w3 w4")
+    assert first == captions[0] == model.caption(jnp.asarray(pictures[0]), prompt="w3 w4")
+    assert model.generate(pictures[0]).tokens.shape[0] == 1
     read = []
     assert captions == model.caption_rows(
         lambda rows: read.append(rows) or pictures[rows], len(pictures), prompt="w3 w4"

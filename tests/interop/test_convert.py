@@ -9,6 +9,7 @@ import named_weights
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import clipjax
@@ -101,6 +102,23 @@ def test_our_own_model_comes_back_with_its_tokenizer(ours, our_embeddings, to, t
     image, text = our_embeddings
     np.testing.assert_allclose(after.encode_text(TEXTS), text, atol=1e-6)
     np.testing.assert_allclose(after.encode_image(PICTURES), image, atol=1e-6)
+
+
+def test_other_peoples_weights_are_evaluated_as_they_are(ours, tmp_path, capsys):
+    """In one table with the same model as a folder of ours, and to the same figures."""
+    ours.save(tmp_path / "model")
+    export_weights(ours, tmp_path / "hf", "hf")
+    for name, picture in zip(("apple", "table"), PICTURES, strict=True):
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        Image.fromarray(picture).save(tmp_path / "classes" / name / "0.png")
+    models = [tmp_path / "model", tmp_path / "hf"]
+    code, said = run(
+        capsys, "eval", *models, "--dataset", tmp_path / "classes", "--calibration", "--json"
+    )
+    assert code == 0, said.err
+    model, hf = json.loads(said.out.splitlines()[-1]).values()
+    assert model.keys() == hf.keys() and len(model) > 3
+    assert all(model[name] == pytest.approx(hf[name], abs=1e-5) for name in model)
 
 
 def test_low_rank_updates_are_exported_in_the_kernels(ours, tmp_path, capsys):

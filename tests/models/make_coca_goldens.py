@@ -4,12 +4,8 @@ Run with a Python that has torch and open_clip_torch: `python tests/models/make_
 Weights are rounded to float16 first, so that they are stored exactly and small.
 """
 
-import importlib.abc
-import importlib.machinery
 import sys
-import types
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import numpy as np
 
@@ -22,40 +18,13 @@ CASES = {
 }
 
 
-class _Names(type):
-    def __getattr__(cls, name):
-        return name
-
-
-def _anything(name):
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return MagicMock(name=name) if name[0].islower() else _Names(name, (), {})
-
-
-class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """An empty torchvision, which open_clip imports and these models do not use."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "torchvision":
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec):
-        module = types.ModuleType(spec.name)
-        module.__path__ = []
-        module.__getattr__ = _anything
-        return module
-
-    def exec_module(self, module):
-        module.__version__ = "0.0"
-
-
 def main():
     import torch
-    import transformers.models.clip.modeling_clip  # noqa: F401  before the empty torchvision
 
-    sys.meta_path.insert(0, _Finder())
+    sys.path.insert(0, str(Path(__file__).parents[1] / "interop" / "reference"))
+    import stub
+
+    stub.install()
     from open_clip.coca_model import CoCa
 
     rng = np.random.default_rng(0)

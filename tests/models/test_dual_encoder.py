@@ -11,7 +11,7 @@ from flax import nnx
 
 from clipjax.errors import ClipjaxError
 from clipjax.models import DualEncoder
-from clipjax.models.dual_encoder import clamp_max
+from clipjax.models.scale import clamp_max
 from clipjax.params import abstract, count, merge, split
 from clipjax.towers import ResNet, TextTransformer, Tower, ViT
 

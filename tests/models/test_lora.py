@@ -90,6 +90,13 @@ def test_gradients_reach_a_and_b(batch):
         assert bool(jnp.any(g != 0)) == name.startswith("image"), name
 
 
+def test_what_is_asked_of_the_configuration_is_the_bases():
+    """So a run checks the tokenizer against the towers, and logs the embeddings' width."""
+    assert (LORA.text, LORA.image, LORA.embed_dim) == (BASE.text, BASE.image, 8)
+    with pytest.raises(AttributeError, match="unimodal"):
+        LORA.unimodal  # noqa: B018
+
+
 def test_refusals():
     with pytest.raises(ClipjaxError, match="'/atn/' matches no matrix"):
         Lora(BASE, pattern="/atn/").build(nnx.Rngs(0))

@@ -91,6 +91,7 @@ def test_settings_that_do_not_fit_each_other(refused, clipjax, vary):
     refused(["warm-up of 9 steps", "run of 8"], "train", "--optimizer.schedule.warmup.amount", 9)
     refused(["log_every=0"], "train", "--log_every", 0)
     refused(["checkpoint.keep=0"], "train", "--checkpoint.keep", 0)
+    refused(["checkpoint.minutes=0"], "train", "--checkpoint.minutes", 0)
     refused(["'nothing/R@1'", "no evaluator"], "train", "--checkpoint.best", "nothing/R@1")
     changes = {
         "optimizer=replace(run.optimizer, groups=(Group('^vision/'),))": "matches no parameter",
