@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import repeat
 from flax import nnx
 
 from clipjax.errors import ClipjaxError, did_you_mean
@@ -163,7 +164,7 @@ class TextTransformerModule(nnx.Module):
             token = self.class_token[...]
             if config.class_position:
                 token = token + self.positions[text.shape[1]]
-            token = jnp.broadcast_to(token.astype(x.dtype), (len(x), 1, self.width))
+            token = repeat(token.astype(x.dtype), "d -> b 1 d", b=len(x))
             x = jnp.concatenate([x, token], axis=1)
             mask = class_mask(text.shape[1], config.causal, valid, config.legacy_class_mask)
         x = apply_stack(self.blocks, x, config, mask=mask, key=block_key)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange, repeat
 from flax import nnx
 
 from clipjax.errors import ClipjaxError, did_you_mean
@@ -158,7 +159,7 @@ class ViTModule(nnx.Module):
             first = self.class_token[...]
             if self.positions is not None and config.class_position:
                 first = first + self.positions[0]
-            first = jnp.broadcast_to(first.astype(x.dtype), (x.shape[0], 1, self.width))
+            first = repeat(first.astype(x.dtype), "d -> b 1 d", b=len(x))
             x = jnp.concatenate([first, x], axis=1)
         x = layers.dropout(x, config.dropout, drop_key)
         if self.pre_norm is not None:
@@ -179,9 +180,7 @@ class ViTModule(nnx.Module):
 
 def patchify(image: jax.Array, size: int) -> jax.Array:
     """[B, H, W, C] -> [B, N, size * size * C]: patches row by row, pixels row by row in each."""
-    b, h, w, c = image.shape
-    x = image.reshape(b, h // size, size, w // size, size, c)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h // size) * (w // size), size * size * c)
+    return rearrange(image, "b (h p) (w q) c -> b (h w) (p q c)", p=size, q=size)
 
 
 def sincos2d(grid: tuple[int, int], width: int) -> np.ndarray:
@@ -191,7 +190,8 @@ def sincos2d(grid: tuple[int, int], width: int) -> np.ndarray:
     frequencies 10000^(-i / (width / 4)).
     """
     frequencies = 10000.0 ** (-np.arange(width // 4) / (width // 4))
-    row, column = np.mgrid[: grid[0], : grid[1]].reshape(2, -1, 1) * frequencies
+    places = rearrange(np.mgrid[: grid[0], : grid[1]], "yx h w -> yx (h w) 1")
+    row, column = places * frequencies
     parts = [np.sin(column), np.cos(column), np.sin(row), np.cos(row)]
     return np.concatenate(parts, axis=1).astype(np.float32)
 
