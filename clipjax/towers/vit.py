@@ -160,7 +160,7 @@ class ViTModule(nnx.Module):
         drop_key, patch_key, block_key = layers.keys(key, 3)
         x = self.patch(patchify(normalize(image, config), config.patch_size))
         x = self._add_positions(x)
-        kept = kept_patches(*x.shape[:2], config.patch_dropout, patch_key)
+        kept = kept_patches(x.shape[0], x.shape[1], config.patch_dropout, patch_key)
         if kept is not None:
             x = jnp.take_along_axis(x, kept[:, :, None], axis=1)
         if self.class_token is not None:
