@@ -202,10 +202,10 @@ class PairEngine:
         return 1 if self.mesh is None else batch_shards(self.mesh)
 
     def _plan(self, tile: Tile, rows: Side, blocks: list[Columns], shared: Any) -> Pass:
-        parts, first = [], 0
+        parts: list[tuple[frozenset[str], Block]] = []
+        first = 0
         for block in blocks:
-            table = isinstance(block, Table)
-            sweep = Sweep(tile, 1, block.axis if table else 0)
+            sweep = Sweep(tile, 1, _axis(block))
             names, size = sweep.look(rows, _sides(block), shared)
             if parts and names != parts[0][0]:
                 raise ClipjaxError(
@@ -213,7 +213,7 @@ class PairEngine:
                     f"{sorted(names)} for another: a row's terms must be the same for all blocks"
                 )
             sweep = dataclasses.replace(sweep, chunk=self._chunk(length(rows), size))
-            parts.append((names, Block(sweep, first, table)))
+            parts.append((names, Block(sweep, first, isinstance(block, Table))))
             first += _columns(block)
         route, tensor = Route((), ()), 1
         if self.mesh is not None:
@@ -248,7 +248,7 @@ class PairEngine:
         _same_length("row", rows, 0)
         for i, block in enumerate(blocks):
             kind = f"column (block {i})" if many else "column"
-            _same_length(kind, _sides(block), block.axis if isinstance(block, Table) else 0)
+            _same_length(kind, _sides(block), _axis(block))
         if length(rows) % self._shards:
             raise ClipjaxError(
                 f"a batch of {length(rows)} rows cannot be split over {self._shards} devices "
@@ -272,8 +272,12 @@ def _sides(block: Columns) -> Side:
     return block.sides if isinstance(block, Table) else block
 
 
+def _axis(block: Columns) -> int:
+    return block.axis if isinstance(block, Table) else 0
+
+
 def _columns(block: Columns) -> int:
-    return length(_sides(block), block.axis if isinstance(block, Table) else 0)
+    return length(_sides(block), _axis(block))
 
 
 def _same_length(kind: str, sides: Side, axis: int) -> None:
@@ -288,6 +292,6 @@ def _same_length(kind: str, sides: Side, axis: int) -> None:
 
 def _finish(states: dict[str, State]) -> dict[str, Any]:
     def fixed(state):
-        return state.replace(shift=jax.tree.map(lax.stop_gradient, state.shift))
+        return State(jax.tree.map(lax.stop_gradient, state.shift), state.sums, state.kind)
 
     return {k: s.kind.value(fixed(s)) for k, s in states.items()}

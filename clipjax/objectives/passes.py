@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 from clipjax.mesh import BATCH_AXES
 from clipjax.objectives.exchange import Route
-from clipjax.objectives.reductions import fold, merged
-from clipjax.objectives.tiles import Side, States, Sweep, length
+from clipjax.objectives.reductions import State, fold, merged
+from clipjax.objectives.tiles import Side, States, Sweep, floats, length
 
 
 class Block(NamedTuple):
@@ -54,7 +54,7 @@ def _backward(plan, residuals, cotangents):
     d_rows, d_cols, d_shared = plan.map(
         plan.backward,
         (split, blocks, P(), plan.gathered_specs, split, plan.state_specs),
-        (split, blocks, P()),
+        (split, plan.specs(tuple(map(floats, cols))), P()),
     )(plan.narrow(rows), tuple(map(plan.narrow, cols)), shared, gathered, row_cts, col_cts)
     leaves, tree = jax.tree.flatten(shared)
     d_shared = jax.tree.unflatten(tree, _like(dict(enumerate(leaves)), d_shared).values())
@@ -198,10 +198,9 @@ class Pass:
             d, seen = visit(d, moving, last)
             d_cols = self._pass_on(_add(d_cols, seen))
         d_rows, d_shared = d
-        d_cols = tuple((d_tables | d_cols)[i] for i in range(len(self.blocks)))
         return (
             self._sum(d_rows, self.tensor),
-            d_cols,
+            tuple((d_tables | d_cols)[i] for i in range(len(self.blocks))),
             self._sum(d_shared, BATCH_AXES + self.tensor),
         )
 
@@ -292,7 +291,7 @@ def _shifts(states: States) -> dict[str, Any]:
 
 
 def _with_shifts(cotangents: States, shifts: dict[str, Any]) -> States:
-    return {k: ct.replace(shift=shifts[k]) for k, ct in cotangents.items()}
+    return {k: State(shifts[k], ct.sums, ct.kind) for k, ct in cotangents.items()}
 
 
 def _like(arrays: dict, cotangents: dict) -> dict:

@@ -7,8 +7,6 @@ and tile size chooses the same; -1 stands for no pair at all, of value -inf.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -20,7 +18,8 @@ from clipjax.objectives.reductions import Places, Reduction, State, _keep
 NOBODY = jnp.iinfo(jnp.int32).max  # while merging: after every index
 
 
-class Chosen(NamedTuple):
+@struct.dataclass
+class Chosen:
     """Chosen pairs of n rows (or columns): [n], or [n, k] with the largest first."""
 
     value: jax.Array
@@ -44,11 +43,12 @@ class Selection(Reduction):
 
     @staticmethod
     def merge(states):
-        return State(_largest(*states.shift, 0), (), states.kind)
+        chosen = states.shift
+        return State(_largest(chosen.value, chosen.index, 0), (), states.kind)
 
     @staticmethod
     def value(state):
-        value, index = state.shift
+        value, index = state.shift.value, state.shift.index
         found = (value > -jnp.inf) & (index < NOBODY)
         return Chosen(value, jnp.where(found, index, -1))
 
@@ -87,7 +87,7 @@ class TopK(Selection):
     @staticmethod
     def merge(states):
         k = states.shift.value.shape[-1]
-        value, index = (jnp.concatenate([*a], -1) for a in states.shift)
+        value, index = (jnp.concatenate([*a], -1) for a in (states.shift.value, states.shift.index))
         # Equal values by their index, whatever order tiles and devices came in.
         value, index = lax.sort((-value, index), num_keys=2)
         return State(Chosen(-value[:, :k], index[:, :k]), (), states.kind)
@@ -108,7 +108,7 @@ class Sample(Selection):
 
     def lift(self, axis, places):
         noisy = lax.stop_gradient(self.logits) + _gumbel(self.key, places, word=axis)
-        return ArgMax(noisy, self.where).lift(axis, places).replace(kind=type(self))
+        return State(ArgMax(noisy, self.where).lift(axis, places).shift, (), type(self))
 
     @staticmethod
     def value(state):

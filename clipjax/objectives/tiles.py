@@ -124,16 +124,16 @@ class Sweep:
                 d_rows = _put(d_rows, _add(_take(d_rows, at, size), d[0]), at)
                 return (d_rows, _add(d_shared, d[2])), _add(d_col, d[1])
 
-            carry = row_and_shared, _zeros(_floats(col))
+            carry = row_and_shared, _zeros(floats(col))
             row_and_shared, d_col = _loop(length(rows), self.chunk, carry, one_tile)
             return row_and_shared, _put(d_cols, d_col, at, self.col_axis)
 
-        start = carry, _zeros(_floats(cols))
+        start = carry, _zeros(floats(cols))
         return _loop(length(cols, self.col_axis), self.chunk, start, one_column_chunk)
 
     def no_grads(self, rows: Side, shared: Any) -> tuple[Side, Any]:
         """Zero cotangents of the rows' sides and of `shared`."""
-        return _zeros(_floats(rows)), _zeros(_floats(dict(enumerate(jax.tree.leaves(shared)))))
+        return _zeros(floats(rows)), _zeros(floats(dict(enumerate(jax.tree.leaves(shared)))))
 
     def _tile_stats(self, row, col, shared):
         row, col = _wide(row), _wide(col)
@@ -156,7 +156,7 @@ class Sweep:
                 {k: t.sums(0, col_cts[k].shift) for k, t in col_terms.items()},
             )
 
-        _, pullback = jax.vjp(sums, _floats(row), _floats(col), _floats(whole))
+        _, pullback = jax.vjp(sums, floats(row), floats(col), floats(whole))
         return pullback(tuple({k: s.sums for k, s in c.items()} for c in (row_cts, col_cts)))
 
 
@@ -198,7 +198,8 @@ def _add(a, b):
     return jax.tree.map(jnp.add, a, b)
 
 
-def _floats(side):
+def floats(side: dict) -> dict:
+    """The arrays that may have a gradient."""
     return {k: v for k, v in side.items() if jnp.issubdtype(v.dtype, jnp.inexact)}
 
 
