@@ -1,14 +1,18 @@
 """The command line: one command per verb, each in the file of its name.
 
-Exit codes: 0 done; 1 the run failed; 2 bad input, nothing was started; 75 stopped by a signal after saving.
+Exit codes: 0 done; 1 the run failed; 2 bad input, nothing was started; 69 not to be had now; 75 stopped by a
+signal after saving; 76 stalled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
 
 from clipjax.errors import ClipjaxError, did_you_mean
 
@@ -32,6 +36,11 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code; errors meant for the user become one line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    with _unbreakable_stderr():
+        return _main(arguments)
+
+
+def _main(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     logging.basicConfig(
@@ -48,8 +57,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"clipjax: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # `clipjax config ... | head`
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left has no reader
         return 0
+
+
+class _Unbreakable:
+    """A stream that nobody may be listening to any more: a lost terminal ends no run."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self.broken = False
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, call: Any, *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except (OSError, ValueError):  # broken pipe, hung-up terminal, full disk, closed file
+            self.broken = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _unbreakable_stderr() -> Iterator[None]:
+    before = sys.stderr
+    stream = _Unbreakable(before)
+    sys.stderr = stream  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if not stream.broken:  # else Python would fail, at its end, to write out what is left
+            sys.stderr = before
 
 
 class _Stderr(logging.StreamHandler):
@@ -89,6 +134,7 @@ def _help() -> str:
             "usage: clipjax COMMAND [OPTIONS]\n",
             *lines,
             "\nclipjax COMMAND --help lists a command's options; --debug shows an error's traceback.",
-            "Exit codes: 0 done; 1 the run failed; 2 bad input; 75 stopped by a signal after saving.",
+            "Exit codes: 0 done; 1 the run failed; 2 bad input; and, to be started again: 69 not to be had now;",
+            "75 stopped by a signal after saving; 76 no step ended in time.",
         ]
     )

@@ -16,6 +16,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--workdir", type=Path, help="the run's folder; default: runs/<name of the config file>"
     )
+    parser.add_argument(
+        "--from-step", "--from_step", type=int, metavar="N",
+        help="go back to the checkpoint of step N; later ones are moved to the run's aside/",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fallback", action="store_true",
+        help="where the newest checkpoint is damaged, move it to aside/ and go on from an earlier one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--new-data", "--new_data", action="store_true",
+        help="go on although the data are other than they were",
+    )  # fmt: skip
     namespace, run = parse_run(parser, arguments)
     from clipjax.mesh import start_processes
 
@@ -23,5 +35,11 @@ def main(arguments: list[str]) -> int:
     from clipjax.train.loop import train
 
     config: Path = namespace.config
-    train(run, namespace.workdir or (config if config.is_dir() else Path("runs") / config.stem))
+    train(
+        run,
+        namespace.workdir or (config if config.is_dir() else Path("runs") / config.stem),
+        from_step=namespace.from_step,
+        fallback=namespace.fallback,
+        new_data=namespace.new_data,
+    )
     return 0

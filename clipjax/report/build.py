@@ -7,7 +7,6 @@ import datetime
 import functools
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from clipjax.files import replace_file
 from clipjax.report import charts
 from clipjax.report.confusion import row_shares
 from clipjax.report.contents import CaptionExample, Confusion, Example, Similarities
 from clipjax.report.pictures import heat_uri, picture_uri, strip_uri
-from clipjax.tracking import headline
+from clipjax.tracking import headline, read_metrics
 
 REPORT_FILE = "report.html"
 ACCENT = (42, 110, 219)
@@ -143,24 +143,8 @@ def write_report(
         accent=ACCENT,
     )
     path = folder / REPORT_FILE
-    temporary = folder / (REPORT_FILE + ".tmp")
-    temporary.write_text(page, encoding="utf-8", errors="replace")
-    os.replace(temporary, path)
+    replace_file(path, page)
     return path
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; none if there is no file. Lines cut off by a kill are left out."""
-    lines = []
-    if Path(path).is_file():
-        for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            if isinstance(line, dict) and "step" in line:
-                lines.append(line)
-    return lines
 
 
 def figure(name: str, value: float) -> str:

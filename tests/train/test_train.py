@@ -7,7 +7,7 @@ import numpy as np
 
 def test_it_learns_and_leaves_the_whole_folder(clipjax, read_metrics, caplog):
     caplog.set_level("INFO", "clipjax")
-    assert clipjax("train", "--duration.amount", 60, "--evals.0.every.steps", 30) == 0
+    assert clipjax("train", "--duration.amount", 60, "--evals.0.every.amount", 30) == 0
     assert "pairs: AllGather, 1 device, 16 of 16 columns at a time" in caplog.text
     loss = read_metrics(clipjax.workdir)
     assert sorted(loss) == list(range(1, 61))
