@@ -24,6 +24,7 @@ from clipjax.errors import ClipjaxError, DamagedCheckpoint, Preempted, RunFailed
 from clipjax.evals.base import Runner
 from clipjax.files import replace_file
 from clipjax.restore import Opened
+from clipjax.stores import place
 from clipjax.tracking import Progress, Tracking, read_metrics
 from clipjax.train.cadence import Cadences
 from clipjax.train.folder import add_attempt, choose_start, hold, make_way, write_run_files
@@ -68,7 +69,7 @@ def train(
       Preempted: a signal asked to stop; the state is saved.
     """
     began = time.time()
-    workdir = Path(workdir)
+    workdir = place(workdir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(unwritable_fails(workdir))
         stop = stack.enter_context(StopRequest())
