@@ -12,10 +12,11 @@ import dataclasses
 import errno
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import orbax.checkpoint as ocp
 
 from clipjax.checksums import checksums
@@ -24,7 +25,7 @@ from clipjax.errors import ClipjaxError, DamagedCheckpoint, Unavailable, did_you
 from clipjax.files import scratch
 from clipjax.meta import Meta
 from clipjax.optim.duration import Duration, Every, as_every
-from clipjax.params import paths
+from clipjax.params import map_with_path, paths
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
@@ -208,7 +209,7 @@ class Checkpoints:
         return self._metas[step]
 
     def restore(self, step: int, target: Any) -> Any:
-        """The state of `step` in the layout of `target`.
+        """The state of `step`, or a part of it, in the layout of `target`.
 
         Args:
           step: one of `steps()`.
@@ -219,18 +220,36 @@ class Checkpoints:
           DamagedCheckpoint: it cannot be read, or holds other numbers than were saved.
           Unavailable: it cannot be read just now.
         """
-        self._check(step, target)
-        with self._reading(step):
-            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-            state = self._manager.restore(step, args=arguments)["state"]
-            self._verify(step, state)
-        return state
+        leaves = self.read(step, dict(paths(target)))
+        return map_with_path(lambda name, _: leaves[name], target)
 
-    def _verify(self, step: int, state: Any) -> None:
+    def read(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """Some arrays of the state of `step` by their paths there; shapes, layouts and errors as in `restore`."""
+        self._check(step, wanted)
+        folder = self.folder / str(step) / "state"
+        with self._reading(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            saved = reader.metadata(folder).item_metadata.tree
+            # In the dtype that was saved, since the checksum is of that.
+            target = map_with_path(
+                lambda name, leaf: (
+                    jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=wanted[name].sharding)
+                    if name in wanted
+                    else ocp.PLACEHOLDER
+                ),
+                _plain_containers(saved),
+            )
+            restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+            arguments = ocp.args.PyTreeRestore(target, restore_args=restore_args)
+            leaves = dict(paths(reader.restore(folder, args=arguments)))
+            leaves = {name: leaves[name] for name in wanted}
+            self._verify(step, leaves)
+        return {name: leaf.astype(wanted[name].dtype) for name, leaf in leaves.items()}
+
+    def _verify(self, step: int, leaves: dict[str, jax.Array]) -> None:
         saved = self.meta(step).sums
         if not saved:  # format 1
             return
-        for name, value in checksums(state).items():
+        for name, value in checksums(leaves).items():
             if saved.get(name, value) != value:
                 raise ValueError(f"{name!r} is damaged: its checksum differs")
 
@@ -255,29 +274,16 @@ class Checkpoints:
                 step,
             ) from error
 
-    def restore_part(self, step: int, target: dict[str, Any]) -> Any:
-        """Only the named top-level parts of the state (`{"params": ..., "ema": ...}`)."""
-        self._check(step, target)
-        arguments = ocp.args.PyTreeRestore(
-            target,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-            partial_restore=True,
-        )
-        with self._reading(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            state = reader.restore(self.folder / str(step) / "state", args=arguments)
-            self._verify(step, state)
-        return state
-
     def saved_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
         """Path -> shape of every array of the saved state."""
         with self._reading(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             metadata = reader.metadata(self.folder / str(step) / "state").item_metadata.tree
         return {name: tuple(leaf.shape) for name, leaf in paths(metadata)}
 
-    def _check(self, step: int, target: Any) -> None:
+    def _check(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
         # Checked here because Orbax's own complaint comes with a storm of tracebacks on stderr.
         saved = self.saved_shapes(step)
-        for name, leaf in paths(target):
+        for name, leaf in wanted.items():
             model = name.startswith(("params/", "model_state/"))
             where = f"checkpoint {self.folder / str(step)} is of another " + (
                 "model" if model else "optimizer, ema or objective"
@@ -320,6 +326,15 @@ class _Keep:
             choose = max if self.config.best_is == "max" else min
             keep[choose(scores, key=lambda i: (scores[i], i))] = True
         return keep
+
+
+def _plain_containers(tree: Any) -> Any:
+    """Orbax' metadata in the containers that it restores into: dicts, lists, and None for nothing."""
+    if isinstance(tree, dict):
+        return {key: _plain_containers(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_plain_containers(value) for value in tree]
+    return tree
 
 
 def _no_order(metrics: Any) -> float:

@@ -164,7 +164,7 @@ def _restore(path: Path, mesh: Mesh) -> tuple[Path, int, Run, Pretrained]:
         if averaged:
             target["ema"] = select(mask, params)[0]
         layout = run.sharding.apply(target, mesh)
-        state = checkpoints.restore_part(
+        state = checkpoints.restore(
             step,
             jax.tree.map(
                 lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), target, layout

@@ -27,6 +27,7 @@ from clipjax.objectives.pairs import PairEngine
 from clipjax.optim import Scale
 from clipjax.predictor import Predictor
 from clipjax.train.folder import claim
+from clipjax.train.resume import restore
 from clipjax.train.state import Blueprint, Leaves, TrainState
 from clipjax.train.step import Step, check_batch, jit_step, make_step
 from clipjax.train.votes import Votes
@@ -88,7 +89,8 @@ class Session:
         state: Any = None
         with contextlib.closing(Checkpoints(self.workdir)) as checkpoints:
             try:
-                state = checkpoints.restore(self.start, self.blueprint.target())
+                target = self.blueprint.target()
+                state = restore(checkpoints, self.start, target, self.run.optimizer)
             except DamagedCheckpoint as error:
                 failure = error
         # One process may be alone in seeing the damage, and all must go on from the same step.
@@ -137,7 +139,11 @@ def setup(run: Run, workdir: Path, start: int | None = None, new_data: bool = Fa
     )
     if saved is not None:
         check_data(saved, meta, workdir, new_data)
-    scale = Scale(run.data.batch_size, loader.num_examples)
+    seen = saved.examples(start or 0) if saved else 0
+    shift = seen - (start or 0) * run.data.batch_size
+    scale = Scale(run.data.batch_size, loader.num_examples, shift)
+    if shift:
+        log.info("%d examples were seen so far, in %d steps of other sizes", seen, start)
     total_steps = run.duration.last_step(scale)
     if run.duration.amount == 0:
         raise ClipjaxError(
@@ -156,7 +162,8 @@ def setup(run: Run, workdir: Path, start: int | None = None, new_data: bool = Fa
         mesh,
         run.sharding,
         total_steps,
-        scale,
+        # A run whose length is in steps goes by steps whatever their size.
+        dataclasses.replace(scale, shift=0) if run.duration.unit == "steps" else scale,
         run.seed,
     )
     engine = PairEngine(mesh, run.exchange, run.pair_chunk, run.pair_dtype)

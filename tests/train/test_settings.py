@@ -168,7 +168,7 @@ def _state(workdir, step, part):
     target = abstract(lambda: run.model.build(nnx.Rngs(0)))[1]
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), target)
-    restored = Checkpoints(workdir).restore_part(step, {part: target})[part]
+    restored = Checkpoints(workdir).restore(step, {part: target})[part]
     return {name: np.asarray(leaf) for name, leaf in paths(restored)}
 
 
@@ -254,8 +254,8 @@ def test_one_compilation_no_implicit_transfers_and_no_wasted_buffers(
 
     real = loop.setup
 
-    def guarded(run, workdir):
-        session = real(run, workdir)
+    def guarded(*arguments):
+        session = real(*arguments)
         compiled = session.step
 
         def step(state, batch):
