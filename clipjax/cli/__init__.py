@@ -43,9 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
-    logging.basicConfig(
-        level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", handlers=[_Stderr()]
+    handler = _Stderr()
+    handler.setFormatter(
+        _Lines("%(where)s%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
     )
+    handler.addFilter(_first_process_alone)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     # Orbax logs the traceback of what it also raises.
     logging.getLogger("absl").setLevel(logging.ERROR if debug else logging.CRITICAL)
     logging.getLogger("clipjax").setLevel(logging.INFO)
@@ -95,6 +98,30 @@ def _unbreakable_stderr() -> Iterator[None]:
     finally:
         if not stream.broken:  # else Python would fail, at its end, to write out what is left
             sys.stderr = before
+
+
+def _process() -> int | None:
+    """Which of several processes this is; None while it is alone, or does not know yet."""
+    if "jax" not in sys.modules:
+        return None
+    from jax._src import distributed  # jax.process_index() would start the devices
+
+    state = distributed.global_state
+    return state.process_id if state.client is not None and (state.num_processes or 1) > 1 else None
+
+
+def _first_process_alone(record: logging.LogRecord) -> bool:
+    """What is not worth a warning is the same in all processes: one says it."""
+    return record.levelno >= logging.WARNING or not _process()
+
+
+class _Lines(logging.Formatter):
+    """Lines with the time, and with the process where there are several: `[p3] 12:01:07 INFO ...`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        process = _process()
+        record.where = "" if process is None else f"[p{process}] "
+        return super().format(record)
 
 
 class _Stderr(logging.StreamHandler):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shutil
 import socket
 import time
@@ -26,12 +27,13 @@ from clipjax.config import Run
 from clipjax.errors import ClipjaxError, Unavailable
 from clipjax.files import TEMPORARY, replace_file
 from clipjax.meta import Meta, unpack_tokenizer
+from clipjax.tracking.goodput import ATTEMPTS_FILE, read_attempts
 
 log = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 TOKENIZER_FOLDER = "tokenizer"
 LOCK_FILE = ".lock"
-ATTEMPTS_FILE = "attempts.jsonl"
+COMPILED_FOLDER = "xla"
 
 
 def claim(run: Run, workdir: Path) -> None:
@@ -154,6 +156,19 @@ def write_run_files(workdir: Path, meta: Meta) -> None:
     temporary.rename(tokenizer)
 
 
+def keep_compilations(workdir: Path) -> None:
+    """Lets jax keep compiled programs in the run's `xla/`, so that a restart does not compile again.
+
+    JAX_COMPILATION_CACHE_DIR, or jax's own setting, names another folder; empty, none.
+    """
+    from jax.experimental.compilation_cache import compilation_cache
+
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        return
+    jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / COMPILED_FOLDER))
+    compilation_cache.reset_cache()  # jax looks for a cache once, and something was compiled before
+
+
 def choose_start(workdir: Path, from_step: int | None, damaged: set[int]) -> int | None:
     """The checkpoint to go on from; None to begin.
 
@@ -187,15 +202,6 @@ def make_way(workdir: Path, start: int | None) -> None:
         for step in complete_steps(workdir):
             if start is None or step > start:
                 log.warning("moved checkpoint %d to %s", step, set_aside(workdir, step))
-
-
-def read_attempts(workdir: Path) -> list[dict[str, Any]]:
-    """The starts of a run, oldest first: when, from which step, where, and what was last heard of the one before."""
-    try:
-        lines = (workdir / ATTEMPTS_FILE).read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
-    except (OSError, ValueError):
-        return []
 
 
 def add_attempt(

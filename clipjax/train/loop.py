@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,12 +27,21 @@ from clipjax.files import replace_file
 from clipjax.restore import Opened
 from clipjax.stores import place
 from clipjax.tracking import Progress, Tracking, read_metrics
+from clipjax.tracking.goodput import goodput, read_attempts
 from clipjax.train.cadence import Cadences
-from clipjax.train.folder import add_attempt, choose_start, hold, make_way, write_run_files
+from clipjax.train.folder import (
+    add_attempt,
+    choose_start,
+    hold,
+    keep_compilations,
+    make_way,
+    write_run_files,
+)
 from clipjax.train.setup import Session, setup
 from clipjax.train.signals import Interrupted, StopRequest, name_of, nothing_lost
 from clipjax.train.state import TrainState
 from clipjax.train.votes import Votes
+from clipjax.train.watch import Profile, Watch
 from clipjax.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -49,6 +59,7 @@ def train(
     from_step: int | None = None,
     fallback: bool = False,
     new_data: bool = False,
+    profile: tuple[int, int] | None = None,
 ) -> dict[str, float]:
     """Trains `run` in `workdir`, or continues what is there; returns the final evaluation.
 
@@ -61,6 +72,7 @@ def train(
       from_step: the checkpoint to go back to; None: the newest.
       fallback: whether to go on from an earlier checkpoint where one is damaged.
       new_data: whether the data may be other than they were.
+      profile: the first and the last step of a trace.
 
     Raises:
       ClipjaxError: something does not fit; nothing was written.
@@ -79,7 +91,14 @@ def train(
             session, state = start(run, workdir, stack, from_step, fallback, new_data)
             lines = read_metrics(workdir / METRICS_FILE)
             write_run_files(workdir, session.meta)
-            add_attempt(workdir, session.start, from_step, began, lines)
+            restarts = add_attempt(workdir, session.start, from_step, began, lines)
+            watch = Watch(
+                run.data.batch_size,
+                run.data.context_length,
+                session.flops_per_example(),
+                restarts,
+                elapsed=time.time() - began,
+            )
             checkpoints = stack.enter_context(
                 contextlib.closing(Checkpoints(workdir, run.checkpoint))
             )
@@ -89,13 +108,15 @@ def train(
             progress = stack.enter_context(
                 Progress(session.total_steps, run.data.batch_size, session.start or 0)
             )
-            loop = Loop(session, checkpoints, tracking, progress, stop, dog)
+            trace = Profile(workdir, profile)
+            stack.callback(trace.stop)
+            loop = Loop(session, checkpoints, tracking, progress, stop, dog, watch, trace)
             state = loop.steps(state)
         except Interrupted as signal:
             raise Preempted(nothing_lost(signal.name)) from None
         results = loop.last_evaluation(state)
         with loop.stopping_after(session.total_steps):
-            finish(session, state, results, time.time() - began)
+            finish(session, state, results, time.time() - began, watch)
     return results
 
 
@@ -120,6 +141,7 @@ def start(
             try:
                 session = setup(run, workdir, at, new_data)
                 held.enter_context(hold(workdir, newest))
+                keep_compilations(workdir)
                 state = session.restore_or_init()
             except DamagedCheckpoint as error:
                 if not fallback:
@@ -143,10 +165,13 @@ class Loop:
         progress: Progress,
         stop: StopRequest,
         dog: Watchdog,
+        watch: Watch,
+        trace: Profile,
     ):
         run = session.run
         self._session, self._checkpoints, self._tracking = session, checkpoints, tracking
         self._progress, self._stop, self._dog = progress, stop, dog
+        self._watch, self._trace = watch, trace
         self._votes = Votes(session.mesh)
         milestones = run.checkpoint.milestones
         self._cadences = Cadences(
@@ -172,8 +197,15 @@ class Loop:
         self._dog.beat("the first step", 4)
         with contextlib.closing(session.loader.iterate(start, session.scale.shift)) as batches:
             for step in range(start + 1, total + 1):
-                state, metrics = session.step(state, to_global(next(batches), session.mesh))
+                with self._watch.doing("data"):
+                    rows = next(batches)
+                self._trace.before(step)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, metrics = session.step(state, to_global(rows, session.mesh))
                 self._cast(step, metrics)
+                if self._trace.ends_with(step):
+                    self._retire(0)
+                    self._trace.stop()
                 self._retire(IN_FLIGHT)
                 if step == total:
                     break
@@ -201,10 +233,13 @@ class Loop:
             self._checkpoints.save(total, state, session.meta_at(total), None, milestone)
             raise
         if results and not is_logged(session.workdir, total, results):
-            self._tracking.write(total, results)
+            # With the time it took, which no other line will tell.
+            seconds = {n: v for n, v in self._watch.figures().items() if n.startswith("seconds/")}
+            self._tracking.write(total, results | seconds)
         self._dog.beat("the last save", 4)
-        self._checkpoints.save(total, state, session.meta_at(total), results, milestone)
-        self._checkpoints.wait()
+        with self._watch.doing("saving"):
+            self._checkpoints.save(total, state, session.meta_at(total), results, milestone)
+            self._checkpoints.wait()
         self._progress.evaluated(total, results)
         self._dog.beat("the report", 4)
         return results
@@ -240,10 +275,14 @@ class Loop:
             if done == (session.start or 0) + 1:
                 self._stop.wait_for_steps()
             self._dog.beat(f"step {done + 1}")
+            self._watch.stepped()
             due = self._cadences.due("log", done) or done in (1, session.total_steps)
+            figures = None
             if due:
-                self._tracking.write(done, jax.device_get(metrics))
-            self._progress.update(done, metrics if due else None)
+                skipped = {"skipped_records": session.loader.skipped}
+                figures = jax.device_get(metrics) | self._watch.figures() | skipped
+                self._tracking.write(done, figures)
+            self._progress.update(done, figures)
 
     def _evaluate_after(self, step: int, state: TrainState) -> dict[str, float]:
         """The figures of the evaluators that are due."""
@@ -273,7 +312,10 @@ class Loop:
         """What an evaluator refuses in the middle of a run fails the run."""
         alone = jax.process_count() == 1
         try:
-            with self._stop.at_once() if alone else contextlib.nullcontext():
+            with (
+                self._watch.doing("evaluation"),
+                self._stop.at_once() if alone else contextlib.nullcontext(),
+            ):
                 return self._session.evaluate(state, runners)
         except ClipjaxError as error:
             self._checkpoints.wait()
@@ -295,7 +337,8 @@ class Loop:
         if self._stopped_by or not int(metrics["bad_streak"]):
             self._dog.beat(f"the save of step {step}", 4)
             meta = self._session.meta_at(step)
-            self._checkpoints.save(step, state, meta, figures, milestone)
+            with self._watch.doing("saving"):
+                self._checkpoints.save(step, state, meta, figures, milestone)
             self._dog.beat(f"step {step + 1}")
 
     def _end_early(self, step: int) -> None:
@@ -356,10 +399,18 @@ def unwritable_fails(workdir: Path) -> Iterator[None]:
         ) from error
 
 
-def finish(session: Session, state: TrainState, results: dict[str, float], seconds: float) -> None:
+def finish(
+    session: Session, state: TrainState, results: dict[str, float], seconds: float, watch: Watch
+) -> None:
     """`results.json` and `report.html`; all processes evaluate, the first one writes."""
     if jax.process_index() == 0:
-        summary = {"step": session.total_steps, "seconds": round(seconds, 1)} | results
+        summary: dict[str, Any] = {"step": session.total_steps, "seconds": round(seconds, 1)}
+        # What has happened since the last line counts too.
+        rest = {"time": time.time()} | watch.figures()
+        lines = [*read_metrics(session.workdir / METRICS_FILE), rest]
+        if spent := goodput(lines, read_attempts(session.workdir)):
+            summary |= spent.to_json()
+        summary |= results
         replace_file(session.workdir / RESULTS_FILE, json.dumps(summary, indent=2) + "\n")
     predictor = session.predictor_for(state)
     opened = Opened(

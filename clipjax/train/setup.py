@@ -22,6 +22,7 @@ from clipjax.data import TokenizerModel, load_tokenizer
 from clipjax.data.placement import process_rows
 from clipjax.errors import ClipjaxError, DamagedCheckpoint, did_you_mean
 from clipjax.evals.base import Evaluator, Runner, build_runners
+from clipjax.evals.flops import forward_flops
 from clipjax.meta import Meta, pack_tokenizer, unpack_tokenizer
 from clipjax.objectives.pairs import PairEngine
 from clipjax.optim import Scale
@@ -60,6 +61,15 @@ class Session:
     def meta_at(self, step: int) -> Meta:
         """What a checkpoint of `step` holds beside the state."""
         return dataclasses.replace(self.meta, examples_seen=self.scale.examples(step))
+
+    def flops_per_example(self) -> float | None:
+        """Of the model for one example, forward and backward (twice the forward); None where it cannot be counted."""
+        data = self.run.data
+        try:
+            return 3 * forward_flops(self.run.model, data.image_size, data.context_length)
+        except Exception as error:  # a model of another kind costs the figure, not the run
+            log.info("no model FLOPs: %s", error)
+            return None
 
     def evaluate(self, state: TrainState, runners: Sequence[Runner]) -> dict[str, float]:
         """The figures of some of the run's evaluators."""

@@ -1,5 +1,6 @@
 """Stopping: by signals wherever a run is, by a lost terminal (which must not), by the watchdog."""
 
+import functools
 import os
 import signal
 import socket
@@ -28,6 +29,7 @@ def block():
 
 with StopRequest() as stop:
     try:
+        {before}
         print("ready", flush=True)
         {body}
     except Interrupted as signal:
@@ -37,10 +39,10 @@ print("lived", flush=True)
 """
 
 
-def ask(body, *signals):
+def ask(body, *signals, before="pass"):
     """What a process in the middle of `body` does: (exit code, seconds, stdout, stderr)."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HELD.format(body=body)],
+        [sys.executable, "-c", HELD.format(body=body, before=before)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout.readline() == "ready\n"
@@ -63,12 +65,13 @@ def test_before_the_first_step_a_signal_ends_the_process(body):
 
 
 def test_while_steps_run_the_first_signal_waits_and_the_second_does_not():
-    steps = "stop.wait_for_steps(); time.sleep(1); sys.stdout.write(f'{stop.number} ')"
-    assert ask(steps, signal.SIGTERM)[::2] == (0, "15 lived\n")
-    code, _, out, _ = ask(steps, signal.SIGTERM, signal.SIGTERM)
+    ask_in_steps = functools.partial(ask, before="stop.wait_for_steps()")
+    steps = "time.sleep(1); sys.stdout.write(f'{stop.number} ')"
+    assert ask_in_steps(steps, signal.SIGTERM)[::2] == (0, "15 lived\n")
+    code, _, out, _ = ask_in_steps(steps, signal.SIGTERM, signal.SIGTERM)
     assert (code, out) == (-signal.SIGTERM, "")
-    evaluating = "stop.wait_for_steps()\n        with stop.at_once(): time.sleep(50)"
-    assert ask(evaluating, signal.SIGTERM)[0] == 75
+    evaluating = "with stop.at_once(): time.sleep(50)"
+    assert ask_in_steps(evaluating, signal.SIGTERM)[0] == 75
 
 
 def test_exit_codes_tell_never_again_from_try_again():
@@ -134,7 +137,7 @@ def test_a_process_that_stands_still_is_named_and_the_others_end(tmp_path, spawn
     _, stderr = both[0].communicate(timeout=120)
     assert both[0].returncode == 76, stderr
     assert time.monotonic() - began < 60
-    assert f"process 1 on {socket.gethostname()} is silent (it was at: step" in stderr
+    assert f"process 1 on {socket.gethostname()} is silent (it was at: " in stderr
     assert "Thread 0x" in stderr  # the stacks
     assert "loop.py" in stderr
     os.kill(both[1].pid, signal.SIGKILL)
