@@ -25,6 +25,15 @@ TYPE_KEY = "@type"
 class Component:
     """Base of everything that can stand in a run's configuration."""
 
+    @classmethod
+    def upgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a saved configuration, as an earlier version wrote them, under today's names.
+
+        Args:
+          fields: what the file holds; may be changed.
+        """
+        return fields
+
 
 def to_json(value: Any) -> Any:
     """Turns a component (or a tuple, dict or scalar inside one) into JSON-able data.
@@ -65,6 +74,7 @@ def from_json(data: Any) -> Any:
 def construct(cls: type[Component], fields: dict[str, Any]) -> Component:
     """`cls(**fields)`, refusing unknown fields by name with the nearest known one."""
     known = [f.name for f in dataclasses.fields(cls) if f.init]
+    fields = cls.upgraded(dict(fields))
     for name in fields:
         if name not in known:
             raise ClipjaxError(f"{cls.__name__} has no field {name!r}{did_you_mean(name, known)}")

@@ -1,6 +1,7 @@
 """Optimizers, schedules, per-path groups, averaging of the weights."""
 
 from clipjax.optim.duration import Duration as Duration
+from clipjax.optim.duration import Every as Every
 from clipjax.optim.duration import Scale as Scale
 from clipjax.optim.ema import Ema as Ema
 from clipjax.optim.optimizers import SGD as SGD

@@ -9,24 +9,29 @@ import contextlib
 import dataclasses
 import logging
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from clipjax.checkpoint import FORMAT, Checkpoints, latest_step, pack_tokenizer, unpack_tokenizer
+from clipjax.checkpoint import Checkpoints
 from clipjax.component import to_json
 from clipjax.config import Run
 from clipjax.data import TokenizerModel, load_tokenizer
 from clipjax.data.placement import process_rows
-from clipjax.errors import ClipjaxError, did_you_mean
+from clipjax.errors import ClipjaxError, DamagedCheckpoint, did_you_mean
 from clipjax.evals.base import Evaluator, Runner, build_runners
+from clipjax.evals.flops import forward_flops
+from clipjax.meta import Meta, pack_tokenizer, unpack_tokenizer
 from clipjax.objectives.pairs import PairEngine
 from clipjax.optim import Scale
 from clipjax.predictor import Predictor
 from clipjax.train.folder import claim
+from clipjax.train.resume import restore
 from clipjax.train.state import Blueprint, Leaves, TrainState
 from clipjax.train.step import Step, check_batch, jit_step, make_step
+from clipjax.train.votes import Votes
 
 log = logging.getLogger(__name__)
 
@@ -47,26 +52,31 @@ class Session:
     total_steps: int
     blueprint: Blueprint
     step: Step
-    meta: dict[str, Any]
+    meta: Meta
     evaluators: list[tuple[Evaluator, Runner]]
     predictor: Predictor
     start: int | None
     start_leaves: tuple[Leaves, Leaves]
 
-    def due(self, step: int | None) -> list[Runner]:
-        """The evaluators due after `step`; all of them when `step` is None."""
-        return [
-            runner
-            for evaluator, runner in self.evaluators
-            if step is None or (evaluator.every is not None and evaluator.every.due(step))
-        ]
+    def meta_at(self, step: int) -> Meta:
+        """What a checkpoint of `step` holds beside the state."""
+        return dataclasses.replace(self.meta, examples_seen=self.scale.examples(step))
 
-    def evaluate(self, state: TrainState, step: int | None) -> dict[str, float]:
-        """The figures of the evaluators due after `step`."""
+    def flops_per_example(self) -> float | None:
+        """Of the model for one example, forward and backward (twice the forward); None where it cannot be counted."""
+        data = self.run.data
+        try:
+            return 3 * forward_flops(self.run.model, data.image_size, data.context_length)
+        except Exception as error:  # a model of another kind costs the figure, not the run
+            log.info("no model FLOPs: %s", error)
+            return None
+
+    def evaluate(self, state: TrainState, runners: Sequence[Runner]) -> dict[str, float]:
+        """The figures of some of the run's evaluators."""
         results: dict[str, float] = {}
-        if due := self.due(step):
+        if runners:
             predictor = self.predictor_for(state)
-            for runner in due:
+            for runner in runners:
                 results |= runner(predictor)
         return results
 
@@ -85,15 +95,37 @@ class Session:
         if self.start is None:
             return self.blueprint.init(self.start_leaves)
         log.info("continuing from step %d of %s", self.start, self.workdir)
+        failure: DamagedCheckpoint | None = None
+        state: Any = None
         with contextlib.closing(Checkpoints(self.workdir)) as checkpoints:
-            return checkpoints.restore(self.start, self.blueprint.target())
+            try:
+                target = self.blueprint.target()
+                state = restore(checkpoints, self.start, target, self.run.optimizer)
+            except DamagedCheckpoint as error:
+                failure = error
+        # One process may be alone in seeing the damage, and all must go on from the same step.
+        if Votes(self.mesh).settle([failure is not None])[0] and failure is None:
+            failure = DamagedCheckpoint(
+                f"another process cannot read checkpoint {self.start}; its own message says why",
+                self.start,
+            )
+        if failure is not None:
+            raise failure
+        return state
 
 
-def setup(run: Run, workdir: Path) -> Session:
+def setup(run: Run, workdir: Path, start: int | None = None, new_data: bool = False) -> Session:
     """Opens everything a run needs.
+
+    Args:
+      run: the experiment.
+      workdir: its folder.
+      start: the checkpoint to continue from; None for a fresh run.
+      new_data: whether the data may be other than they were when the checkpoint was written.
 
     Raises:
       ClipjaxError: something does not fit together.
+      DamagedCheckpoint: the checkpoint cannot be read.
     """
     claim(run, workdir)
     mesh = run.mesh.build()
@@ -102,17 +134,29 @@ def setup(run: Run, workdir: Path) -> Session:
     check_best(run)
     for tracker in run.trackers:
         tracker.check()
-    start = latest_step(workdir)
+    saved = read_meta(workdir, start) if start is not None else None
     tokenizer = (
         run.data.tokenizer.build(run.data.iter_captions())
-        if start is None
-        else saved_tokenizer(workdir, start)
+        if saved is None
+        else saved_tokenizer(saved)
     )
     check_vocabulary(run, tokenizer)
     loader = run.data.build(tokenizer, run.seed, *process_rows(mesh))
-    scale = Scale(run.data.batch_size, loader.num_examples)
-    total_steps = run.duration.steps(scale)
-    if total_steps < 1:
+    meta = Meta(
+        run=to_json(run),
+        tokenizer=pack_tokenizer(tokenizer),
+        num_examples=loader.num_examples,
+        fingerprint=loader.fingerprint(),
+    )
+    if saved is not None:
+        check_data(saved, meta, workdir, new_data)
+    seen = saved.examples(start or 0) if saved else 0
+    shift = seen - (start or 0) * run.data.batch_size
+    scale = Scale(run.data.batch_size, loader.num_examples, shift)
+    if shift:
+        log.info("%d examples were seen so far, in %d steps of other sizes", seen, start)
+    total_steps = run.duration.last_step(scale)
+    if run.duration.amount == 0:
         raise ClipjaxError(
             f"duration={run.duration.amount} {run.duration.unit}: there is nothing to train"
         )
@@ -129,7 +173,8 @@ def setup(run: Run, workdir: Path) -> Session:
         mesh,
         run.sharding,
         total_steps,
-        scale,
+        # A run whose length is in steps goes by steps whatever their size.
+        dataclasses.replace(scale, shift=0) if run.duration.unit == "steps" else scale,
         run.seed,
     )
     log.info(run.sharding.describe(blueprint.abstract, blueprint.shardings, mesh))
@@ -159,7 +204,7 @@ def setup(run: Run, workdir: Path) -> Session:
         total_steps=total_steps,
         blueprint=blueprint,
         step=jit_step(step, blueprint),
-        meta={"format": FORMAT, "run": to_json(run), "tokenizer": pack_tokenizer(tokenizer)},
+        meta=meta,
         evaluators=evaluators,
         predictor=predictor,
         start=start,
@@ -167,13 +212,39 @@ def setup(run: Run, workdir: Path) -> Session:
     )
 
 
-def saved_tokenizer(workdir: Path, step: int) -> TokenizerModel:
-    """The tokenizer of a checkpoint: the run goes on with the one it began with."""
+def read_meta(workdir: Path, step: int) -> Meta:
+    """What a checkpoint of this run holds beside the state."""
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
-        files = checkpoints.meta(step)["tokenizer"]
+        return checkpoints.meta(step)
+
+
+def saved_tokenizer(meta: Meta) -> TokenizerModel:
+    """The tokenizer of a checkpoint: the run goes on with the one it began with."""
     with tempfile.TemporaryDirectory() as scratch:
-        unpack_tokenizer(files, Path(scratch))
+        unpack_tokenizer(meta.tokenizer, Path(scratch))
         return load_tokenizer(scratch)
+
+
+def check_data(saved: Meta, now: Meta, workdir: Path, new_data: bool) -> None:
+    """Refuses to go on with other data under the same name: order, epochs and schedule would all change unseen.
+
+    Raises:
+      ClipjaxError: their number or their fingerprint is another, and nobody said that this is meant.
+    """
+    if saved.num_examples is None or now.num_examples == saved.num_examples:
+        same = None in (saved.fingerprint, now.fingerprint) or saved.fingerprint == now.fingerprint
+        if same:
+            return
+        what = f"the data are not those of {workdir}'s checkpoint, though as many"
+    else:
+        what = f"{workdir} began with {saved.num_examples} examples, and its data hold {now.num_examples} now"
+    if new_data or saved.run["data"]["source"] != now.run["data"]["source"]:
+        log.warning("%s: order, epochs and what hangs on them change from here on", what)
+        return
+    raise ClipjaxError(
+        f"{what}: put the data back as they were, or say --new-data to go on with these (another order, "
+        "another length of an epoch)"
+    )
 
 
 def check_best(run: Run) -> None:
