@@ -38,6 +38,8 @@ MAX_REPLACEMENTS = 100
 """Positions tried in place of one whose record cannot be used."""
 CHUNK = 32
 """Examples read before their rows are written: texts are encoded together, pictures soon let go."""
+MAX_NAMED = 20
+"""Skipped records that a process names; of billions, one in a hundred would drown all else."""
 PROBED = 8
 """Records looked at, when a loader is made, for the entries that fields ask for."""
 OWN = {"id": Spec((), "int32"), "sample": Spec((), "int32")}
@@ -304,9 +306,11 @@ class Loader:
         self.seen += self._rows + len(failures)
         self.skipped += len(failures)
         for failure in failures:
-            if failure not in self._named:
+            if failure not in self._named and len(self._named) < MAX_NAMED:
                 self._named.add(failure)
                 logger.warning("skipped a record: %s", failure)
+                if len(self._named) == MAX_NAMED:
+                    logger.warning("further records that are skipped are counted, not named")
         allowed = self._data.max_error_rate * max(self.seen, MIN_SEEN)
         if failures and self.skipped > allowed:
             raise RunFailed(

@@ -360,3 +360,12 @@ def test_eval_set(caplog):
 
 def test_unreadable_is_an_error_for_the_user():
     assert issubclass(UnreadableRecord, ClipjaxError)
+
+
+def test_of_many_bad_records_the_first_are_named_and_the_rest_counted(caplog):
+    loader = data(source=Toy(n=100, bad=range(50)), max_error_rate=1.0).build(TOKENIZER, seed=0)
+    for step in range(100 // len(loader.batch(0)["id"])):
+        loader.batch(step)
+    assert loader.skipped > 40
+    assert caplog.text.count("skipped a record") == 20
+    assert caplog.text.count("counted, not named") == 1
