@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     )  # fmt: skip
     namespace, run = parse_run(parser, arguments)
     config: Path = namespace.config
-    from clipjax.mesh import start_processes
+    from clipjax.processes import start_processes
 
     start_processes()
     workdir = namespace.workdir or (config if config.is_dir() else Path("runs") / config.stem)
