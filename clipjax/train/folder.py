@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from clipjax.checkpoint import FOLDER, complete_steps, latest_step, set_aside
-from clipjax.component import to_json
+from clipjax.component import from_json, to_json
 from clipjax.config import Run
 from clipjax.errors import ClipjaxError, Unavailable
 from clipjax.files import TEMPORARY, replace_file
@@ -60,6 +60,8 @@ def claim(run: Run, workdir: Path) -> None:
         raise ClipjaxError(
             f"{saved} cannot be read ({error}): restore it, or give another --workdir"
         ) from error
+    with contextlib.suppress(ClipjaxError):  # an earlier version's names are no change
+        before = to_json(from_json(before))
     for path, old, new in changes(before, to_json(run)):
         log.warning("continuing %s with %s = %s (was %s)", workdir, path, new, old)
 

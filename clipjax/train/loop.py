@@ -150,6 +150,7 @@ def start(
                 damaged.add(error.step)
                 continue
             make_way(workdir, session.start)
+            Votes(session.mesh).settle([0])  # nobody looks before it is done
             stack.enter_context(held.pop_all())
             return session, state
 
@@ -176,13 +177,15 @@ class Loop:
         milestones = run.checkpoint.milestones
         self._cadences = Cadences(
             session.scale,
-            log=(run.log_every,),  # type: ignore[arg-type]
-            save=run.checkpoint.cadences,
-            milestone=(milestones,) if milestones else (),
-            **{
-                evaluator.name: (evaluator.every,) if evaluator.every else ()
-                for evaluator, _ in session.evaluators
-            },
+            {
+                "log": (run.log_every,),
+                "save": run.checkpoint.cadences,
+                "milestone": (milestones,) if milestones else (),
+                **{
+                    f"evals/{evaluator.name}": (evaluator.every,) if evaluator.every else ()
+                    for evaluator, _ in session.evaluators
+                },
+            },  # type: ignore[arg-type]
         )
         self._in_flight: collections.deque[tuple[int, dict[str, jax.Array], object]] = (
             collections.deque()
@@ -289,7 +292,7 @@ class Loop:
         due = [
             runner
             for evaluator, runner in self._session.evaluators
-            if self._cadences.due(evaluator.name, step)
+            if self._cadences.due(f"evals/{evaluator.name}", step)
         ]
         if not due or self._stopped_by:
             return {}
