@@ -55,7 +55,7 @@ class Plain(nnx.Module):
 
     def __call__(self, batch, key=None):
         image, text = self.encode_image(batch["image"]), self.encode_text(batch["text"])
-        return Encoded(image, text, jnp.exp(self.scale[...]))
+        return Encoded.pair(image, text, jnp.exp(self.scale[...]))
 
 
 def _unit(x):
@@ -271,7 +271,7 @@ class Accepting(Plain):
 
     def __call__(self, batch, key=None):
         encoded = super().__call__(batch)
-        return Encoded(encoded.image, encoded.text, encoded.logit_scale, jnp.float32(-6.0))
+        return Encoded.pair(encoded["image"], encoded["text"], encoded.logit_scale, jnp.float32(-6.0))
 
 
 def test_sigmoid_models_accept_or_refuse_each_label(images):

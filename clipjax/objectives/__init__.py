@@ -1,6 +1,17 @@
 """What a run minimizes: objectives, and the pair engine under them."""
 
-from clipjax.objectives.base import Objective, PerExample, Sum, Term
+from clipjax.objectives.base import (
+    Aux,
+    Chosen,
+    Context,
+    Objective,
+    Pairwise,
+    PerExample,
+    Setting,
+    SpecialTokens,
+    Sum,
+    Term,
+)
 from clipjax.objectives.caption import Caption
 from clipjax.objectives.decoupled import Decoupled
 from clipjax.objectives.diagnostics import Diagnostics
@@ -10,27 +21,40 @@ from clipjax.objectives.pairs import AllGather, Auto, Grouped, Hierarchical, Pai
 from clipjax.objectives.sigmoid import Sigmoid
 from clipjax.objectives.soft_target import SoftTarget
 from clipjax.objectives.softmax import Softmax
+from clipjax.objectives.teachers import Frozen, Itself, MovingAverage, Teacher
 from clipjax.objectives.weighted import Weighted
+from clipjax.objectives.weights import Ramp
 
 __all__ = [
     "EISL",
     "AllGather",
     "Auto",
+    "Aux",
     "Caption",
+    "Chosen",
+    "Context",
     "Decoupled",
     "DecoupledSoftmax",
     "Diagnostics",
+    "Frozen",
     "Grouped",
     "Hierarchical",
+    "Itself",
+    "MovingAverage",
     "MultiPositive",
     "Objective",
     "PairEngine",
+    "Pairwise",
     "PerExample",
+    "Ramp",
     "Ring",
+    "Setting",
     "Sigmoid",
     "SoftTarget",
     "Softmax",
+    "SpecialTokens",
     "Sum",
+    "Teacher",
     "Term",
     "Weighted",
 ]

@@ -21,6 +21,7 @@ from clipjax.data import TokenizerModel, load_tokenizer
 from clipjax.data.placement import process_rows
 from clipjax.errors import ClipjaxError, did_you_mean
 from clipjax.evals.base import Evaluator, Runner, build_runners
+from clipjax.generation.generate import special_tokens
 from clipjax.objectives.pairs import PairEngine
 from clipjax.optim import Scale
 from clipjax.predictor import Predictor
@@ -133,7 +134,15 @@ def setup(run: Run, workdir: Path) -> Session:
     )
     engine = PairEngine(mesh, run.exchange, run.pair_chunk, run.pair_dtype)
     log.info(engine.describe(run.data.batch_size, getattr(run.model, "embed_dim", 0)))
-    step = make_step(blueprint, run.objective, engine, mesh, run.accumulate, run.ema)
+    step = make_step(
+        blueprint,
+        run.objective,
+        engine,
+        mesh,
+        run.accumulate,
+        run.ema,
+        special_tokens(tokenizer),
+    )
     predictor = Predictor(
         blueprint.graphdef,
         params={},

@@ -110,7 +110,7 @@ class Linear(nnx.Module):
 
     def __call__(self, batch, key=None):
         encoded = self.encode_image(batch["image"]), self.encode_text(batch["text"])
-        return Encoded(*encoded, jnp.float32(1.0))
+        return Encoded.pair(*encoded, jnp.float32(1.0))
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ class Scribe(nnx.Module):
 
     def __call__(self, batch, key=None):
         encoded = self.encode_image(batch["image"]), self.encode_text(batch["text"])
-        return Encoded(*encoded, jnp.float32(1.0))
+        return Encoded.pair(*encoded, jnp.float32(1.0))
 
     def caption_memory(self, image):
         x = image[:, :4, :4].reshape(len(image), -1) / 64.0 - 2.0

@@ -24,7 +24,7 @@ from clipjax.objectives import (
 )
 
 OBJECTIVES = {
-    "smoothed": Softmax(0.2, image_weight=0.75),
+    "smoothed": Softmax(label_smoothing=0.2, image_weight=0.75),
     "sigmoid": Sigmoid(positives_by_id=True),
     "dclw": Decoupled(sigma=0.5),
     "multi": MultiPositive(),
