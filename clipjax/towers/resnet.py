@@ -13,7 +13,7 @@ from flax import nnx
 from clipjax.errors import ClipjaxError, did_you_mean
 from clipjax.layout import batch_first
 from clipjax.towers import layers
-from clipjax.towers.base import Tower, require, require_choice, require_positive
+from clipjax.towers.base import Tower, everything, require, require_choice, require_positive
 from clipjax.towers.pixels import normalize, require_images, require_normalization
 from clipjax.towers.transformer import DTYPES, stack
 
@@ -179,6 +179,10 @@ class ResNetModule(nnx.Module):
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x, training)
         return self.pool(x)
+
+    def describe(self, image: jax.Array, *, key: jax.Array | None = None) -> dict[str, jax.Array]:
+        """Where the tokens come from, as in `Tower`: their index, row by row in `config.grid`."""
+        return everything(len(image), self.config.grid[0] * self.config.grid[1])
 
 
 class Conv(nnx.Module):
