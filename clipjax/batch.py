@@ -33,8 +33,8 @@ class Encoded:
       rows: one array (or dict of arrays) a name, each with the batch as its leading axis. `image` and `text` are
         embeddings [B, E] float32 of unit norm, and so is that of any other input (`image_2`; of K texts a row
         [B, K, E]). `image_pooled` is the tower's own vector [B, D]; `image_tokens` its tokens, a dict of
-        `values` [B, N, D] and `mask` bool [B, N], False where there is only padding. `captions` [B, L - 1, D] are
-        the features from which a captioner predicts tokens `text[:, 1:]`.
+        `values` [B, N, D], `mask` bool [B, N] (False where there is only padding) and `places` int32 [B, N].
+        `captions` [B, L - 1, D] are the features from which a captioner predicts tokens `text[:, 1:]`.
       shared: what belongs to the whole batch. `logit_scale` [] float32, already exponentiated: similarities are
         `logit_scale * image @ text.T`; `logit_bias` [] float32, where the model has one; `caption_head` [D, V]:
         `captions @ caption_head` are the logits, which only the objective makes, a piece at a time, since they

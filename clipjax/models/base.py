@@ -16,6 +16,7 @@ from clipjax.batch import PAIR, Batch, Encoded, parse
 from clipjax.component import Component
 from clipjax.errors import ClipjaxError, did_you_mean
 from clipjax.params import Tree
+from clipjax.towers.base import describe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +63,9 @@ class Encoders(nnx.Module):
           wanted: what is asked for, by name; more may be returned.
 
         Returns:
-          `embedding` [B, E] float32, unit norm; `pooled` [B, D]; `tokens`, a dict of `values` [B, N, D] and
-          `mask` bool [B, N]; and others by name. What it does not make is not in it.
+          `embedding` [B, E] float32, unit norm; `pooled` [B, D]; `tokens`, a dict of `values` [B, N, D],
+          `mask` bool [B, N] and `places` int32 [B, N] (see `Tower`); and others
+          by name. What it does not make is not in it.
         """
         raise NotImplementedError
 
@@ -157,12 +159,11 @@ def key_for(key: jax.Array | None, name: str) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 
-def as_tokens(tower: Any, inputs: jax.Array, tokens: jax.Array) -> dict[str, jax.Array]:
-    """A tower's tokens [B, N, D] with their mask: what is padding where the tower can tell (`valid`)."""
-    valid = tower.valid(inputs) if hasattr(tower, "valid") else None
-    if valid is None or valid.shape != tokens.shape[:2]:
-        valid = jnp.ones(tokens.shape[:2], bool)
-    return {"values": tokens, "mask": valid}
+def as_tokens(
+    tower: Any, inputs: jax.Array, tokens: jax.Array, key: jax.Array | None
+) -> dict[str, jax.Array]:
+    """A tower's tokens, `values` [B, N, D], with what it knows of them: `mask` and `places` [B, N]."""
+    return {"values": tokens} | describe(tower, inputs, tokens, key=key)
 
 
 def _many(inputs: jax.Array) -> int:

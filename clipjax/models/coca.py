@@ -270,7 +270,7 @@ class CoCaModule(Encoders):
             return {
                 "embedding": to_unit(pooled, self.image_projection),
                 "pooled": pooled,
-                "tokens": as_tokens(self.image, inputs, tokens),
+                "tokens": as_tokens(self.image, inputs, tokens, key),
                 "memory": memory,
             }
         if not self.config.contrasts and wanted - {"hidden"}:
@@ -283,7 +283,7 @@ class CoCaModule(Encoders):
         if hidden is not None:
             made["hidden"] = hidden
         if tokens is not None:
-            made["tokens"] = as_tokens(self.text, inputs, tokens)
+            made["tokens"] = as_tokens(self.text, inputs, tokens, key)
         if pooled is not None:
             made |= {"embedding": to_unit(pooled, self.text_projection), "pooled": pooled}
         return made

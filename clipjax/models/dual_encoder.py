@@ -160,7 +160,7 @@ class JointModule(Encoders):
         return {
             "embedding": to_unit(pooled, getattr(self, f"{encoder}_projection")),
             "pooled": pooled,
-            "tokens": as_tokens(tower, inputs, tokens),
+            "tokens": as_tokens(tower, inputs, tokens, key),
         }
 
     def width(self, encoder: str, output: str) -> int:

@@ -18,12 +18,12 @@ from clipjax.objectives.diagnostics import Diagnostics
 from clipjax.objectives.eisl import EISL
 from clipjax.objectives.multi_positive import DecoupledSoftmax, MultiPositive
 from clipjax.objectives.pairs import AllGather, Auto, Grouped, Hierarchical, PairEngine, Ring
+from clipjax.objectives.ramp import Ramp
 from clipjax.objectives.sigmoid import Sigmoid
 from clipjax.objectives.soft_target import SoftTarget
 from clipjax.objectives.softmax import Softmax
 from clipjax.objectives.teachers import Frozen, Itself, MovingAverage, Teacher
 from clipjax.objectives.weighted import Weighted
-from clipjax.objectives.weights import Ramp
 
 __all__ = [
     "EISL",

@@ -14,7 +14,7 @@ give alone: each term has its own state, its own `aux`, its own key.
 from __future__ import annotations
 
 import dataclasses
-import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,8 +26,8 @@ from clipjax.batch import PAIR, Batch, Encoded, SpecialTokens, parse
 from clipjax.component import Component
 from clipjax.errors import ClipjaxError
 from clipjax.objectives.pairs import PairEngine
+from clipjax.objectives.ramp import Ramp
 from clipjax.objectives.teachers import Teacher
-from clipjax.objectives.weights import Weight, weight_at
 
 Metrics = dict[str, jax.Array]
 Totals = dict[str, Any]
@@ -158,10 +158,10 @@ class Objective(Component):
     def __add__(self, other: Objective) -> Sum:
         return Sum(_terms(self) + _terms(other))
 
-    def __mul__(self, weight: Weight) -> Sum:
-        if not isinstance(weight, Component):
-            return Sum(tuple(_scaled(term, weight) for term in _terms(self)))
-        return Sum((Term(weight, self),))
+    def __mul__(self, weight: float | Ramp) -> Sum:
+        if isinstance(weight, Ramp):
+            return Sum((Term(1.0, self, weight),))
+        return Sum(tuple(dataclasses.replace(t, weight=weight * t.weight) for t in _terms(self)))
 
     __rmul__ = __mul__
 
@@ -275,8 +275,16 @@ class Chosen(Objective):
 class Term(Component):
     """One objective and its weight in a sum."""
 
-    weight: Weight
+    weight: float
+    """What its loss is multiplied by."""
     objective: Objective
+    """The objective."""
+    ramp: Ramp | None = None
+    """A second factor, which follows the step; None: no other."""
+
+    def factor(self, step: Any) -> Any:
+        """The whole weight after `step` finished steps."""
+        return self.weight if self.ramp is None else self.weight * self.ramp.at(step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,18 +319,18 @@ class Leaf:
     Attributes:
       name: its class in lower case; those of one class are numbered.
       number: its place among the terms, or None if there are no others.
-      weights: their product is its weight.
+      terms: the terms that it stands in, from the outermost on; their factors' product is its weight.
       objective: the objective.
     """
 
     name: str
     number: int | None
-    weights: tuple[Weight, ...]
+    terms: tuple[Term, ...]
     objective: Any
 
     def weight(self, step: Any) -> Any:
         """Its weight at a step."""
-        return functools.reduce(lambda w, weight: w * weight_at(weight, step), self.weights, 1.0)
+        return math.prod(term.factor(step) for term in self.terms)
 
     def own(self, context: Context, aux: dict[str, Aux] | None = None) -> Context:
         """The context as this term sees it: its own `aux` and its own key."""
@@ -335,10 +343,10 @@ class Leaf:
 def leaves(objective: Objective) -> tuple[Leaf, ...]:
     """The terms of a sum, those of sums in it too; of any other objective, itself."""
 
-    def walk(objective, weights) -> list[tuple[tuple[Weight, ...], Objective]]:
+    def walk(objective, terms) -> list[tuple[tuple[Term, ...], Objective]]:
         if not isinstance(objective, Sum):
-            return [(weights, objective)]
-        return [found for t in objective.terms for found in walk(t.objective, (*weights, t.weight))]
+            return [(terms, objective)]
+        return [found for t in objective.terms for found in walk(t.objective, (*terms, t))]
 
     found = walk(objective, ())
     names = [type(one).__name__.lower() for _, one in found]
@@ -346,10 +354,10 @@ def leaves(objective: Objective) -> tuple[Leaf, ...]:
         Leaf(
             name if names.count(name) == 1 else f"{name}_{names[:i].count(name)}",
             i if isinstance(objective, Sum) else None,
-            weights,
+            terms,
             one,
         )
-        for i, (name, (weights, one)) in enumerate(zip(names, found, strict=True))
+        for i, (name, (terms, one)) in enumerate(zip(names, found, strict=True))
     )
 
 
@@ -390,9 +398,3 @@ def union(sets: Iterable[frozenset[str]]) -> frozenset[str]:
 
 def _terms(objective: Objective) -> tuple[Term, ...]:
     return objective.terms if isinstance(objective, Sum) else (Term(1.0, objective),)
-
-
-def _scaled(term: Term, weight: float) -> Term:
-    if isinstance(term.weight, Component):
-        return Term(weight, Sum((term,)))
-    return Term(weight * term.weight, term.objective)

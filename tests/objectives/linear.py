@@ -93,7 +93,9 @@ def one_step(
         layouts[name] = blueprint.shardings
         kept = blueprint.abstract.objective_state, blueprint.abstract.averages
         extra = blueprint.init() if jax.tree.leaves(kept) else base
-        states[name] = dataclasses.replace(base, objective_state=extra.objective_state, averages=extra.averages)
+        states[name] = dataclasses.replace(
+            base, objective_state=extra.objective_state, averages=extra.averages
+        )
         steps[name] = make_step(blueprint, objective, engine, mesh, accumulate)
 
     def run(states, batch):

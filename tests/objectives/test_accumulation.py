@@ -16,6 +16,7 @@ from clipjax.objectives import (
     Decoupled,
     DecoupledSoftmax,
     Grouped,
+    MovingAverage,
     MultiPositive,
     Sigmoid,
     Softmax,
@@ -30,8 +31,8 @@ OBJECTIVES = {
     "multi": MultiPositive(),
     "xmc": DecoupledSoftmax(),
     "cwcl": Weighted(),
-    "cwcl sharp": Weighted("text", sharpness=4.0),
-    "albef": SoftTarget(momentum=0.9),
+    "cwcl sharp": Weighted(locked="text", sharpness=4.0),
+    "albef": SoftTarget(teacher=MovingAverage(0.9)),
 }
 
 

@@ -1,6 +1,5 @@
 """Caption and EISL against closed forms and dense float64; which tokens count; what is never whole."""
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -120,7 +119,9 @@ def test_two_words_by_hand():
     text = jnp.array([[5, 0, 1, 1, 1]])
     counts = Caption().counts(context(text, pad=1, eos=1))
     np.testing.assert_array_equal(counts, [[True, True, False, False]])
-    np.testing.assert_array_equal(Caption().counts(context(text, pad=1)), [[True, False, False, False]])
+    np.testing.assert_array_equal(
+        Caption().counts(context(text, pad=1)), [[True, False, False, False]]
+    )
 
 
 @pytest.mark.parametrize("objective", [Caption(), EISL(orders=(1, 2))])
@@ -129,9 +130,7 @@ def test_tokens_weigh_the_same_however_they_are_split(objective):
     features, head, text = data()
     whole, *_ = value_and_grads(objective, features, head, text)
     totals = objective.totals(context(text))
-    local = jit(
-        lambda x, text: objective.local(encoded(x, head), context(text), totals)[0]
-    )
+    local = jit(lambda x, text: objective.local(encoded(x, head), context(text), totals)[0])
     parts = [local(features[rows], text[rows]) for rows in (slice(0, 1), slice(1, 4))]
     assert float(sum(parts)) == pytest.approx(float(whole), rel=1e-6)
 

@@ -48,7 +48,8 @@ def compiled(objective, engine, rows, width, **batch):
     split, whole = batch_sharding(engine.mesh), replicated(engine.mesh)
     step = jax.jit(
         jax.value_and_grad(
-            lambda x, y, s, batch: objective(Encoded.pair(x, y, s), Context(engine, batch))[0], (0, 1, 2)
+            lambda x, y, s, batch: objective(Encoded.pair(x, y, s), Context(engine, batch))[0],
+            (0, 1, 2),
         ),
         in_shardings=(split, split, whole, split),
         out_shardings=(whole, (split, split, whole)),

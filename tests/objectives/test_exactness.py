@@ -50,9 +50,7 @@ OBJECTIVES = {
     "xmc": (DecoupledSoftmax(), oracles.decoupled_softmax, {}),
     "cwcl": (Weighted(teacher="teacher_image"), oracles.weighted, {}),
     "cwcl sharp": (
-        Weighted(
-            locked="text", teacher="teacher_text", sharpness=4.0, locked_weight=0.75
-        ),
+        Weighted(locked="text", teacher="teacher_text", sharpness=4.0, locked_weight=0.75),
         oracles.weighted,
         {"sharpness": 4.0, "locked": "text", "weight": 0.75},
     ),

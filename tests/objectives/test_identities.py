@@ -84,9 +84,9 @@ def test_smoothed_loss_is_least_at_a_finite_scale():
     smoothing = 0.1
     best = np.log(1 + N * (1 - smoothing) / smoothing)
     eye = jnp.eye(N)
-    assert abs(grads(Softmax(smoothing), eye, eye, best)[2]) < 1e-6
-    assert grads(Softmax(smoothing), eye, eye, best + 0.5)[2] > 1e-3
-    assert grads(Softmax(smoothing), eye, eye, best - 0.5)[2] < -1e-3
+    assert abs(grads(Softmax(label_smoothing=smoothing), eye, eye, best)[2]) < 1e-6
+    assert grads(Softmax(label_smoothing=smoothing), eye, eye, best + 0.5)[2] > 1e-3
+    assert grads(Softmax(label_smoothing=smoothing), eye, eye, best - 0.5)[2] < -1e-3
 
 
 def test_a_solved_batch_keeps_its_digits():
@@ -143,15 +143,23 @@ def test_decoupled_softmax_lets_a_strong_positive_be():
 def test_equal_teachers_make_weighted_targets_uniform():
     x, y = random_pair()
     batch = {"teacher_image": jnp.tile(jnp.eye(3)[:1], (N, 1))}
-    weighted = value(Weighted(teacher="teacher_image", locked_weight=1.0), Encoded.pair(x, y, jnp.float32(5.0)), batch)
-    uniform = value(Softmax(label_smoothing=1.0, image_weight=1.0), Encoded.pair(x, y, jnp.float32(5.0)))
+    weighted = value(
+        Weighted(teacher="teacher_image", locked_weight=1.0),
+        Encoded.pair(x, y, jnp.float32(5.0)),
+        batch,
+    )
+    uniform = value(
+        Softmax(label_smoothing=1.0, image_weight=1.0), Encoded.pair(x, y, jnp.float32(5.0))
+    )
     assert weighted == pytest.approx(uniform, rel=1e-6)
 
 
 def test_weighted_sends_no_gradient_through_its_weights():
     x, y = random_pair()
     implicit = grads(Weighted(sharpness=2.0), x, y, 5.0)
-    explicit = grads(Weighted(teacher="teacher_image", sharpness=2.0), x, y, 5.0, {"teacher_image": x})
+    explicit = grads(
+        Weighted(teacher="teacher_image", sharpness=2.0), x, y, 5.0, {"teacher_image": x}
+    )
     for a, b in zip(implicit, explicit, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-7)
 
@@ -213,7 +221,7 @@ def test_objectives_add_and_scale():
     x, y = random_pair()
     encoded = Encoded.pair(x, y, jnp.float32(5.0), jnp.float32(-2.0))
     objective = Softmax() + 0.5 * Sigmoid() + Diagnostics()
-    total, metrics = jit(lambda e: objective(e, Context(ENGINE)))(encoded)
+    total, metrics, _ = jit(lambda e: objective(e, Context(ENGINE)))(encoded)
     parts = value(Softmax(), encoded) + 0.5 * value(Sigmoid(), encoded)
     assert float(total) == pytest.approx(parts, rel=1e-6)
     assert {"loss/softmax", "loss/sigmoid", "alignment"} <= set(metrics)
@@ -225,14 +233,17 @@ def soft_targets(momentum, alpha):
 
 def encode_by(teacher, needs):
     """Another teacher for each decay."""
-    key = jax.random.key(int(100 * getattr(teacher, "decay", 0)))
-    rows = {n: jnp.float32(unit(np.asarray(jax.random.normal(key, (N, 12))))) for n in sorted(needs)}
+    rng = np.random.default_rng(int(100 * getattr(teacher, "decay", 0)))
+    rows = {n: jnp.float32(unit(rng.normal(size=(N, 12)))) for n in sorted(needs)}
     return Encoded(rows, {})
 
 
 SUMMANDS = {
     "two soft targets": (soft_targets(0.0, 0.1), soft_targets(0.9, 0.9)),
-    "a teacher of one's own beside a locked tower": (Weighted(sharpness=4.0), soft_targets(0.9, 0.4)),
+    "a teacher of one's own beside a locked tower": (
+        Weighted(sharpness=4.0),
+        soft_targets(0.9, 0.4),
+    ),
     "two of a class": (Softmax(), Softmax(label_smoothing=0.3)),
     "a sum in a sum": (Softmax() + 0.5 * Decoupled(), MultiPositive() + soft_targets(0.5, 0.2)),
 }
@@ -275,7 +286,9 @@ def test_weights_follow_the_step():
     alone = float(evaluate(Softmax(), encoded)[0])
     for step, weight in ((0, 1.0), (3, 1.5), (9, 3.0)):
         objective = 2.0 * (ramp * Softmax())
-        assert float(evaluate(objective, encoded, step=step)[0]) == pytest.approx(2 * weight * alone)
+        assert float(evaluate(objective, encoded, step=step)[0]) == pytest.approx(
+            2 * weight * alone
+        )
 
 
 def test_in_batch_accuracy():
@@ -330,7 +343,9 @@ def test_bad_fields_are_refused(make):
 
 def test_broken_embeddings_are_counted_by_name():
     x, y = random_pair()
-    counts = broken_rows(Encoded.pair(x.at[3, 0].set(jnp.nan).at[5].set(jnp.inf), y, jnp.float32(1.0)))
+    counts = broken_rows(
+        Encoded.pair(x.at[3, 0].set(jnp.nan).at[5].set(jnp.inf), y, jnp.float32(1.0))
+    )
     assert {k: int(v) for k, v in counts.items()} == {
         "broken_rows/image": 2,
         "broken_rows/text": 0,

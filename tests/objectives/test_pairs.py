@@ -188,7 +188,7 @@ def test_a_batch_of_one_has_no_negatives_and_no_gradient():
 
 def test_rows_and_columns_that_differ_in_number_are_refused():
     x, y = embeddings()
-    with pytest.raises(ClipjaxError, match="'text' has 11 entries, the batch has 12 rows"):
+    with pytest.raises(ClipjaxError, match="'second' has 11 entries, the batch has 12 rows"):
         Softmax()(Encoded.pair(x, y[:11], jnp.float32(5.0)), Context(PairEngine()))
 
 
@@ -227,7 +227,9 @@ def test_auto_equals_what_it_picks():
 
     def loss(exchange):
         engine = PairEngine(mesh, exchange)
-        return float(jit(lambda *e: Softmax()(Encoded.pair(*e), Context(engine))[0])(x, y, jnp.float32(5.0)))
+        return float(
+            jit(lambda *e: Softmax()(Encoded.pair(*e), Context(engine))[0])(x, y, jnp.float32(5.0))
+        )
 
     losses = [loss(exchange) for exchange in (Auto(), Auto(memory_gb=1e-9), AllGather())]
     np.testing.assert_allclose(losses, losses[-1:] * 3, rtol=1e-6)

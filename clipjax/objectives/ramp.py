@@ -1,4 +1,4 @@
-"""Weights of terms: a number, or one that follows the step."""
+"""Numbers that follow the step: weights of terms, shares of teachers."""
 
 from __future__ import annotations
 
@@ -40,11 +40,3 @@ class Ramp(Component):
         if self.shape == "cosine":
             done = 0.5 - 0.5 * jnp.cos(jnp.pi * done)
         return self.begin + (self.end - self.begin) * done
-
-
-Weight = float | Ramp
-
-
-def weight_at(weight: Weight, step: Any) -> Any:
-    """A weight's value after `step` finished steps."""
-    return weight.at(step) if isinstance(weight, Ramp) else weight
