@@ -65,7 +65,10 @@ def from_json(data: Any) -> Any:
     """
     if isinstance(data, dict):
         items = {k: from_json(v) for k, v in data.items() if k != TYPE_KEY}
-        return construct(_find_class(data[TYPE_KEY]), items) if TYPE_KEY in data else items
+        if TYPE_KEY not in data:
+            return items
+        cls = _find_class(data[TYPE_KEY])
+        return construct(cls, cls.upgraded(items))
     if isinstance(data, list):
         return tuple(from_json(v) for v in data)
     return data
@@ -74,7 +77,6 @@ def from_json(data: Any) -> Any:
 def construct(cls: type[Component], fields: dict[str, Any]) -> Component:
     """`cls(**fields)`, refusing unknown fields by name with the nearest known one."""
     known = [f.name for f in dataclasses.fields(cls) if f.init]
-    fields = cls.upgraded(dict(fields))
     for name in fields:
         if name not in known:
             raise ClipjaxError(f"{cls.__name__} has no field {name!r}{did_you_mean(name, known)}")
