@@ -65,7 +65,10 @@ def from_json(data: Any) -> Any:
     """
     if isinstance(data, dict):
         items = {k: from_json(v) for k, v in data.items() if k != TYPE_KEY}
-        return construct(_find_class(data[TYPE_KEY]), items) if TYPE_KEY in data else items
+        if TYPE_KEY not in data:
+            return items
+        cls = _find_class(data[TYPE_KEY])
+        return construct(cls, cls.upgraded(items))
     if isinstance(data, list):
         return tuple(from_json(v) for v in data)
     return data
@@ -74,7 +77,6 @@ def from_json(data: Any) -> Any:
 def construct(cls: type[Component], fields: dict[str, Any]) -> Component:
     """`cls(**fields)`, refusing unknown fields by name with the nearest known one."""
     known = [f.name for f in dataclasses.fields(cls) if f.init]
-    fields = cls.upgraded(dict(fields))
     for name in fields:
         if name not in known:
             raise ClipjaxError(f"{cls.__name__} has no field {name!r}{did_you_mean(name, known)}")
@@ -124,3 +126,19 @@ def _descendants(cls: type) -> list[type]:
     for child in cls.__subclasses__():
         found += [child, *_descendants(child)]
     return found
+
+
+def differences(one: Any, other: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted path, value, other value) for everything that differs between two JSON trees."""
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        one, other = dict(enumerate(one)), dict(enumerate(other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        names = dict.fromkeys([*one, *other])
+        return [
+            difference
+            for name in names
+            for difference in differences(
+                one.get(name), other.get(name), f"{path}.{name}".lstrip(".")
+            )
+        ]
+    return [] if one == other else [(path, one, other)]

@@ -24,7 +24,7 @@ from clipjax.mesh import MeshShape
 from clipjax.models.base import Model
 from clipjax.objectives.base import Objective
 from clipjax.objectives.pairs import AllGather, Exchange
-from clipjax.optim import Duration, Ema, Every, Optimizer
+from clipjax.optim import Duration, Ema, Every, Optimizer, SpikeGuard
 from clipjax.optim.duration import as_every
 from clipjax.sharding import Sharding
 from clipjax.start import Start
@@ -62,8 +62,10 @@ class Run(Component):
     """How often a line of metrics is written."""
     seed: int = 0
     """Initialization, data order, augmentation and dropout all follow from it."""
+    spikes: SpikeGuard | None = None
+    """Skips steps whose loss or gradient is out of proportion; None: only those that are not finite."""
     max_bad_steps: int = 10
-    """Non-finite steps in a row that end the run."""
+    """Skipped steps in a row that end the run."""
     stall_minutes: float | None = 30.0
     """Minutes after which a step that has not ended ends the process, with the stacks of all threads and code 76.
     Starting, the first step (which compiles), evaluations and saves get four times as long. None: never."""

@@ -163,6 +163,8 @@ def _restore(path: Path, mesh: Mesh) -> tuple[Path, int, Run, Pretrained]:
         mask = run.optimizer.trainable(params)
         if averaged:
             target["ema"] = select(mask, params)[0]
+            if any(n.startswith("ema_state/") for n in checkpoints.saved_shapes(step)):
+                target["ema_state"] = model_state
         layout = run.sharding.apply(target, mesh)
         state = checkpoints.restore(
             step,
@@ -179,7 +181,7 @@ def _restore(path: Path, mesh: Mesh) -> tuple[Path, int, Run, Pretrained]:
     pretrained = Pretrained(
         model=run.model,
         params=params,
-        model_state=state.get("model_state", {}),
+        model_state=state.get("ema_state", state.get("model_state", {})),
         tokenizer=tokenizer,
         context_length=run.data.context_length,
         image_size=run.data.image_size,

@@ -4,6 +4,7 @@ from clipjax.optim.duration import Duration as Duration
 from clipjax.optim.duration import Every as Every
 from clipjax.optim.duration import Scale as Scale
 from clipjax.optim.ema import Ema as Ema
+from clipjax.optim.guard import SpikeGuard as SpikeGuard
 from clipjax.optim.optimizers import SGD as SGD
 from clipjax.optim.optimizers import Adafactor as Adafactor
 from clipjax.optim.optimizers import AdamW as AdamW

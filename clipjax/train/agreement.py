@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import jax
 
 import clipjax
+from clipjax.component import differences
 from clipjax.errors import ClipjaxError, Unavailable
 from clipjax.processes import seconds_of
 
@@ -173,22 +174,6 @@ def _describe(differing: list[tuple[int, str, Any, Any]], hosts: list[str]) -> s
         lines.append(f"{path} is {there} and {value} in {_processes(who)} on {places}")
     more = f"; and {len(by_fact) - 8} more" if len(by_fact) > 8 else ""
     return "the processes differ: " + "; ".join(lines) + more
-
-
-def differences(one: Any, other: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted path, value, other value) for everything that differs between two JSON trees."""
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        one, other = dict(enumerate(one)), dict(enumerate(other))
-    if isinstance(one, dict) and isinstance(other, dict):
-        names = dict.fromkeys([*one, *other])
-        return [
-            difference
-            for name in names
-            for difference in differences(
-                one.get(name), other.get(name), f"{path}.{name}".lstrip(".")
-            )
-        ]
-    return [] if one == other else [(path, one, other)]
 
 
 def surroundings(run: dict[str, Any]) -> dict[str, Any]:

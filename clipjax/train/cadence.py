@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from clipjax.optim import Every, Scale
 
@@ -40,7 +40,7 @@ class Cadence:
 class Cadences:
     """All of a run's cadences by name; the timed ones share the run's votes."""
 
-    def __init__(self, scale: Scale, **every: tuple[Every, ...]):
+    def __init__(self, scale: Scale, every: Mapping[str, tuple[Every, ...]]):
         self._by_name = {
             name: [Cadence(one, scale) for one in several] for name, several in every.items()
         }

@@ -10,26 +10,27 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from clipjax.checkpoint import FOLDER, complete_steps, latest_step, set_aside
-from clipjax.component import to_json
+from clipjax.component import differences, from_json, to_json
 from clipjax.config import Run
 from clipjax.errors import ClipjaxError, Unavailable
 from clipjax.files import TEMPORARY, replace_file
 from clipjax.meta import Meta, unpack_tokenizer
 from clipjax.tracking.goodput import ATTEMPTS_FILE, read_attempts
+from clipjax.train.agreement import decide, meeting
 
 log = logging.getLogger(__name__)
+VISIBLE_SECONDS = 60.0
+"""How long a shared file system may take to show one host what another has written."""
 RUN_FILE = "run.json"
 TOKENIZER_FOLDER = "tokenizer"
 LOCK_FILE = ".lock"
@@ -60,22 +61,10 @@ def claim(run: Run, workdir: Path) -> None:
         raise ClipjaxError(
             f"{saved} cannot be read ({error}): restore it, or give another --workdir"
         ) from error
-    for path, old, new in changes(before, to_json(run)):
+    with contextlib.suppress(ClipjaxError):  # an earlier version's names are no change
+        before = to_json(from_json(before))
+    for path, old, new in differences(before, to_json(run)):
         log.warning("continuing %s with %s = %s (was %s)", workdir, path, new, old)
-
-
-def changes(before: Any, after: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted path, old value, new value) for everything that differs between two runs as JSON."""
-    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        before, after = dict(enumerate(before)), dict(enumerate(after))
-    if isinstance(before, dict) and isinstance(after, dict):
-        names = list(dict.fromkeys([*before, *after]))
-        return [
-            c
-            for n in names
-            for c in changes(before.get(n), after.get(n), f"{path}.{n}".lstrip("."))
-        ]
-    return [] if before == after else [(path, before, after)]
 
 
 @contextlib.contextmanager
@@ -94,37 +83,53 @@ def hold(workdir: Path, start: int | None) -> Iterator[None]:
       ClipjaxError: it cannot be written to.
     """
     with contextlib.ExitStack() as stack:
-        refusal: ClipjaxError | None = None
-        if jax.process_index() == 0:
+
+        def take() -> str:
             try:
                 workdir.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_locked(workdir / LOCK_FILE))
-                if latest_step(workdir) != start:
-                    refusal = Unavailable(
-                        f"{workdir}: another process has trained here just now; start again"
-                    )
-            except BlockingIOError:
-                refusal = Unavailable(
+                mark = stack.enter_context(_locked(workdir / LOCK_FILE))
+            except BlockingIOError as error:
+                raise Unavailable(
                     f"another process is training in {workdir}: wait for it, stop it, or give "
                     "another --workdir"
-                )
+                ) from error
             except OSError as error:
-                refusal = ClipjaxError(
+                raise ClipjaxError(
                     f"{workdir} cannot be written to ({error}): give another --workdir"
+                ) from error
+            if latest_step(workdir) != start:
+                raise Unavailable(
+                    f"{workdir}: another process has trained here just now; start again"
                 )
-        if jax.process_count() > 1:
-            code = refusal.exit_code if refusal else 0
-            told = int(multihost_utils.broadcast_one_to_all(np.asarray(code, np.int32)))
-            if told and refusal is None:
-                kind = Unavailable if told == Unavailable.exit_code else ClipjaxError
-                refusal = kind(f"process 0 cannot use {workdir}; its own message says why")
-        if refusal:
-            raise refusal
+            return mark
+
+        mark = decide(f"whether {workdir} is free", take)
+        with meeting(f"looking for {workdir}") as compare:
+            if not _shows(workdir / LOCK_FILE, mark):
+                raise ClipjaxError(
+                    f"{workdir} is not the folder that process 0 works in: give a --workdir that all hosts share"
+                )
+            compare({})
         yield
 
 
+def _shows(path: Path, mark: str) -> bool:
+    """Whether this process reads what process 0 wrote; a network file system may take its time."""
+    if jax.process_index() == 0:
+        return True
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while True:
+        with contextlib.suppress(OSError):
+            if path.read_text() == mark:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+
+
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[str]:
+    """Holds the lock; gives what the file says meanwhile."""
     import fcntl
 
     with path.open("ab") as file:
@@ -134,7 +139,11 @@ def _locked(path: Path) -> Iterator[None]:
             raise
         except OSError as error:  # some network file systems have no locks
             log.info("%s cannot be locked (%s): two runs in it would go unnoticed", path, error)
-        yield
+        mark = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(4)}"
+        file.truncate(0)
+        file.write(mark.encode())
+        file.flush()
+        yield mark
 
 
 def write_run_files(workdir: Path, meta: Meta) -> None:

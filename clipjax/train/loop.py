@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import json
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,11 +22,10 @@ from clipjax.config import Run
 from clipjax.data.placement import to_global
 from clipjax.errors import ClipjaxError, DamagedCheckpoint, Preempted, RunFailed, Unavailable
 from clipjax.evals.base import Runner
-from clipjax.files import replace_file
-from clipjax.restore import Opened
+from clipjax.optim.duration import as_every
 from clipjax.stores import place
 from clipjax.tracking import Progress, Tracking, read_metrics
-from clipjax.tracking.goodput import goodput, read_attempts
+from clipjax.train.agreement import decide, meeting
 from clipjax.train.cadence import Cadences
 from clipjax.train.folder import (
     add_attempt,
@@ -37,6 +35,8 @@ from clipjax.train.folder import (
     make_way,
     write_run_files,
 )
+from clipjax.train.outcome import METRICS_FILE, diverged, finish, is_logged, unwritable_fails
+from clipjax.train.resume import restore
 from clipjax.train.setup import Session, setup
 from clipjax.train.signals import Interrupted, StopRequest, name_of, nothing_lost
 from clipjax.train.state import TrainState
@@ -45,11 +45,8 @@ from clipjax.train.watch import Profile, Watch
 from clipjax.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
-IN_FLIGHT = (
-    2  # steps dispatched ahead of the device; simulated devices deadlock when it is unbounded
-)
-METRICS_FILE = "metrics.jsonl"
-RESULTS_FILE = "results.json"
+IN_FLIGHT = 2
+"""Steps dispatched ahead of the device; simulated devices deadlock when it is unbounded."""
 
 
 def train(
@@ -131,8 +128,12 @@ def start(
     """Sets the run up, takes hold of its folder (until `stack` is left) and reads or makes its state."""
     damaged: set[int] = set()
     while True:
-        newest = latest_step(workdir)
-        at = choose_start(workdir, from_step, damaged)
+        newest, at = decide(
+            "the step to begin at",
+            lambda: [latest_step(workdir), choose_start(workdir, from_step, damaged)],
+        )
+        with meeting(f"looking into {workdir}", Unavailable) as compare:
+            compare({f"the newest checkpoint in {workdir}": latest_step(workdir)})
         if damaged and at is None:
             raise ClipjaxError(
                 f"no checkpoint in {workdir} can be read; move its checkpoints/ away to begin anew"
@@ -150,6 +151,7 @@ def start(
                 damaged.add(error.step)
                 continue
             make_way(workdir, session.start)
+            Votes(session.mesh).settle([0])  # nobody looks before it is done
             stack.enter_context(held.pop_all())
             return session, state
 
@@ -176,18 +178,23 @@ class Loop:
         milestones = run.checkpoint.milestones
         self._cadences = Cadences(
             session.scale,
-            log=(run.log_every,),  # type: ignore[arg-type]
-            save=run.checkpoint.cadences,
-            milestone=(milestones,) if milestones else (),
-            **{
-                evaluator.name: (evaluator.every,) if evaluator.every else ()
-                for evaluator, _ in session.evaluators
+            {
+                "log": (as_every(run.log_every, "log_every"),),
+                "save": run.checkpoint.cadences,
+                "milestone": (milestones,) if milestones else (),
+                **{
+                    f"evals/{evaluator.name}": (evaluator.every,) if evaluator.every else ()
+                    for evaluator, _ in session.evaluators
+                },
             },
         )
         self._in_flight: collections.deque[tuple[int, dict[str, jax.Array], object]] = (
             collections.deque()
         )
         self._stopped_by = 0
+        self._diverged: RunFailed | None = None
+        self._went_back_to: int | None = None
+        session.between_batches = self._between_batches
 
     def steps(self, state: TrainState) -> TrainState:
         """Trains to the end; returns the state after the last step."""
@@ -207,6 +214,9 @@ class Loop:
                     self._retire(0)
                     self._trace.stop()
                 self._retire(IN_FLIGHT)
+                if self._diverged is not None:
+                    state = self._go_back(step, state)
+                    continue
                 if step == total:
                     break
                 figures = self._evaluate_after(step, state)
@@ -214,6 +224,8 @@ class Loop:
                 if self._stopped_by:
                     self._end_early(step)
             self._retire(0)
+        if self._diverged is not None:  # too late to go back
+            raise self._diverged
         return state
 
     def last_evaluation(self, state: TrainState) -> dict[str, float]:
@@ -269,7 +281,10 @@ class Loop:
         session = self._session
         while len(self._in_flight) > at_most:
             done, metrics, vote = self._in_flight.popleft()
-            stop_if_diverged(session, self._checkpoints, done, metrics)
+            self._diverged = self._diverged or diverged(session, self._checkpoints, done, metrics)
+            if self._diverged and not (session.run.spikes and session.run.spikes.rollback):
+                self._checkpoints.wait()
+                raise self._diverged
             if not isinstance(vote, np.ndarray):
                 self._hear(np.asarray(vote))
             if done == (session.start or 0) + 1:
@@ -289,7 +304,7 @@ class Loop:
         due = [
             runner
             for evaluator, runner in self._session.evaluators
-            if self._cadences.due(evaluator.name, step)
+            if self._cadences.due(f"evals/{evaluator.name}", step)
         ]
         if not due or self._stopped_by:
             return {}
@@ -301,7 +316,7 @@ class Loop:
             if step == (self._session.start or 0):
                 raise
             log.info("%s: the evaluation after step %d is given up", signal.name, step)
-            self._stopped_by = self._stop.number
+            self._stopped_by = self._stopped_by or self._stop.number
             return {}
         self._dog.beat(f"step {step + 1}")
         self._tracking.write(step, figures)
@@ -310,16 +325,54 @@ class Loop:
 
     def _evaluate(self, state: TrainState, runners: Sequence[Runner]) -> dict[str, float]:
         """What an evaluator refuses in the middle of a run fails the run."""
-        alone = jax.process_count() == 1
         try:
-            with (
-                self._watch.doing("evaluation"),
-                self._stop.at_once() if alone else contextlib.nullcontext(),
-            ):
+            with self._watch.doing("evaluation"), self._at_once():
                 return self._session.evaluate(state, runners)
         except ClipjaxError as error:
             self._checkpoints.wait()
             raise RunFailed(f"{error}; {self._checkpoints.describe_latest()}") from error
+
+    def _at_once(self) -> contextlib.AbstractContextManager[None]:
+        """One process may end what it does at any moment; several only together (`_between_batches`)."""
+        return self._stop.at_once() if jax.process_count() == 1 else contextlib.nullcontext()
+
+    def _between_batches(self) -> None:
+        """An evaluation is alive, and ends when any process is asked to stop."""
+        self._dog.beat("an evaluation", 4)
+        if jax.process_count() > 1 and (number := int(self._votes.settle([self._stop.number])[0])):
+            self._stopped_by = number
+            raise Interrupted(name_of(number))
+
+    def _go_back(self, step: int, state: TrainState) -> TrainState:
+        """After too many skipped steps: the weights of an earlier checkpoint, with the data that come next.
+
+        The steps in between count as skipped, so that schedules follow the weights.
+        """
+        self._retire(0)
+        failure, self._diverged = self._diverged, None
+        assert failure is not None
+        self._checkpoints.wait()
+        steps = self._checkpoints.milestones() or self._checkpoints.steps()
+        before = [s for s in steps if self._went_back_to is None or s < self._went_back_to]
+        if not before:
+            raise failure
+        self._went_back_to = at = before[-1]
+        log.warning(
+            "%s. Going back to the weights of step %d, and on with the data after step %d",
+            str(failure).split(";")[0], at, step,
+        )  # fmt: skip
+        target = self._session.blueprint.target()
+        old = restore(self._checkpoints, at, target, self._session.run.optimizer)
+        state = dataclasses.replace(
+            old,
+            step=state.step,
+            bad_steps=old.bad_steps + (step - at),
+            bad_streak=jax.device_put(np.int32(0), target.bad_streak.sharding),
+            guard=state.guard,
+        )
+        with self._watch.doing("saving"):
+            self._checkpoints.save(step, state, self._session.meta_at(step))
+        return state
 
     def _save_after(
         self,
@@ -349,73 +402,3 @@ class Loop:
             f"stopped by {name} after step {step} of {self._session.total_steps}; saved in "
             f"{self._session.workdir}: the same command continues"
         )
-
-
-def is_logged(workdir: Path, step: int, results: dict[str, float]) -> bool:
-    """Whether a run that was killed at its very end has written its last evaluation already."""
-    lines = read_metrics(workdir / METRICS_FILE)
-    return any(line["step"] == step and line.keys() & results.keys() for line in lines)
-
-
-def stop_if_diverged(
-    session: Session, checkpoints: Checkpoints, step: int, metrics: dict[str, jax.Array]
-) -> None:
-    """Ends the run after too many skipped steps in a row."""
-    streak = int(metrics["bad_streak"])
-    if streak < session.run.max_bad_steps:
-        if streak:
-            log.warning(
-                "step %d: loss or gradient is not finite%s; skipped (%d in a row)",
-                step,
-                _broken(metrics),
-                streak,
-            )
-        return
-    checkpoints.wait()
-    raise RunFailed(
-        f"{streak} steps in a row up to step {step} had a loss or gradient that is not finite"
-        f"{_broken(metrics)}; {checkpoints.describe_latest()}. Lower optimizer.lr, lengthen the warm-up, or set "
-        "optimizer.clip_norm"
-    )
-
-
-def _broken(metrics: dict[str, jax.Array]) -> str:
-    """Whose embeddings of this step were not finite, in words; nothing if all were."""
-    counts = {name: int(metrics.get(f"broken_rows/{name}", 0)) for name in ("image", "text")}
-    named = " and ".join(f"{count} {name} embeddings" for name, count in counts.items() if count)
-    return f" ({named} hold NaN or infinity)" if named else ""
-
-
-@contextlib.contextmanager
-def unwritable_fails(workdir: Path) -> Iterator[None]:
-    """A full disk and the like end the run in one message that says what is safe."""
-    try:
-        yield
-    except OSError as error:
-        last = latest_step(workdir)
-        saved = "nothing was saved yet" if last is None else f"step {last} is saved"
-        raise Unavailable(
-            f"{error}; {saved} in {workdir}: mend that, and the same command continues"
-        ) from error
-
-
-def finish(
-    session: Session, state: TrainState, results: dict[str, float], seconds: float, watch: Watch
-) -> None:
-    """`results.json` and `report.html`; all processes evaluate, the first one writes."""
-    if jax.process_index() == 0:
-        summary: dict[str, Any] = {"step": session.total_steps, "seconds": round(seconds, 1)}
-        # What has happened since the last line counts too.
-        rest = {"time": time.time()} | watch.figures()
-        lines = [*read_metrics(session.workdir / METRICS_FILE), rest]
-        if spent := goodput(lines, read_attempts(session.workdir)):
-            summary |= spent.to_json()
-        summary |= results
-        replace_file(session.workdir / RESULTS_FILE, json.dumps(summary, indent=2) + "\n")
-    predictor = session.predictor_for(state)
-    opened = Opened(
-        session.workdir, session.total_steps, session.run, predictor, session.evaluators
-    )
-    path = opened.report(results)
-    if jax.process_index() == 0:
-        log.info("wrote %s", path)

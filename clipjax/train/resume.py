@@ -43,8 +43,12 @@ def restore(checkpoints: Checkpoints, step: int, target: Any, optimizer: Optimiz
     """
     meta = checkpoints.meta(step)
     _same_optimizer(meta, optimizer, checkpoints.folder / str(step))
-    saved = checkpoints.saved_shapes(step).keys()
+    shapes = checkpoints.saved_shapes(step)
     layout = dict(paths(target))
+    guard = [name for name in layout if name.startswith("guard/")]
+    if any(shapes.get(name) != tuple(layout[name].shape) for name in guard):
+        shapes = {n: s for n, s in shapes.items() if not n.startswith("guard/")}  # begins anew
+    saved = shapes.keys()
     place = {name: _place(name, meta, saved) for name in layout}
     made = {name for name in layout if place[name] not in saved and _made_from(name, layout)}
     read = checkpoints.read(

@@ -7,26 +7,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from clipjax.checkpoint import Checkpoints
 from clipjax.component import to_json
 from clipjax.config import Run
-from clipjax.data import TokenizerModel, load_tokenizer
+from clipjax.data import Data, TokenizerModel, load_tokenizer
 from clipjax.data.placement import process_rows
 from clipjax.errors import ClipjaxError, DamagedCheckpoint, did_you_mean
 from clipjax.evals.base import Evaluator, Runner, build_runners
-from clipjax.evals.flops import forward_flops
+from clipjax.evals.flops import count
+from clipjax.generation.generate import special_tokens
 from clipjax.meta import Meta, pack_tokenizer, unpack_tokenizer
+from clipjax.objectives.base import leaves, union
 from clipjax.objectives.pairs import PairEngine
 from clipjax.optim import Scale
 from clipjax.predictor import Predictor
+from clipjax.train.agreement import meeting, surroundings
 from clipjax.train.folder import claim
 from clipjax.train.resume import restore
 from clipjax.train.state import Blueprint, Leaves, TrainState
@@ -42,6 +48,7 @@ class Session:
 
     Attributes:
       start: the checkpoint to continue from; None for a fresh run.
+      between_batches: called before every batch that an evaluator embeds.
     """
 
     run: Run
@@ -57,6 +64,7 @@ class Session:
     predictor: Predictor
     start: int | None
     start_leaves: tuple[Leaves, Leaves]
+    between_batches: Callable[[], None] | None = None
 
     def meta_at(self, step: int) -> Meta:
         """What a checkpoint of `step` holds beside the state."""
@@ -64,12 +72,28 @@ class Session:
 
     def flops_per_example(self) -> float | None:
         """Of the model for one example, forward and backward (twice the forward); None where it cannot be counted."""
-        data = self.run.data
+        blueprint, needs = (
+            self.blueprint,
+            union(p.objective.needs for p in leaves(self.run.objective)),
+        )
+        one = {
+            name: jax.ShapeDtypeStruct((1, *row.shape), row.dtype)
+            for name, row in self.run.data.spec().items()
+        }
+
+        def forward(params, model_state, batch):
+            return blueprint.module(params, model_state)(batch, needs=needs).rows
+
         try:
-            return 3 * forward_flops(self.run.model, data.image_size, data.context_length)
-        except Exception as error:  # a model of another kind costs the figure, not the run
+            traced = jax.make_jaxpr(forward)(
+                blueprint.abstract.params, blueprint.abstract.model_state, one
+            )
+        except (
+            Exception
+        ) as error:  # a model that cannot be traced alone costs the figure, not the run
             log.info("no model FLOPs: %s", error)
             return None
+        return 3 * count(traced.jaxpr)
 
     def evaluate(self, state: TrainState, runners: Sequence[Runner]) -> dict[str, float]:
         """The figures of some of the run's evaluators."""
@@ -83,8 +107,13 @@ class Session:
     def predictor_for(self, state: TrainState) -> Predictor:
         """The model as evaluators see it: with averaged weights where the run asks for them."""
         ema = self.run.ema
-        params = self.blueprint.averaged(state) if ema and ema.evaluate else state.params
-        return self.predictor.with_params(params, state.model_state)
+        averaged = ema is not None and ema.evaluate
+        predictor = self.predictor.with_params(
+            self.blueprint.averaged(state) if averaged else state.params,
+            state.ema_state if averaged else state.model_state,
+        )
+        predictor.between_batches = self.between_batches
+        return predictor
 
     def restore_or_init(self) -> TrainState:
         """The state to begin with, laid out on the mesh.
@@ -121,49 +150,61 @@ def setup(run: Run, workdir: Path, start: int | None = None, new_data: bool = Fa
       run: the experiment.
       workdir: its folder.
       start: the checkpoint to continue from; None for a fresh run.
+      between_batches: called before every batch that an evaluator embeds.
       new_data: whether the data may be other than they were when the checkpoint was written.
 
     Raises:
-      ClipjaxError: something does not fit together.
+      ClipjaxError: something does not fit together, or the processes of the run differ.
       DamagedCheckpoint: the checkpoint cannot be read.
     """
-    claim(run, workdir)
-    mesh = run.mesh.build()
-    check_batch(run.data.batch_size, mesh, run.accumulate)
-    run.sharding.check_heads(run.model, mesh)
-    check_best(run)
-    for tracker in run.trackers:
-        tracker.check()
-    saved = read_meta(workdir, start) if start is not None else None
-    tokenizer = (
-        run.data.tokenizer.build(run.data.iter_captions())
-        if saved is None
-        else saved_tokenizer(saved)
-    )
-    check_vocabulary(run, tokenizer)
-    loader = run.data.build(tokenizer, run.seed, *process_rows(mesh))
-    meta = Meta(
-        run=to_json(run),
-        tokenizer=pack_tokenizer(tokenizer),
-        num_examples=loader.num_examples,
-        fingerprint=loader.fingerprint(),
-    )
-    if saved is not None:
-        check_data(saved, meta, workdir, new_data)
-    seen = saved.examples(start or 0) if saved else 0
-    shift = seen - (start or 0) * run.data.batch_size
-    scale = Scale(run.data.batch_size, loader.num_examples, shift)
-    if shift:
-        log.info("%d examples were seen so far, in %d steps of other sizes", seen, start)
-    total_steps = run.duration.last_step(scale)
-    if run.duration.amount == 0:
-        raise ClipjaxError(
-            f"duration={run.duration.amount} {run.duration.unit}: there is nothing to train"
+    with meeting("setting the run up") as compare:
+        claim(run, workdir)
+        mesh = run.mesh.build()
+        check_batch(run.data.batch_size, mesh, run.accumulate)
+        run.sharding.check_heads(run.model, mesh)
+        check_best(run)
+        for tracker in run.trackers:
+            tracker.check()
+        saved = read_meta(workdir, start) if start is not None else None
+        tokenizer = (
+            run.data.tokenizer.build(run.data.iter_captions())
+            if saved is None
+            else saved_tokenizer(saved)
         )
-    if start is not None and start > total_steps:
-        raise ClipjaxError(
-            f"{workdir} is at step {start} already, and duration={run.duration.amount:g} "
-            f"{run.duration.unit} ends at step {total_steps}: lengthen it, or give another --workdir"
+        check_vocabulary(run, tokenizer)
+        loader = run.data.build(tokenizer, run.seed, *process_rows(mesh))
+        meta = Meta(
+            run=to_json(run),
+            tokenizer=pack_tokenizer(tokenizer),
+            num_examples=loader.num_examples,
+            fingerprint=loader.fingerprint(),
+        )
+        if saved is not None:
+            check_data(saved, meta, workdir, new_data)
+        seen = saved.examples(start or 0) if saved else 0
+        shift = seen - (start or 0) * run.data.batch_size
+        scale = Scale(run.data.batch_size, loader.num_examples, shift)
+        if shift:
+            log.info("%d examples were seen so far, in %d steps of other sizes", seen, start)
+        total_steps = run.duration.last_step(scale)
+        if run.duration.amount == 0:
+            raise ClipjaxError(
+                f"duration={run.duration.amount} {run.duration.unit}: there is nothing to train"
+            )
+        if start is not None and start > total_steps:
+            raise ClipjaxError(
+                f"{workdir} is at step {start} already, and duration={run.duration.amount:g} "
+                f"{run.duration.unit} ends at step {total_steps}: lengthen it, or give another --workdir"
+            )
+        compare(
+            surroundings(meta.run)
+            | {
+                "configuration": meta.run,
+                "examples": meta.num_examples,
+                "data": meta.fingerprint,
+                "tokenizer": hashlib.sha256(json.dumps(meta.tokenizer).encode()).hexdigest()[:12],
+                "last step": total_steps,
+            }
         )
     blueprint = Blueprint.draw(
         run.model,
@@ -176,11 +217,23 @@ def setup(run: Run, workdir: Path, start: int | None = None, new_data: bool = Fa
         # A run whose length is in steps goes by steps whatever their size.
         dataclasses.replace(scale, shift=0) if run.duration.unit == "steps" else scale,
         run.seed,
+        run.data.spec(),
+        run.spikes,
     )
     log.info(run.sharding.describe(blueprint.abstract, blueprint.shardings, mesh))
     engine = PairEngine(mesh, run.exchange, run.pair_chunk, run.pair_dtype)
     log.info(engine.describe(run.data.batch_size, getattr(run.model, "embed_dim", 0)))
-    step = make_step(blueprint, run.objective, engine, mesh, run.accumulate, run.ema)
+    step = make_step(
+        blueprint,
+        run.objective,
+        engine,
+        mesh,
+        run.accumulate,
+        run.ema,
+        special_tokens(tokenizer),
+        run.spikes,
+    )
+    compiled = compiled_step(blueprint, step, run.data)
     predictor = Predictor(
         blueprint.graphdef,
         params={},
@@ -203,13 +256,29 @@ def setup(run: Run, workdir: Path, start: int | None = None, new_data: bool = Fa
         scale=scale,
         total_steps=total_steps,
         blueprint=blueprint,
-        step=jit_step(step, blueprint),
+        step=compiled,
         meta=meta,
         evaluators=evaluators,
         predictor=predictor,
         start=start,
         start_leaves=blueprint.start_leaves(begin) if begin else ({}, {}),
     )
+
+
+def compiled_step(blueprint: Blueprint, step: Step, data: Data) -> Step:
+    """The step as the loop calls it, (state, batch) -> (state, metrics), traced once.
+
+    Raises:
+      ClipjaxError: the objective asks the model or the batch for something that they do not have.
+    """
+    jitted = jit_step(step, blueprint)
+    teachers = (blueprint.frozen_weights,) if blueprint.frozen else ()
+    batch = {
+        name: jax.ShapeDtypeStruct((data.batch_size, *row.shape), row.dtype)
+        for name, row in data.spec().items()
+    }
+    jitted.eval_shape(blueprint.abstract, batch, *teachers)  # the first call uses the same trace
+    return lambda state, batch: jitted(state, batch, *teachers)
 
 
 def read_meta(workdir: Path, step: int) -> Meta:

@@ -89,8 +89,7 @@ class StopRequest:
         self._may_exit = False
         if self._wakeup:
             signal.set_wakeup_fd(self._previous_wakeup)
-            for end in self._wakeup:
-                end.close()
+            self._wakeup[1].close()  # the thread reads the end, and goes
             self._wakeup = None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
+from clipjax.component import differences
 from clipjax.train import agreement
-from clipjax.train.agreement import decide, differences, meeting, surroundings
+from clipjax.train.agreement import decide, meeting, surroundings
 
 SCRIPT = """
 import json, socket, sys, time

@@ -70,7 +70,7 @@ def test_cadences_of_every_unit():
         assert [s for s in range(1, 60) if every.due(s, scale)] == crossed.tolist()
     assert [s for s in range(9) if Every(4, at_start=True).due(s)] == [0, 4, 8]
     now = [0.0]
-    cadences = Cadences(scale, save=(Every(4), Every(2, "minutes")), log=(Every(3),))
+    cadences = Cadences(scale, {"save": (Every(4), Every(2, "minutes")), "log": (Every(3),)})
     timed = cadences._timed[0]
     timed._clock, timed._last = lambda: now[0], 0.0
     due = []
