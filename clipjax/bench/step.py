@@ -168,7 +168,7 @@ class _Repeated:
 
     def __init__(self, rows: Any):
         self.rows = rows
-        self.skipped = 0
+        self.skipped = self.unreachable = 0
 
     def iterate(self, start_step: int = 0, shift: int = 0) -> Iterator[Any]:
         while True:

@@ -248,7 +248,7 @@ class Loader:
             while True:
                 # The one that is asked for, and `prefetch` that are made while it is used.
                 while len(ahead) < self._data.prefetch + 1:
-                    ahead.append(self._submit(pool, step))
+                    ahead.append(self._submit(pool, step, shift))
                     step += 1
                 rows, parts = ahead.popleft()
                 self._account([failure for part in parts for failure in part.result()])

@@ -294,7 +294,11 @@ class Loop:
             due = self._cadences.due("log", done) or done in (1, session.total_steps)
             figures = None
             if due:
-                skipped = {"skipped_records": session.loader.skipped}
+                loader = session.loader
+                skipped = {
+                    "skipped_records": loader.skipped,
+                    "unreachable_records": loader.unreachable,
+                }
                 figures = jax.device_get(metrics) | self._watch.figures() | skipped
                 self._tracking.write(done, figures)
             self._progress.update(done, figures)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -98,13 +98,13 @@ class Blueprint:
         total_steps: int,
         scale: Scale,
         seed: int,
-        inputs: dict[str, jax.ShapeDtypeStruct] | None = None,
+        inputs: Mapping[str, Any] | None = None,
         spikes: SpikeGuard | None = None,
     ) -> Blueprint:
         """Traces the initialization once; nothing is allocated.
 
         Args:
-          inputs: one row of each field of the batch (no leading axis), for objectives whose state has the width of
+          inputs: shape and dtype of one row of each field of the batch, for objectives whose state has the width of
             the model's output.
           spikes: the run's spike guard, whose memory is part of the state.
         """
