@@ -25,7 +25,7 @@ import jax
 
 import clipjax
 from clipjax.component import differences
-from clipjax.errors import ClipjaxError, Unavailable
+from clipjax.errors import Absent, ClipjaxError, Unavailable
 from clipjax.processes import seconds_of
 
 AGREE_SECONDS = "CLIPJAX_AGREE_SECONDS"
@@ -39,10 +39,6 @@ PACKAGES = (
 )  # fmt: skip
 T = TypeVar("T")
 _meetings = itertools.count()
-
-
-class Absent(Unavailable):
-    """A process that did not come in time: nobody should wait for it again, not even to end."""
 
 
 def decide(what: str, choose: Callable[[], T]) -> T:

@@ -24,7 +24,10 @@ from clipjax.component import differences, from_json, to_json
 from clipjax.config import Run
 from clipjax.errors import ClipjaxError, Unavailable
 from clipjax.files import TEMPORARY, replace_file
+from clipjax.lease import FOLDER as LEASE_FOLDER
+from clipjax.lease import leased
 from clipjax.meta import Meta, unpack_tokenizer
+from clipjax.stores import absolute, is_remote, remove_tree
 from clipjax.tracking.goodput import ATTEMPTS_FILE, read_attempts
 from clipjax.train.agreement import decide, meeting
 
@@ -47,7 +50,7 @@ def claim(run: Run, workdir: Path) -> None:
         raise ClipjaxError(f"{workdir} is a file: --workdir names a folder for the run")
     # What a run killed before it wrote anything may have left.
     if not workdir.is_dir() or all(
-        p.name == LOCK_FILE or p.name.endswith(TEMPORARY) for p in workdir.iterdir()
+        p.name in (LOCK_FILE, LEASE_FOLDER) or p.name.endswith(TEMPORARY) for p in workdir.iterdir()
     ):
         return
     saved = workdir / RUN_FILE
@@ -87,7 +90,7 @@ def hold(workdir: Path, start: int | None) -> Iterator[None]:
         def take() -> str:
             try:
                 workdir.mkdir(parents=True, exist_ok=True)
-                mark = stack.enter_context(_locked(workdir / LOCK_FILE))
+                mark = stack.enter_context(_locked(workdir))
             except BlockingIOError as error:
                 raise Unavailable(
                     f"another process is training in {workdir}: wait for it, stop it, or give "
@@ -105,7 +108,7 @@ def hold(workdir: Path, start: int | None) -> Iterator[None]:
 
         mark = decide(f"whether {workdir} is free", take)
         with meeting(f"looking for {workdir}") as compare:
-            if not _shows(workdir / LOCK_FILE, mark):
+            if not is_remote(workdir) and not _shows(workdir / LOCK_FILE, mark):
                 raise ClipjaxError(
                     f"{workdir} is not the folder that process 0 works in: give a --workdir that all hosts share"
                 )
@@ -128,17 +131,23 @@ def _shows(path: Path, mark: str) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[str]:
-    """Holds the lock; gives what the file says meanwhile."""
+def _locked(folder: Path) -> Iterator[str]:
+    """Holds the folder; gives what its lock file says meanwhile."""
+    if is_remote(folder):
+        with leased(folder) as holder:
+            yield holder
+        return
     import fcntl
 
-    with path.open("ab") as file:
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context((folder / LOCK_FILE).open("ab"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise
         except OSError as error:  # some network file systems have no locks
-            log.info("%s cannot be locked (%s): two runs in it would go unnoticed", path, error)
+            log.info("%s cannot be locked (%s): taking a lease of it", folder, error)
+            stack.enter_context(leased(folder))
         mark = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(4)}"
         file.truncate(0)
         file.write(mark.encode())
@@ -158,6 +167,10 @@ def write_run_files(workdir: Path, meta: Meta) -> None:
     run = json.dumps(meta.run, indent=2, ensure_ascii=False)
     replace_file(workdir / RUN_FILE, run + "\n")
     tokenizer = workdir / TOKENIZER_FOLDER
+    if is_remote(workdir):
+        remove_tree(tokenizer)
+        unpack_tokenizer(meta.tokenizer, tokenizer)
+        return
     temporary = workdir / (TOKENIZER_FOLDER + TEMPORARY)
     shutil.rmtree(temporary, ignore_errors=True)
     unpack_tokenizer(meta.tokenizer, temporary)
@@ -174,7 +187,7 @@ def keep_compilations(workdir: Path) -> None:
 
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
-    jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / COMPILED_FOLDER))
+    jax.config.update("jax_compilation_cache_dir", str(absolute(workdir) / COMPILED_FOLDER))
     compilation_cache.reset_cache()  # jax looks for a cache once, and something was compiled before
 
 

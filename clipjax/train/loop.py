@@ -133,7 +133,7 @@ def start(
             lambda: [latest_step(workdir), choose_start(workdir, from_step, damaged)],
         )
         with meeting(f"looking into {workdir}", Unavailable) as compare:
-            compare({f"the newest checkpoint in {workdir}": latest_step(workdir)})
+            compare({"the newest checkpoint": latest_step(workdir)})
         if damaged and at is None:
             raise ClipjaxError(
                 f"no checkpoint in {workdir} can be read; move its checkpoints/ away to begin anew"

@@ -2,13 +2,34 @@
 
 import os
 import signal
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 STEPS = 12
+STOPS = """
+import dataclasses, os, signal, sys
+from pathlib import Path
+from clipjax import load_config
+
+TINY = load_config(Path({tiny!r}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stops(sys.modules["tiny"].Squares):
+    def open(self):
+        if os.environ["JAX_PROCESS_ID"] == "1":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().open()
+
+
+def config():
+    return dataclasses.replace(TINY, data=dataclasses.replace(TINY.data, source=Stops()))
+"""
 
 
 def logged(workdir):
@@ -34,7 +55,7 @@ def test_two_processes_stop_together_go_on_and_end_as_one_would(
     def start(steps):
         return spawn(
             "train", tiny, "--workdir", workdir, "--duration.amount", steps, *options,
-            devices=2, command=(LAUNCH / "local.sh", 2, os.sys.executable, "-m", "clipjax.cli"),
+            devices=2, command=(LAUNCH / "local.sh", 2, sys.executable, "-m", "clipjax.cli"),
         )  # fmt: skip
 
     process = start(100_000)
@@ -59,6 +80,37 @@ def test_two_processes_stop_together_go_on_and_end_as_one_would(
     assert [got[s] for s in early] == pytest.approx([expected[s] for s in early], rel=1e-4)
     figure = "retrieval/image_to_text/mean_reciprocal_rank"
     assert read_metrics(workdir, figure).keys() == read_metrics(clipjax.workdir, figure).keys()
+
+
+def test_processes_that_differ_say_so_and_end(tmp_path, spawn, tiny):
+    """One has another configuration; then one sees another folder; then one does not come at all."""
+
+    def run(words, config=tiny, **environment):
+        command = ("bash", "-c", f"exec {sys.executable} -m clipjax.cli train {config} {words}")
+        process = spawn(command=(LAUNCH / "local.sh", 2, *command), **environment)
+        return process, *process.communicate(timeout=300)
+
+    process, _, stderr = run(f"--workdir {tmp_path}/a --seed $JAX_PROCESS_ID")
+    assert process.returncode == 2, stderr
+    said = "configuration.seed is 0 in process 0 on {0} and 1 in process 1 on {0}"
+    assert stderr.count("clipjax: the processes differ: " + said.format(socket.gethostname())) == 2
+    assert not (tmp_path / "a").exists()
+
+    (tmp_path / "b1/checkpoints/3").mkdir(parents=True)
+    process, _, stderr = run(f"--workdir {tmp_path}/b$JAX_PROCESS_ID")
+    assert process.returncode == 69, stderr
+    said = "the newest checkpoint is null in process 0 on {0} and 3 in process 1 on {0}"
+    assert stderr.count("clipjax: the processes differ: " + said.format(socket.gethostname())) == 2
+
+    stops = tmp_path / "stops.py"
+    stops.write_text(STOPS.format(tiny=str(tiny)))
+    process, _, stderr = run(
+        f"--workdir {tmp_path}/c", stops, CLIPJAX_AGREE_SECONDS="8", CLIPJAX_GRACE="1"
+    )
+    assert process.returncode == 69, stderr
+    assert "process 1 of 2 did not finish setting the run up in 8 s" in stderr
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize("script", ["local.sh", "slurm.sbatch", "tpu_vm.sh"])
