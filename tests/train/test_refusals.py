@@ -160,8 +160,6 @@ def test_a_checkpoint_of_another_model(refused, clipjax, vary):
         4,
     )
     assert files(clipjax.workdir) == before
-    refused(["another optimizer, ema or objective", "'ema/"], "train", config=vary("ema=Ema(0.9)"))
-    assert files(clipjax.workdir) == before
 
 
 def test_a_run_whose_components_are_unknown(refused, clipjax, capsys):
