@@ -29,34 +29,146 @@ class Method:
     """Where it stands, if not in this package: `module:Class`."""
 
 
+def _core(id: str, title: str, arxiv: str, summary: str, place: str) -> Method:
+    return Method(id, title, arxiv, "ours elsewhere", summary, place)
+
+
 ELSEWHERE = (
-    Method("clip", "Learning Transferable Visual Models From Natural Language Supervision", "2103.00020", "ours elsewhere", "softmax over all pairs of the batch", "clipjax.objectives:Softmax"),
-    Method("align", "Scaling Up Visual and Vision-Language Representation Learning", "2102.05918", "ours elsewhere", "label smoothing over the batch", "clipjax.objectives:Softmax"),
-    Method("siglip", "Sigmoid Loss for Language Image Pre-Training", "2303.15343", "ours elsewhere", "every pair a yes or no of its own", "clipjax.objectives:Sigmoid"),
-    Method("coca", "CoCa: Contrastive Captioners are Image-Text Foundation Models", "2205.01917", "ours elsewhere", "contrast and captions from one decoder", "clipjax.models:CoCa"),
-    Method("cappa", "Image Captioners Are Scalable Vision Learners Too", "2306.07915", "ours elsewhere", "captions alone, some predicted in parallel", "clipjax.models:CoCa"),
-    Method("mammut", "MaMMUT: A Simple Architecture for Joint Learning for MultiModal Tasks", "2303.16839",
-           "ours elsewhere", "one decoder for contrast and captions", "clipjax.models:CoCa"),
-    Method("cwcl", "Cross-Modal Transfer with Continuously Weighted Contrastive Loss", "2309.14580", "ours elsewhere", "targets follow similarities within the locked modality", "clipjax.objectives:Weighted"),
-    Method("dcl", "Decoupled Contrastive Learning", "2110.06848", "ours elsewhere", "no positive in the denominator", "clipjax.objectives:Decoupled"),
-    Method("unicl", "Unified Contrastive Learning in Image-Text-Label Space", "2204.03610", "ours elsewhere", "several positives by equal id", "clipjax.objectives:MultiPositive"),
-    Method("decoupled_softmax", "Dual-Encoders for Extreme Multi-Label Classification", "2310.10636", "ours elsewhere", "each positive against the negatives alone", "clipjax.objectives:DecoupledSoftmax"),
-    Method("albef_distillation", "Align before Fuse: Vision and Language Representation Learning with Momentum "
-           "Distillation", "2107.07651", "ours elsewhere", "soft targets of a momentum teacher",
-           "clipjax.objectives:SoftTarget"),
-    Method("m2_encoder", "M2-Encoder: Advancing Bilingual Image-Text Understanding by Large-scale Efficient "
-           "Pretraining", "2401.15896", "ours elsewhere", "negatives of one group of devices",
-           "clipjax.objectives:Grouped"),
-    Method("eisl_caption", "Don't Take It Literally: An Edit-Invariant Sequence Loss for Text Generation",
-           "2106.15078", "ours elsewhere", "captions whose words may stand elsewhere", "clipjax.objectives:EISL"),
-    Method("lion", "Symbolic Discovery of Optimization Algorithms", "2302.06675", "ours elsewhere", "the sign of a momentum", "clipjax.optim:Lion"),
-    Method("lit", "LiT: Zero-Shot Transfer with Locked-image text Tuning", "2111.07991", "ours elsewhere", "a frozen image tower", "clipjax.optim:Group"),
-    Method("lora", "LoRA: Low-Rank Adaptation of Large Language Models", "2106.09685", "ours elsewhere", "low-rank updates beside some weights", "clipjax.models:Lora"),
-    Method("wise_ft", "Robust fine-tuning of zero-shot models", "2109.01903", "ours elsewhere", "a mean of the weights before and after", "clipjax.start:Average"),
-    Method("flip", "Scaling Language-Image Pre-training via Masking", "2212.00794", "ours elsewhere", "a random part of the patches in training", "clipjax.towers:ViT"),
-    Method("gradcache", "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", "2101.06983",
-           "ours elsewhere", "accumulation that equals the big batch", "clipjax.train.step:make_step"),
-)  # fmt: skip
+    _core(
+        "clip",
+        "Learning Transferable Visual Models From Natural Language Supervision",
+        "2103.00020",
+        "softmax over all pairs of the batch",
+        "clipjax.objectives:Softmax",
+    ),
+    _core(
+        "align",
+        "Scaling Up Visual and Vision-Language Representation Learning",
+        "2102.05918",
+        "label smoothing over the batch",
+        "clipjax.objectives:Softmax",
+    ),
+    _core(
+        "siglip",
+        "Sigmoid Loss for Language Image Pre-Training",
+        "2303.15343",
+        "every pair a yes or no of its own",
+        "clipjax.objectives:Sigmoid",
+    ),
+    _core(
+        "coca",
+        "CoCa: Contrastive Captioners are Image-Text Foundation Models",
+        "2205.01917",
+        "contrast and captions from one decoder",
+        "clipjax.models:CoCa",
+    ),
+    _core(
+        "cappa",
+        "Image Captioners Are Scalable Vision Learners Too",
+        "2306.07915",
+        "captions alone, some predicted in parallel",
+        "clipjax.models:CoCa",
+    ),
+    _core(
+        "mammut",
+        "MaMMUT: A Simple Architecture for Joint Learning for MultiModal Tasks",
+        "2303.16839",
+        "one decoder for contrast and captions",
+        "clipjax.models:CoCa",
+    ),
+    _core(
+        "cwcl",
+        "Cross-Modal Transfer with Continuously Weighted Contrastive Loss",
+        "2309.14580",
+        "targets follow similarities within the locked modality",
+        "clipjax.objectives:Weighted",
+    ),
+    _core(
+        "dcl",
+        "Decoupled Contrastive Learning",
+        "2110.06848",
+        "no positive in the denominator",
+        "clipjax.objectives:Decoupled",
+    ),
+    _core(
+        "unicl",
+        "Unified Contrastive Learning in Image-Text-Label Space",
+        "2204.03610",
+        "several positives by equal id",
+        "clipjax.objectives:MultiPositive",
+    ),
+    _core(
+        "decoupled_softmax",
+        "Dual-Encoders for Extreme Multi-Label Classification",
+        "2310.10636",
+        "each positive against the negatives alone",
+        "clipjax.objectives:DecoupledSoftmax",
+    ),
+    _core(
+        "albef_distillation",
+        "Align before Fuse: Vision and Language Representation Learning with Momentum Distillation",
+        "2107.07651",
+        "soft targets of a momentum teacher",
+        "clipjax.objectives:SoftTarget",
+    ),
+    _core(
+        "m2_encoder",
+        "M2-Encoder: Advancing Bilingual Image-Text Understanding by Large-scale Efficient "
+        "Pretraining",
+        "2401.15896",
+        "negatives of one group of devices",
+        "clipjax.objectives:Grouped",
+    ),
+    _core(
+        "eisl_caption",
+        "Don't Take It Literally: An Edit-Invariant Sequence Loss for Text Generation",
+        "2106.15078",
+        "captions whose words may stand elsewhere",
+        "clipjax.objectives:EISL",
+    ),
+    _core(
+        "lion",
+        "Symbolic Discovery of Optimization Algorithms",
+        "2302.06675",
+        "the sign of a momentum",
+        "clipjax.optim:Lion",
+    ),
+    _core(
+        "lit",
+        "LiT: Zero-Shot Transfer with Locked-image text Tuning",
+        "2111.07991",
+        "a frozen image tower",
+        "clipjax.optim:Group",
+    ),
+    _core(
+        "lora",
+        "LoRA: Low-Rank Adaptation of Large Language Models",
+        "2106.09685",
+        "low-rank updates beside some weights",
+        "clipjax.models:Lora",
+    ),
+    _core(
+        "wise_ft",
+        "Robust fine-tuning of zero-shot models",
+        "2109.01903",
+        "a mean of the weights before and after",
+        "clipjax.start:Average",
+    ),
+    _core(
+        "flip",
+        "Scaling Language-Image Pre-training via Masking",
+        "2212.00794",
+        "a random part of the patches in training",
+        "clipjax.towers:ViT",
+    ),
+    _core(
+        "gradcache",
+        "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup",
+        "2101.06983",
+        "accumulation that equals the big batch",
+        "clipjax.train.step:make_step",
+    ),
+)
 """Methods that are part of the core."""
 
 
