@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-stores lint clean
 
 # Downloads only Python packages; the data set is made from two of them.
 quickstart: $(VENV)/.installed-quickstart
@@ -10,6 +10,10 @@ quickstart: $(VENV)/.installed-quickstart
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# Against servers of S3 and Google Cloud Storage on loopback, with faults on the way.
+test-stores: $(VENV)/.installed-test-stores
+	$(BIN)/python -m pytest tests/stores
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ import dataclasses
 import errno
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,8 +81,20 @@ class Checkpointing(Component):
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, run_folder: Path, config: Checkpointing | None = None):
-        """Opens (and, when `config` is given, creates) `run_folder/checkpoints`."""
+    def __init__(
+        self,
+        run_folder: Path,
+        config: Checkpointing | None = None,
+        before_save: Callable[[], None] = lambda: None,
+    ):
+        """Opens (and, when `config` is given, creates) `run_folder/checkpoints`.
+
+        Args:
+          run_folder: the run's.
+          config: when to save and what to keep; None: only to read.
+          before_save: called before a save: what a run that goes on from it will look for must be there.
+        """
+        self._before_save = before_save
         self.folder = absolute(place(run_folder)) / FOLDER
         in_bucket = {}
         if is_remote(self.folder):
@@ -139,6 +151,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
+        self._before_save()
         kept = ({MILESTONE: 1.0} if milestone else {}) | self._best(figures or {})
         self._saved_with[step] = kept
         meta = dataclasses.replace(

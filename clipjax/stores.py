@@ -171,9 +171,14 @@ def delivered(path: Path, last: str | None = None) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="clipjax-") as scratch:
         folder = Path(scratch) / path.name
         yield folder
-        files = [file for file in folder.rglob("*") if file.is_file()]
-        for file in sorted(files, key=lambda file: file.name == last):
-            _deliver(file, path / file.relative_to(folder).as_posix())
+        copy_tree(folder, path, last)
+
+
+def copy_tree(folder: Path, target: Path, last: str | None = None) -> None:
+    """Copies a folder on disk into a bucket, the file named `last` at the end."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    for file in sorted(files, key=lambda file: file.name == last):
+        _deliver(file, target / file.relative_to(folder).as_posix())
 
 
 class Spool:
@@ -199,7 +204,8 @@ class Spool:
 
     def __enter__(self) -> Spool:
         if is_remote(self._target):
-            self.folder = Path(tempfile.mkdtemp(prefix="clipjax-"))
+            self.folder = Path(tempfile.mkdtemp(prefix="clipjax-")) / self._target.name
+            self.folder.mkdir()
             for name in self._names:
                 source = self._target / name
                 if source.exists():
@@ -214,7 +220,7 @@ class Spool:
             try:
                 self.flush()
             finally:
-                shutil.rmtree(self.folder, ignore_errors=True)
+                shutil.rmtree(self.folder.parent, ignore_errors=True)
 
     def flush(self) -> None:
         """Copies what has changed.

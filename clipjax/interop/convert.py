@@ -17,6 +17,7 @@ from clipjax.interop.resample import with_context_length, with_image_size
 from clipjax.interop.source import Source, open_source
 from clipjax.params import abstract, paths
 from clipjax.pretrained import Pretrained, unflatten
+from clipjax.stores import delivered, is_remote, place
 from clipjax.towers import TextTransformer
 
 FAMILIES: tuple[Family, ...] = (
@@ -108,7 +109,10 @@ def export_weights(pretrained: Pretrained, folder: str | Path, to: str) -> Famil
 
     if to not in FORMATS:
         raise ClipjaxError(f"no format {to!r}{did_you_mean(to, FORMATS)}")
-    folder = Path(folder)
+    folder = place(folder)
+    if is_remote(folder):
+        with delivered(folder) as target:
+            return export_weights(pretrained, target, to)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ClipjaxError(f"{folder} exists and is not empty: name a new folder for the export")
     pretrained = pretrained.folded()

@@ -96,11 +96,11 @@ def train(
                 restarts,
                 elapsed=time.time() - began,
             )
-            checkpoints = stack.enter_context(
-                contextlib.closing(Checkpoints(workdir, run.checkpoint))
-            )
             tracking = stack.enter_context(
                 Tracking(workdir, run.trackers, session.meta.run, resume_step=session.start)
+            )
+            checkpoints = stack.enter_context(
+                contextlib.closing(Checkpoints(workdir, run.checkpoint, tracking.flush))
             )
             progress = stack.enter_context(
                 Progress(session.total_steps, run.data.batch_size, session.start or 0)
@@ -113,6 +113,7 @@ def train(
             raise Preempted(nothing_lost(signal.name)) from None
         results = loop.last_evaluation(state)
         with loop.stopping_after(session.total_steps):
+            tracking.flush()
             finish(session, state, results, time.time() - began, watch)
     return results
 
