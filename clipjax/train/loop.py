@@ -20,7 +20,7 @@ import numpy as np
 from clipjax.checkpoint import Checkpoints, latest_step
 from clipjax.config import Run
 from clipjax.data.placement import to_global
-from clipjax.errors import ClipjaxError, DamagedCheckpoint, Preempted, RunFailed
+from clipjax.errors import ClipjaxError, DamagedCheckpoint, Preempted, RunFailed, Unavailable
 from clipjax.evals.base import Runner
 from clipjax.optim.duration import as_every
 from clipjax.stores import place
@@ -329,7 +329,8 @@ class Loop:
                 return self._session.evaluate(state, runners)
         except ClipjaxError as error:
             self._checkpoints.wait()
-            raise RunFailed(f"{error}; {self._checkpoints.describe_latest()}") from error
+            kind = Unavailable if isinstance(error, Unavailable) else RunFailed
+            raise kind(f"{error}; {self._checkpoints.describe_latest()}") from error
 
     def _at_once(self) -> contextlib.AbstractContextManager[None]:
         """One process may end what it does at any moment; several only together (`_between_batches`)."""
