@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import copy
 import dataclasses
 import functools
 import itertools
@@ -25,7 +24,6 @@ import numpy as np
 from clipjax.component import Component
 from clipjax.data.augment import Augmentation, CaptionChoice, Resize
 from clipjax.data.fields import Draws, Example, Field, Image, Spec, Text, entry
-from clipjax.data.images import decode
 from clipjax.data.reading import Unreachable, retried
 from clipjax.data.sources import RandomAccess, Source, UnreadableRecord
 from clipjax.data.tokenizers import BPE, Tokenizer, TokenizerModel
@@ -74,7 +72,8 @@ class Data(Component):
     shuffle: bool = True
     """Whether each epoch has a new random order."""
     cache: bool = False
-    """Keep decoded pictures in memory; for small data sets."""
+    """Keep decoded pictures in memory, at full size; for small data sets. Without, a JPEG whose first
+    augmentation crops it is decoded only as large as the crop needs."""
     num_threads: int | None = None
     """Threads that decode and augment, per process; default: one per core. One is best for pictures
     below 100 pixels, where Python's own share of the work dominates."""
@@ -193,7 +192,7 @@ class Loader:
             )
         _check_entries(data, self._records)
         # What fails early is read first, and pictures before what follows them.
-        order = sorted(data.fields, key=lambda f: (bool(f.follows), bool(f.pictures)))
+        order = sorted(data.fields, key=lambda f: (bool(f.follows), isinstance(f, Image)))
         self._fields = [(field, field.open(data, tokenizer, self._records)) for field in order]
         self._order = _global_order(self.num_examples, seed, data.shuffle)
         self._cached: dict[int, Any] = {}
@@ -286,16 +285,15 @@ class Loader:
         record: Any = self._cached.get(index)
         if record is None:
             read = functools.partial(self._records.__getitem__, index)
-            record = copy.copy(retried(read, f"record {index}"))
+            record = retried(read, f"record {index}")
         draws = Draws(self._seed, position, record, self._data.captions)
         # The low 31 bits: ids may be hashes of 64 bits, and equal ones must stay equal.
         made: dict[str, Any] = {"id": record["id"] & 0x7FFFFFFF, "sample": index}
+        decoded: dict[str, np.ndarray] = {}
         for field, reader in self._fields:
-            for key in field.pictures:
-                record[key] = decode(entry(record, key), record["key"])
-            made[field.name] = reader.read(Example(field.name, record, made, draws))
-        if self._data.cache:
-            self._cached[index] = record
+            made[field.name] = reader.read(Example(field.name, record, made, draws, decoded))
+        if self._data.cache and index not in self._cached:
+            self._cached[index] = record | decoded
         return made
 
     def _account(self, failures: list[UnreadableRecord]) -> None:
