@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from clipjax.cli.arguments import new_parser, parse_run
+from clipjax.stores import place
 
 
 def main(arguments: list[str]) -> int:
     """Prints the configuration."""
     parser = new_parser("config", "Print the resolved configuration as JSON.")
     parser.add_argument(
-        "config", type=Path, help="a Python config file, a run.json, or a run's folder"
+        "config", type=place, help="a Python config file, a run.json, or a run's folder"
     )
     _, run = parse_run(parser, arguments)
     from clipjax.component import to_json

@@ -98,6 +98,7 @@ def setup(run: Run, workdir: Path) -> Session:
     claim(run, workdir)
     mesh = run.mesh.build()
     check_batch(run.data.batch_size, mesh, run.accumulate)
+    run.sharding.check_heads(run.model, mesh)
     check_best(run)
     for tracker in run.trackers:
         tracker.check()
@@ -131,6 +132,7 @@ def setup(run: Run, workdir: Path) -> Session:
         scale,
         run.seed,
     )
+    log.info(run.sharding.describe(blueprint.abstract, blueprint.shardings, mesh))
     engine = PairEngine(mesh, run.exchange, run.pair_chunk, run.pair_dtype)
     log.info(engine.describe(run.data.batch_size, getattr(run.model, "embed_dim", 0)))
     step = make_step(blueprint, run.objective, engine, mesh, run.accumulate, run.ema)

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from drawn import begin
 
 LR = 1e4
-SHAPE = {"width": 32, "depth": 2, "heads": 4}
+SHAPE = {"width": 36, "depth": 2, "heads": 4}  # 36 does not divide over 8 devices in one dimension
 MODEL = DualEncoder(
     image=ViT(image_size=16, patch_size=8, pool="class", **SHAPE),
     text=TextTransformer(vocab_size=64, context_length=8, eos_id=2, **SHAPE),
@@ -105,6 +105,9 @@ def test_layouts_are_what_the_test_above_thinks():
     )
     kernel = state.params["image"]["blocks"]["mlp"]["fc1"]["kernel"]
     assert tuple(kernel.sharding.spec) == (None, "data", "tensor")
+    _, _, state = one_step(mesh_shape=MeshShape(), devices=8, fsdp=True, exchange=Ring())
+    kernel = state.params["image"]["blocks"]["attn"]["q"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 18, 9)
 
 
 @pytest.mark.parametrize(
