@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from clipjax.component import Component
+from clipjax.data.captions import encodable
 from clipjax.errors import ClipjaxError, did_you_mean
 
 _FACTS_FILE = "tokenizer_facts.json"
@@ -150,6 +151,7 @@ class TokenizerModel:
         return [e.ids for e in self._vocabulary.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _cleaned(self, text: str) -> str:
+        text = encodable(text)
         if self._clean == "keep":
             return text
         if self._clean == "clip":
@@ -208,7 +210,7 @@ class BPE(Tokenizer):
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        captions = itertools.islice(captions, self.max_captions)
+        captions = map(encodable, itertools.islice(captions, self.max_captions))
         first = next(captions, None)
         if first is None:
             raise ClipjaxError(
