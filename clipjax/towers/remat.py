@@ -25,6 +25,7 @@ NAMES = {
 KEPT = {
     # What it costs a matrix product to make again.
     "lean": ("q", "k", "v", "lse", "attended", "residual", "hidden"),
+    "norms": tuple(name for name in NAMES if name != "normed"),
     "activation": tuple(name for name in NAMES if name != "activated"),
     "full": (),
 }
