@@ -27,6 +27,8 @@ BLOCK = 512
 MAGIC = b"clipjax tars 1\n"
 MAX_HEADER = 1 << 20
 """Bytes of a long name or of a header's extension, at most."""
+DAMAGED = -1
+"""In place of how many samples of a tar have no picture."""
 SCANNERS = 16  # threads: on a network's disk a scan waits more than it computes
 MAX_PADDING = 1 << 20
 """Bytes of zeros at a tar's end, at most; usual are up to 10,240."""
@@ -304,7 +306,7 @@ def index_tars(
                 if not skip_damaged:
                     raise
                 logger.warning("left out: %s", error)
-                found.append((Places(np.zeros(0, np.uint64), np.zeros(0, np.uint32)), 0))
+                found.append((Places(np.zeros(0, np.uint64), np.zeros(0, np.uint32)), DAMAGED))
     finally:
         if executor is None:
             own.shutdown(cancel_futures=True)
@@ -316,7 +318,11 @@ def index_tars(
         _save(kept, _Kept(marks, counts, without, places))
         loaded = _load(kept)
         places = loaded.places if loaded is not None else places
-    return Index(paths, counts, places, sum(without))
+    return Index(paths, counts, places, _total(without))
+
+
+def _total(without: list[int]) -> int:
+    return sum(n for n in without if n != DAMAGED)
 
 
 def kept_file(index_dir: str, shards: str, image_keys: tuple[str, ...]) -> Path:
