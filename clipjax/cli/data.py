@@ -53,8 +53,11 @@ def _index(namespace) -> int:
 
     if namespace.workers < 1:
         raise ClipjaxError(f"--workers {namespace.workers} must be at least 1")
-    damaged = "skip" if namespace.skip_damaged else "refuse"
-    source = WebDataset(namespace.shards, index_dir=namespace.index_dir, damaged=damaged)
+    source = WebDataset(
+        namespace.shards,
+        index_dir=namespace.index_dir,
+        damaged="skip" if namespace.skip_damaged else "refuse",
+    )
     if namespace.image_keys is not None:
         source = dataclasses.replace(source, image_keys=tuple(namespace.image_keys))
     began = time.monotonic()
