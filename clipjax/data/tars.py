@@ -284,11 +284,13 @@ def index_tars(
     states = [(stat.st_size, stat.st_mtime_ns) for stat in map(_stat, paths)]
     marks = [[path, *state] for path, state in zip(paths, states, strict=True)]
     old = _load(kept) if kept is not None else None
-    known = {} if old is None else {tuple(mark): i for i, mark in enumerate(old.marks)}
-    if old is not None and [known.get(tuple(mark)) for mark in marks] == list(
-        range(len(old.marks))
-    ):
-        return Index(paths, old.counts, old.places, sum(old.without))
+    known: dict[tuple, int] = {}
+    if old is not None:
+        # A damaged tar that was left out is looked at again by whoever does not leave it out.
+        rows = [i for i, n in enumerate(old.without) if skip_damaged or n != DAMAGED]
+        known = {tuple(old.marks[i]): i for i in rows}
+        if [known.get(tuple(mark)) for mark in marks] == list(range(len(old.marks))):
+            return Index(paths, old.counts, old.places, _total(old.without))
     missing = [path for path, mark in zip(paths, marks, strict=True) if tuple(mark) not in known]
     own = executor or concurrent.futures.ThreadPoolExecutor(min(SCANNERS, max(len(missing), 1)))
     try:
