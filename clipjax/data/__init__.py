@@ -10,9 +10,11 @@ from clipjax.data.augment import (
     Shift,
 )
 from clipjax.data.boxes import Boxes
+from clipjax.data.columns import Parquet, SavedDataset
 from clipjax.data.evalset import EvalSet, load_eval
 from clipjax.data.fields import Array, Example, Field, Image, Spec, Text, View
 from clipjax.data.folder import ClassFolder, ImageFolder, PictureFolder
+from clipjax.data.found import found_source
 from clipjax.data.images import decode
 from clipjax.data.loader import Data, Loader
 from clipjax.data.order import Stream
@@ -48,11 +50,13 @@ __all__ = [
     "ImageFolder",
     "Loader",
     "Mixture",
+    "Parquet",
     "PictureFolder",
     "RandomAccess",
     "RandomResizedCrop",
     "Record",
     "Resize",
+    "SavedDataset",
     "SentencePiece",
     "Shift",
     "Source",
@@ -67,6 +71,7 @@ __all__ = [
     "View",
     "WebDataset",
     "decode",
+    "found_source",
     "load_eval",
     "load_tokenizer",
 ]
