@@ -23,12 +23,14 @@ VERBS = {
     "search": "rank the pictures of a folder by words",
     "embed": "write the embeddings of pictures or texts to Parquet files",
     "caption": "write captions of pictures with a run's or a model's decoder",
+    "data": "prepare data for training: find the samples of tars",
     "report": "write a run's report.html again",
     "average": "mean of the weights of several models (WiSE-FT, soups)",
     "config": "print the resolved configuration of a config file or a run",
     "methods": "list the published methods that are here, with their papers",
     "import": "turn weights of OpenAI, OpenCLIP, Hugging Face or big_vision into a model folder",
     "export": "write a run or model as other libraries load it",
+    "plan": "say what a run would hold, send and take on TPUs or GPUs that are not here",
     "bench": "measure what the documentation claims",
 }
 """Name -> summary. A verb's module, `clipjax.cli.<name>`, has `main(arguments) -> exit code`."""

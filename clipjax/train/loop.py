@@ -335,7 +335,8 @@ class Loop:
                 return self._session.evaluate(state, runners)
         except ClipjaxError as error:
             self._checkpoints.wait()
-            raise RunFailed(f"{error}; {self._checkpoints.describe_latest()}") from error
+            kind = Unavailable if isinstance(error, Unavailable) else RunFailed
+            raise kind(f"{error}; {self._checkpoints.describe_latest()}") from error
 
     def _at_once(self) -> contextlib.AbstractContextManager[None]:
         """One process may end what it does at any moment; several only together (`_between_batches`)."""
