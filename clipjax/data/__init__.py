@@ -15,6 +15,7 @@ from clipjax.data.fields import Array, Example, Field, Image, Spec, Text, View
 from clipjax.data.folder import ClassFolder, ImageFolder, PictureFolder
 from clipjax.data.images import decode
 from clipjax.data.loader import Data, Loader
+from clipjax.data.order import Stream
 from clipjax.data.sources import Mixture, RandomAccess, Record, Source, Tfds, UnreadableRecord
 from clipjax.data.tokenizers import (
     BPE,
@@ -56,6 +57,7 @@ __all__ = [
     "Shift",
     "Source",
     "Spec",
+    "Stream",
     "Text",
     "Tfds",
     "Tokenizer",
