@@ -15,7 +15,7 @@ from clipjax.data.fields import Array, Example, Field, Image, Spec, Text, View
 from clipjax.data.folder import ClassFolder, ImageFolder, PictureFolder
 from clipjax.data.images import decode
 from clipjax.data.loader import Data, Loader
-from clipjax.data.order import Stream
+from clipjax.data.order import Order, Plan, Stream
 from clipjax.data.sources import Mixture, RandomAccess, Record, Source, Tfds, UnreadableRecord
 from clipjax.data.tokenizers import (
     BPE,
@@ -48,7 +48,9 @@ __all__ = [
     "ImageFolder",
     "Loader",
     "Mixture",
+    "Order",
     "PictureFolder",
+    "Plan",
     "RandomAccess",
     "RandomResizedCrop",
     "Record",

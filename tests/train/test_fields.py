@@ -71,7 +71,16 @@ def test_a_run_with_many_fields(collection, teacher, clipjax, vary, tmp_path, re
     change = CHANGE.format(folder=str(collection), vectors=str(vectors))
     config = vary(change.replace(")", ', table="captions.jsonl")', 1))
     options = ["--data.fields.1.context_length", 7, "--data.fields.2.augment.0.probability", 1.0]
-    options += ["--data.stream.block", 1, "--data.fields.4.count", 2, "--duration.amount", 3, "--log_every", 1]
+    options += [
+        "--data.stream.block",
+        1,
+        "--data.fields.4.count",
+        2,
+        "--duration.amount",
+        3,
+        "--log_every",
+        1,
+    ]
     assert clipjax("train", *options, config=config) == 0
     assert len(read_metrics(clipjax.workdir)) == 3
 
