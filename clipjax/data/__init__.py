@@ -10,9 +10,11 @@ from clipjax.data.augment import (
     Shift,
 )
 from clipjax.data.boxes import Boxes
+from clipjax.data.columns import Parquet, SavedDataset
 from clipjax.data.evalset import EvalSet, load_eval
 from clipjax.data.fields import Array, Example, Field, Image, Spec, Text, View
 from clipjax.data.folder import ClassFolder, ImageFolder, PictureFolder
+from clipjax.data.found import found_source
 from clipjax.data.images import decode
 from clipjax.data.loader import Data, Loader
 from clipjax.data.order import Order, Plan, Stream
@@ -49,12 +51,14 @@ __all__ = [
     "Loader",
     "Mixture",
     "Order",
+    "Parquet",
     "PictureFolder",
     "Plan",
     "RandomAccess",
     "RandomResizedCrop",
     "Record",
     "Resize",
+    "SavedDataset",
     "SentencePiece",
     "Shift",
     "Source",
@@ -69,6 +73,7 @@ __all__ = [
     "View",
     "WebDataset",
     "decode",
+    "found_source",
     "load_eval",
     "load_tokenizer",
 ]

@@ -15,7 +15,9 @@ import logging
 import os
 import re
 from collections.abc import Callable
-from typing import Any, Literal
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -72,8 +74,17 @@ class WebDataset(Source):
     def open(self) -> RandomAccess:
         return _OpenTars(self, self.index())
 
-    def index(self, executor: Any = None) -> Index:
-        """Where the samples are, as `clipjax.data.tars.index_tars` finds it.
+    def index_file(self) -> Path | None:
+        """The file in `index_dir` that keeps where the samples are."""
+        if self.index_dir is None:
+            return None
+        return kept_file(self.index_dir, self.shards, self.image_keys)
+
+    def index(self, executor: Executor | None = None) -> Index:
+        """Where the samples are.
+
+        Args:
+          executor: what scans the tars; None is threads.
 
         Raises:
           ClipjaxError: a tar is not there, or cannot be used.
@@ -84,12 +95,8 @@ class WebDataset(Source):
         for path in paths:
             if not os.path.isfile(path):
                 raise ClipjaxError(f"WebDataset: there is no file {path!r}")
-        kept = (
-            kept_file(self.index_dir, self.shards, self.image_keys)
-            if self.index_dir is not None
-            else None
-        )
-        index = index_tars(paths, self.image_keys, kept, self.damaged == "skip", executor)
+        skip = self.damaged == "skip"
+        index = index_tars(paths, self.image_keys, self.index_file(), skip, executor)
         if not len(index):
             raise ClipjaxError(
                 f"WebDataset: no sample in {self.shards!r} has a picture "

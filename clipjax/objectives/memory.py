@@ -80,13 +80,21 @@ class Table(Component):
     Each device holds its share of the rows. If a record stands twice in a batch, its last row is kept.
     """
 
-    def init(self, setting: Setting, **begin: float) -> State:
-        """One column for each name, of the value to begin with."""
+    def init(self, setting: Setting, **begin: float | tuple[float, int]) -> State:
+        """One column for each name, of the value to begin with; (value, width) for vectors."""
         length = -(-setting.examples // TABLE_MULTIPLE) * TABLE_MULTIPLE
-        return {"rows": {name: jnp.full((length,), v, jnp.float32) for name, v in begin.items()}}
+
+        def column(value, *width):
+            return jnp.full((length, *width), value, jnp.float32)
+
+        return {
+            "rows": {
+                name: column(*v) if isinstance(v, tuple) else column(v) for name, v in begin.items()
+            }
+        }
 
     def read(self, engine: PairEngine, state: State, sample: jax.Array) -> dict[str, jax.Array]:
-        """The columns [B] at these records, int32 [B]."""
+        """The columns [B] (or [B, width]) at these records, int32 [B]."""
         return engine.rows_at(state["rows"], sample)
 
     def write(

@@ -16,12 +16,15 @@ from clipjax.data.placement import to_global
 from clipjax.errors import ClipjaxError
 from clipjax.mesh import MeshShape
 from clipjax.methods.albef import QueueContrast
+from clipjax.methods.clip_distillation import RelationalDistillation
+from clipjax.methods.defsent_plus import Entries
 from clipjax.methods.isogclr import ISogCLR, SogCLR
 from clipjax.models import FusionEncoder, Headed
 from clipjax.objectives import (
     AllGather,
     Context,
     Matching,
+    MovingAverage,
     PairEngine,
     Queue,
     Ring,
@@ -48,6 +51,8 @@ OBJECTIVE = (
     Softmax()
     + 0.5 * QueueContrast(queue=Queue(2 * ROWS))
     + 2.0 * ISogCLR(temperature=0.2, rate=0.05)
+    + 0.3 * Entries()
+    + RelationalDistillation(teacher=MovingAverage(0.9))
     + Matching()
 )
 EXAMPLES = 40
