@@ -23,6 +23,7 @@ from clipjax.data.placement import process_rows
 from clipjax.errors import ClipjaxError, did_you_mean
 from clipjax.evals.base import Evaluator, Runner, build_runners
 from clipjax.generation.generate import special_tokens
+from clipjax.mesh import batch_sharding
 from clipjax.objectives.pairs import PairEngine
 from clipjax.optim import Scale
 from clipjax.predictor import Predictor
@@ -147,7 +148,7 @@ def setup(run: Run, workdir: Path) -> Session:
         run.ema,
         special_tokens(tokenizer),
     )
-    compiled = compiled_step(blueprint, step, run.data)
+    compiled = compiled_step(blueprint, step, run.data, mesh)
     predictor = Predictor(
         blueprint.graphdef,
         params={},
@@ -179,7 +180,7 @@ def setup(run: Run, workdir: Path) -> Session:
     )
 
 
-def compiled_step(blueprint: Blueprint, step: Step, data: Data) -> Step:
+def compiled_step(blueprint: Blueprint, step: Step, data: Data, mesh: Mesh) -> Step:
     """The step as the loop calls it, (state, batch) -> (state, metrics), traced once.
 
     Raises:
@@ -187,11 +188,12 @@ def compiled_step(blueprint: Blueprint, step: Step, data: Data) -> Step:
     """
     jitted = jit_step(step, blueprint)
     teachers = (blueprint.frozen_weights,) if blueprint.frozen else ()
+    split = batch_sharding(mesh)
     batch = {
-        name: jax.ShapeDtypeStruct((data.batch_size, *row.shape), row.dtype)
+        name: jax.ShapeDtypeStruct((data.batch_size, *row.shape), row.dtype, sharding=split)
         for name, row in data.spec().items()
     }
-    jitted.eval_shape(blueprint.abstract, batch, *teachers)  # the first call uses the same trace
+    jitted.eval_shape(blueprint.target(), batch, *teachers)  # the first call uses the same trace
     return lambda state, batch: jitted(state, batch, *teachers)
 
 
