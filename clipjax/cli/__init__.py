@@ -26,6 +26,7 @@ VERBS = {
     "methods": "list the published methods that are here, with their papers",
     "import": "turn weights of OpenAI, OpenCLIP, Hugging Face or big_vision into a model folder",
     "export": "write a run or model as other libraries load it",
+    "plan": "say what a run would hold, send and take on TPUs or GPUs that are not here",
     "bench": "measure what the documentation claims",
 }
 """Name -> summary. A verb's module, `clipjax.cli.<name>`, has `main(arguments) -> exit code`."""
