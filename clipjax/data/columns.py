@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ import numpy as np
 
 from clipjax.data.captions import as_texts
 from clipjax.data.folder import stays_inside
-from clipjax.data.reading import retried
+from clipjax.data.reading import as_os_errors, is_address, retried, store
 from clipjax.data.sources import RandomAccess, Record, Source, UnreadableRecord
 from clipjax.data.webdataset import expand
 from clipjax.errors import ClipjaxError, did_you_mean
@@ -77,14 +79,14 @@ class Parquet(Columns):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        files = [file for file in expand(self.files) if os.path.isfile(file)]
+        files = [f for f in expand(self.files) if is_address(f) or os.path.isfile(f)]
         if not files:
             raise ClipjaxError(f"Parquet: there is no file {self.files!r}")
         groups: list[_Group] = []
         schema: Any = None
         for file in files:
             try:
-                with pq.ParquetFile(file) as parquet:
+                with _opened(file) as opened, pq.ParquetFile(opened) as parquet:
                     schema = schema or parquet.schema_arrow
                     missing = set(schema.names) - set(parquet.schema_arrow.names)
                     if missing:
@@ -299,14 +301,25 @@ def _row_group(file: str, number: int, names: list[str]) -> pa.Table:
 
     def read() -> pa.Table:
         try:
-            with pq.ParquetFile(file) as parquet:
+            with _opened(file) as opened, pq.ParquetFile(opened) as parquet:
                 return parquet.read_row_group(number, columns=names)
         except (OSError, ValueError, pa.ArrowException) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise  # of the system, and not what Arrow says of damaged contents
+            if isinstance(error, OSError) and (error.errno is not None or is_address(file)):
+                raise  # of the system or a store, and not what Arrow says of damaged contents
             raise UnreadableRecord(f"{file}: row group {number} is damaged ({error})") from error
 
     return retried(read, f"{file}: row group {number}")
+
+
+@contextlib.contextmanager
+def _opened(file: str) -> Iterator[Any]:
+    """What Arrow reads: the path of a file on disk, or a file at an address, opened."""
+    if not is_address(file):
+        yield file
+        return
+    fs, inner = store(file)
+    with as_os_errors(file), fs.open(inner, "rb") as opened:
+        yield opened
 
 
 def _given(table: pa.Table) -> Any:
