@@ -44,7 +44,7 @@ def test_damaged_tars_and_bad_commands_are_named(run, tmp_path, caplog):
     assert code == 0 and "3 samples in 2 tars" in err and "left out: the tar" in caplog.text
     code, _, err = run("data", "index", shards, *place)  # what was left out is not forgotten
     assert code == 2 and "cut short" in err
-    code, _, err = run("data", "index", shards, *place, "--image-keys", "gif")
+    code, _, err = run("data", "index", shards, *place, "--skip-damaged", "--image-keys", "gif")
     assert code == 2 and "set image_keys" in err
     code, _, err = run("data", "idnex", shards)
     assert code == 2 and "did you mean 'index'" in err
