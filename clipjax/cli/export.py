@@ -8,7 +8,7 @@ from clipjax.cli.arguments import import_files, new_parser
 
 
 def main(arguments: list[str]) -> int:
-    from clipjax.interop.convert import FORMATS
+    from clipjax.interop.exports import FORMATS
 
     parser = new_parser(
         "export",
