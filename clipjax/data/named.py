@@ -41,9 +41,18 @@ def named_source(name: str, default_split: str = "test", **fields: str | None) -
         return ImageFolder(str(path), table) if table else ClassFolder(str(path))
     if path.is_absolute() or name.startswith("."):
         raise ClipjaxError(f"there is no folder {name!r}")
-    *parts, last = name.split(":")
-    if not parts:
-        return Tfds(last, default_split, **given)
-    if re.fullmatch(r"\d+(\.\d+)*", last):
-        return Tfds(name, default_split, **given)
-    return Tfds(":".join(parts), last, **given)
+    if path.exists():
+        raise ClipjaxError(
+            f"{name!r} is a file: give a folder, .tar files, or a TFDS data set; a table is named by "
+            f"its folder ({', '.join(TABLES)} in it)"
+        )
+    # A split may hold colons within brackets: test[:50%].
+    base, bracket, rest = name.partition("[")
+    *parts, last = base.split(":")
+    if not parts or re.fullmatch(r"\d+(\.\d+)*", last):
+        if bracket:
+            raise ClipjaxError(
+                f"{name!r}: name the split before its slice, as in {base}:test[{rest}"
+            )
+        return Tfds(base, default_split, **given)
+    return Tfds(":".join(parts), last + bracket + rest, **given)

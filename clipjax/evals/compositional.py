@@ -15,7 +15,7 @@ from clipjax.errors import ClipjaxError, did_you_mean
 from clipjax.evals import metrics
 from clipjax.evals.base import Evaluator, Runner, require_at_least
 from clipjax.evals.embed import embed_images
-from clipjax.evals.prompts import read_json
+from clipjax.plain_text import lines, read_json, read_text
 from clipjax.predictor import Predictor
 
 IMAGE_KEYS = ("image", "filename")
@@ -147,8 +147,7 @@ def read_entries(path: Path, limit: int | None = None) -> list[_Entry]:
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [(i, line) for i, line in enumerate(lines, start=1) if line.strip()]
+    return [(i, line) for i, line in enumerate(lines(read_text(path)), start=1) if line]
 
 
 def _json_line(path: Path, number: int, line: str) -> tuple[int, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 
@@ -40,10 +41,13 @@ class Retrieval(Evaluator):
     """First part of the figures' names."""
     languages: tuple[str, ...] = ()
     """Codes of the languages to report, the first for the main figures; () takes all there are."""
+    ties: Literal["against", "first"] = "against"
+    """What candidates of the same score count as: against the model, or in order of the split."""
     limit: int | None = None
     """Most records to use; None: all."""
 
     def __post_init__(self):
+        metrics.require_ties(self.ties)
         require_at_least(self, 1, "limit")
 
     def build(self) -> RetrievalRunner:
@@ -97,7 +101,7 @@ class RetrievalRunner(Runner):
         results: dict[str, float] = {}
         for prefix, pairs in self._subsets().items():
             images, captions = taken(image, pairs.images), taken(text, pairs.captions)
-            ranks = metrics.retrieval_ranks(images, captions, pairs.owner)
+            ranks = metrics.retrieval_ranks(images, captions, pairs.owner, ties=self.evaluator.ties)
             for direction in ("image_to_text", "text_to_image"):
                 summary = metrics.summarize_ranks(getattr(ranks, direction))
                 results |= {f"{prefix}/{direction}/{k}": v for k, v in summary.items()}

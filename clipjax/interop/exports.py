@@ -49,8 +49,12 @@ class Verdict:
 
     def refusal(self) -> str:
         """All refusals in one message, a line a family."""
+        by_reasons: dict[tuple[str, ...], list[str]] = {}
+        for name, found in self.refusals.items():
+            by_reasons.setdefault(found, []).append(name)
         lines = [
-            f"{name} cannot express {'; '.join(found)}" for name, found in self.refusals.items()
+            f"{' and '.join(names)} cannot express {'; '.join(found)}"
+            for found, names in by_reasons.items()
         ]
         return "\n  ".join(lines)
 

@@ -444,10 +444,11 @@ def _notes(kind: str, pretrained: Pretrained) -> list[str]:
             "transformers does not mend texts as this model's tokenizer does: those with mojibake or "
             f"{left}HTML entities get other tokens there"
         )
-    if kind == "siglip" and pretrained.context_length != 64:
+    if kind == "siglip" and pretrained.context_length < 64:
         found.append(
-            "transformers' zero-shot pipeline pads texts for SigLIP to 64 tokens: call it with "
-            f'tokenizer_kwargs={{"max_length": {pretrained.context_length}}}'
+            "transformers' zero-shot pipeline pads texts for SigLIP to 64 tokens whatever the folder "
+            "says, which is more than this model takes: call model and processor yourself, or train "
+            "with context_length=64"
         )
     if kind == "siglip2":
         patches = math.prod(image.grid)
