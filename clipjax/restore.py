@@ -18,6 +18,7 @@ from clipjax.mesh import MeshShape
 from clipjax.params import abstract, join, select
 from clipjax.predictor import Predictor
 from clipjax.pretrained import Pretrained, is_pretrained, read_pretrained
+from clipjax.stores import place
 
 if TYPE_CHECKING:
     from clipjax.config import Run
@@ -96,7 +97,7 @@ def open_run(path: str | Path, mesh: Mesh | None = None, batch_size: int | None 
     from clipjax.evals.base import build_runners
 
     mesh = mesh or MeshShape().build()
-    folder, step, run, pretrained = _restore(Path(path), mesh)
+    folder, step, run, pretrained = _restore(place(path), mesh)
     predictor = pretrained.predictor(mesh, run.sharding, batch_size=batch_size)
     return Opened(folder, step, run, predictor, build_runners(run.evals))
 
@@ -112,15 +113,16 @@ def open_pretrained(path: str | Path, mesh: Mesh | None = None) -> Pretrained:
     Raises:
       ClipjaxError: there is no model, or it names components that are unknown here.
     """
-    if is_pretrained(Path(path)):
+    path = place(path)
+    if is_pretrained(path):
         return read_pretrained(path)
     from clipjax.interop.source import is_source
 
-    if is_source(Path(path)):
+    if is_source(path):
         from clipjax.interop import import_weights
 
         return import_weights(path)
-    return _restore(Path(path), mesh or MeshShape().build())[3]
+    return _restore(path, mesh or MeshShape().build())[3]
 
 
 def load(path: str | Path, mesh: Mesh | None = None, batch_size: int | None = None) -> Predictor:

@@ -24,7 +24,7 @@ PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 def folder(tmp_path, monkeypatch):
     """The page's files, in the current folder."""
     files = re.findall(r"```python\n# (\w+)\.py\n(.*?)```", PAGE, flags=re.DOTALL)
-    assert len(files) == PAGE.count("```python") == 5
+    assert len(files) == PAGE.count("```python") == 6
     for name, text in files:
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.chdir(tmp_path)
@@ -47,7 +47,7 @@ def test_the_commands_of_the_page_run(folder, capsys):
     assert {"loss/softmax", "loss/hinge", "similarity/own"} <= logged
     results = json.loads((folder / "runs/mine/results.json").read_text())
 
-    for name in ("my_run", "my_tower", "my_source", "my_objective", "my_evaluator"):
+    for name in ("my_run", "my_field", "my_tower", "my_source", "my_objective", "my_evaluator"):
         sys.modules.pop(name, None)  # as in a new process
     capsys.readouterr()
     assert main(evaluate[1:]) == 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipjax.errors import ClipjaxError, did_you_mean
+from clipjax.stores import place
 
 if TYPE_CHECKING:
     from clipjax.config import Run
@@ -80,7 +81,7 @@ def _refuse_misspelt(parser: argparse.ArgumentParser, options: list[str]) -> Non
 
 def add_opened_run(parser: argparse.ArgumentParser) -> None:
     """Adds the positional argument `run` that `open_named_run` opens."""
-    parser.add_argument("run", type=Path, help="a run's folder, or one of its checkpoints/<step>")
+    parser.add_argument("run", type=place, help="a run's folder, or one of its checkpoints/<step>")
 
 
 def open_named_run(namespace: argparse.Namespace) -> Opened:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from clipjax.cli.arguments import import_files, new_parser
 from clipjax.errors import ClipjaxError
+from clipjax.stores import place
 
 
 def main(arguments: list[str]) -> int:
@@ -18,7 +17,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "models", nargs="+", help="runs, their checkpoints/<step>, or models' folders"
     )
-    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    parser.add_argument("--out", type=place, required=True, help="a new folder")
     parser.add_argument(
         "--weights", help="one for each model, with commas, adding up to 1; default: all the same"
     )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipjax.cli.arguments import new_parser, parse_run
 from clipjax.errors import ClipjaxError
+from clipjax.stores import place
 
 if TYPE_CHECKING:
     from clipjax.config import Run
@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
     """Prints the configuration, or where its model can go."""
     parser = new_parser("config", "Print the resolved configuration as JSON.")
     parser.add_argument(
-        "config", type=Path, help="a Python config file, a run.json, or a run's folder"
+        "config", type=place, help="a Python config file, a run.json, or a run's folder"
     )
     parser.add_argument(
         "--exports", action="store_true",

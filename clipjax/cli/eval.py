@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipjax.cli.arguments import import_files, new_parser
 from clipjax.errors import ClipjaxError, did_you_mean
+from clipjax.stores import place
 
 if TYPE_CHECKING:
     from clipjax.data import Source
@@ -63,7 +64,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "eval", "Figures of runs and models, by their own evaluators or on any data set."
     )
     add = parser.add_argument
-    add("models", nargs="+", type=Path, metavar="RUN_OR_MODEL",
+    add("models", nargs="+", type=place, metavar="RUN_OR_MODEL",
         help="a run's folder, one of its checkpoints/<step>, a model's folder, or other people's weights")  # fmt: skip
     add("--json", action="store_true", help="end with one JSON object on the last line")
     add(

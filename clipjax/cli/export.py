@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from clipjax.cli.arguments import import_files, new_parser
+from clipjax.stores import place
 
 
 def main(arguments: list[str]) -> int:
@@ -16,12 +15,12 @@ def main(arguments: list[str]) -> int:
         "tokenizer. A model that the format cannot express is refused by the field.",
     )
     parser.add_argument(
-        "model", type=Path, help="a run, a checkpoint, a model folder, or any weights"
+        "model", type=place, help="a run, a checkpoint, a model folder, or any weights"
     )
     parser.add_argument(
         "--to", required=True, metavar="FORMAT", help=", ".join([*FORMATS, "clipjax"])
     )
-    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    parser.add_argument("--out", type=place, required=True, help="a new folder")
     namespace = parser.parse_args(arguments)
     import_files(namespace.imports)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from clipjax.cli.arguments import new_parser
 from clipjax.errors import ClipjaxError
+from clipjax.stores import place
 
 
 def main(arguments: list[str]) -> int:
@@ -15,9 +16,9 @@ def main(arguments: list[str]) -> int:
         "other command takes. The architecture is read from the weights and the files beside them.",
     )
     parser.add_argument(
-        "source", type=Path, help="a folder, or a .safetensors, .npz, .pt, .pth or .bin file"
+        "source", type=place, help="a folder, or a .safetensors, .npz, .pt, .pth or .bin file"
     )
-    parser.add_argument("--out", type=Path, required=True, help="the new model folder")
+    parser.add_argument("--out", type=place, required=True, help="the new model folder")
     parser.add_argument(
         "--config", type=Path, metavar="FILE.json",
         help="config.json, open_clip_config.json or an OpenCLIP model configuration, in place of "

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from clipjax.cli.arguments import import_files
 from clipjax.errors import ClipjaxError
+from clipjax.stores import place
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +25,7 @@ RUNS = Path("runs")
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds `--model`, which `open_model` opens."""
     parser.add_argument(
-        "--model", type=Path, metavar="PATH",
+        "--model", type=place, metavar="PATH",
         help="a run's folder, one of its checkpoints/<step>, or a model's folder; default: the only run in runs/",
     )  # fmt: skip
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from clipjax.cli.arguments import new_parser, parse_run
+from clipjax.stores import place
 
 
 def main(arguments: list[str]) -> int:
     """Trains, or continues the run that the folder holds."""
     parser = new_parser("train", "Train, or continue the run that the folder holds.")
     parser.add_argument(
-        "config", type=Path, help="a Python config file, or the folder of a run to continue"
+        "config", type=place, help="a Python config file, or the folder of a run to continue"
     )
     parser.add_argument(
-        "--workdir", type=Path, help="the run's folder; default: runs/<name of the config file>"
+        "--workdir", type=place, help="the run's folder; default: runs/<name of the config file>"
     )
     namespace, run = parse_run(parser, arguments)
     from clipjax.mesh import start_processes

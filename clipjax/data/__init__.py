@@ -9,7 +9,9 @@ from clipjax.data.augment import (
     Resize,
     Shift,
 )
+from clipjax.data.boxes import Boxes
 from clipjax.data.evalset import EvalSet, load_eval
+from clipjax.data.fields import Array, Example, Field, Image, Spec, Text, View
 from clipjax.data.folder import ClassFolder, ImageFolder, PictureFolder
 from clipjax.data.images import decode
 from clipjax.data.loader import Data, Loader
@@ -23,18 +25,25 @@ from clipjax.data.tokenizers import (
     TokenizerModel,
     load_tokenizer,
 )
+from clipjax.data.vectors import Embeddings
 from clipjax.data.webdataset import WebDataset
 
 __all__ = [
     "BPE",
+    "Array",
     "Augmentation",
+    "Boxes",
     "CaptionChoice",
     "ClassFolder",
     "ClipBPE",
     "ColorJitter",
     "Data",
+    "Embeddings",
     "EvalSet",
+    "Example",
+    "Field",
     "Flip",
+    "Image",
     "ImageFolder",
     "Loader",
     "Mixture",
@@ -46,11 +55,14 @@ __all__ = [
     "SentencePiece",
     "Shift",
     "Source",
+    "Spec",
+    "Text",
     "Tfds",
     "Tokenizer",
     "TokenizerFile",
     "TokenizerModel",
     "UnreadableRecord",
+    "View",
     "WebDataset",
     "decode",
     "load_eval",

@@ -1,14 +1,16 @@
 """Augmentation on the host: uint8 in, uint8 out, every choice drawn from the generator given.
 
 Applied in the order listed in the run, each `augmentation(image, size, rng)`. Whatever comes out
-of the last one at another size than the run's is brought to it by the run's `resize`.
+of the last one at another size than the run's is brought to it by the run's `resize`. An
+augmentation that moves things also says where to (`mapped`), so that boxes stay with the picture.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -33,6 +35,18 @@ class Augmentation(Component):
           uint8 [H', W', 3].
         """
         raise NotImplementedError
+
+    def mapped(
+        self, image: np.ndarray, size: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """What a call makes, with the same draws, and where it moves things to.
+
+        Returns:
+          (uint8 [H', W', 3], map float64 [3, 3]): `map @ (x, y, 1)` is where the point (x, y) of
+          `image` is in the result, both in pixels. None in place of the map is "not said", which
+          is what an augmentation without this method says: boxes cannot follow it.
+        """
+        return self(image, size, rng), None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +73,22 @@ class Resize(Augmentation):
                 )
 
     def __call__(self, image, size, rng=None):
+        return self.mapped(image, size, rng)[0]
+
+    def mapped(self, image, size, rng=None):
         height, width = image.shape[:2]
         if self.mode == "squash" or height == width:
-            return resize(image, (size, size), method=self.method)
+            squashed = resize(image, (size, size), method=self.method)
+            return squashed, _scaling(size / width, size / height)
         short = min(height, width)
-        height, width = size * height // short, size * width // short
+        tall, wide = size * height // short, size * width // short
         center = round if self.half_pixel == "even" else math.floor
-        top, left = center((height - size) / 2), center((width - size) / 2)
-        resized = resize(image, (height, width), method=self.method)
-        return resized[top : top + size, left : left + size]
+        top, left = center((tall - size) / 2), center((wide - size) / 2)
+        resized = resize(image, (tall, wide), method=self.method)
+        return (
+            resized[top : top + size, left : left + size],
+            _shifting(-left, -top) @ _scaling(wide / width, tall / height),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +113,12 @@ class RandomResizedCrop(Augmentation):
             raise ClipjaxError(f"RandomResizedCrop: ratio={self.ratio} must be 0 < low <= high")
 
     def __call__(self, image, size, rng):
-        return resize(image, (size, size), self._box(image.shape[0], image.shape[1], rng))
+        return self.mapped(image, size, rng)[0]
+
+    def mapped(self, image, size, rng):
+        left, top, right, bottom = box = self._box(image.shape[0], image.shape[1], rng)
+        scaling = _scaling(size / (right - left), size / (bottom - top))
+        return resize(image, (size, size), box), scaling @ _shifting(-left, -top)
 
     def _box(self, height: int, width: int, rng) -> tuple[float, float, float, float]:
         log_low, log_high = math.log(self.ratio[0]), math.log(self.ratio[1])
@@ -121,7 +147,12 @@ class Flip(Augmentation):
             raise ClipjaxError(f"Flip: probability={self.probability} must be in [0, 1]")
 
     def __call__(self, image, size, rng):
-        return image[:, ::-1] if rng.random() < self.probability else image
+        return self.mapped(image, size, rng)[0]
+
+    def mapped(self, image, size, rng):
+        if rng.random() < self.probability:
+            return image[:, ::-1], _shifting(image.shape[1], 0) @ _scaling(-1, 1)
+        return image, np.eye(3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +171,9 @@ class Shift(Augmentation):
             raise ClipjaxError(f"Shift: fill={self.fill!r} is neither 'white' nor 'edge'")
 
     def __call__(self, image, size, rng):
+        return self.mapped(image, size, rng)[0]
+
+    def mapped(self, image, size, rng):
         if self.pixels >= size:
             raise ClipjaxError(f"Shift: pixels={self.pixels} moves a picture of {size} out of view")
         height, width = image.shape[:2]
@@ -148,12 +182,12 @@ class Shift(Augmentation):
         if self.fill == "edge":
             rows = np.clip(np.arange(height) - down, 0, height - 1)
             columns = np.clip(np.arange(width) - right, 0, width - 1)
-            return image[rows[:, None], columns]
+            return image[rows[:, None], columns], _shifting(right, down)
         moved = np.full_like(image, 255)
         moved[max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)] = image[
             max(-down, 0) : height + min(-down, 0), max(-right, 0) : width + min(-right, 0)
         ]
-        return moved
+        return moved, _shifting(right, down)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +234,44 @@ class ColorJitter(Augmentation):
                 picture = enhancers[name](picture).enhance(factor)
         return np.asarray(picture)
 
+    def mapped(self, image, size, rng):
+        return self(image, size, rng), np.eye(3)
+
+
+def augmented(
+    image: np.ndarray,
+    augmentations: Iterable[Augmentation],
+    resize: Resize,
+    size: int,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """A picture after all augmentations, at the size asked for.
+
+    Args:
+      image: uint8 [H, W, 3].
+      augmentations: in order.
+      resize: what brings the last one's result to `size`.
+      size: height and width of the result, in pixels.
+      rng: decides all.
+
+    Returns:
+      (uint8 [size, size, 3], the map of `Augmentation.mapped` from `image` to it, or None where one
+      of them does not say).
+    """
+    total: np.ndarray | None = np.eye(3)
+    for augmentation in (*augmentations, resize):
+        image, step = augmentation.mapped(image, size, rng)
+        total = None if total is None or step is None else step @ total
+    return image, total
+
+
+def _scaling(x: float, y: float) -> np.ndarray:
+    return np.diag([x, y, 1.0])
+
+
+def _shifting(x: float, y: float) -> np.ndarray:
+    return np.array([[1.0, 0, x], [0, 1, y], [0, 0, 1]])
+
 
 def _turn_hue(picture, turn: float):
     from PIL import Image
@@ -208,6 +280,20 @@ def _turn_hue(picture, turn: float):
     offset = round(turn * 255)
     hue = hue.point([(i + offset) % 256 for i in range(256)])
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+
+
+class Shown(NamedTuple):
+    """A caption that may be shown.
+
+    Attributes:
+      text: without white space around it.
+      language: its code, "" where it is not known.
+      weight: its share among the record's.
+    """
+
+    text: str
+    language: str
+    weight: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,25 +320,49 @@ class CaptionChoice(Component):
         if any(not w > 0 for w in self.weights):
             raise ClipjaxError(f"CaptionChoice: weights={self.weights} must all be > 0")
 
-    def candidates(self, record) -> list[tuple[str, float]]:
-        """The captions that may be shown, each with its weight, the first one first."""
+    def candidates(self, record) -> list[Shown]:
+        """The captions that may be shown, the first one first."""
         captions = [caption.strip() for caption in record["captions"]]
+        spoken = (*record.get("languages", ()), *[""] * len(captions))
+        said = [(text, code) for text, code in zip(captions, spoken, strict=False) if text]
         if not self.languages:
-            return [(caption, 1.0) for caption in captions if caption]
-        spoken = record.get("languages") or ()
+            return [Shown(text, code) for text, code in said]
         found = []
         for i, language in enumerate(self.languages):
-            texts = [c for c, code in zip(captions, spoken, strict=False) if code == language and c]
+            texts = [text for text, code in said if code == language]
             weight = self.weights[i] / len(texts) if self.weights and texts else 1.0
-            found += [(text, weight) for text in texts]
+            found += [Shown(text, language, weight) for text in texts]
         return found
 
     def __call__(self, record, rng: np.random.Generator) -> str | None:
-        """One caption, or None when the record has none to show."""
+        """The text of one caption, or None when the record has none to show."""
+        chosen = self.choose(record, rng)
+        return chosen and chosen.text
+
+    def choose(self, record, rng: np.random.Generator) -> Shown | None:
+        """One caption with its language, or None when the record has none to show."""
         found = self.candidates(record)
         if len(found) <= 1 or self.pick == "first":
-            return found[0][0] if found else None
-        edges = np.cumsum([weight for _, weight in found])
-        # Not searchsorted(edges, total): float error may leave the draw at the very end.
-        chosen = int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))
-        return found[min(chosen, len(found) - 1)][0]
+            return found[0] if found else None
+        return found[_drawn([caption.weight for caption in found], rng)]
+
+    def several(self, record, count: int, rng: np.random.Generator) -> list[Shown]:
+        """At most `count` different captions, drawn one after another without replacement."""
+        # Two captions of one wording are one caption.
+        found = list(
+            {caption.text: caption for caption in reversed(self.candidates(record))}.values()
+        )
+        found.reverse()
+        if self.pick == "first":
+            return found[:count]
+        chosen: list[Shown] = []
+        while found and len(chosen) < count:
+            chosen.append(found.pop(_drawn([caption.weight for caption in found], rng)))
+        return chosen
+
+
+def _drawn(weights: list[float], rng: np.random.Generator) -> int:
+    edges = np.cumsum(weights)
+    # Not searchsorted(edges, total): float error may leave the draw at the very end.
+    chosen = int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))
+    return min(chosen, len(weights) - 1)

@@ -25,8 +25,10 @@ class ImageFolder(Source):
     """Picture files, with captions in a .csv, .tsv or .jsonl table.
 
     Rows that name the same picture are one record with several captions. The picture's identity is
-    its order of first appearance. A path that leads out of `root` (`../`, an absolute one, a link)
-    makes its record unreadable: a table must not choose what else is read.
+    its order of first appearance. Other columns are entries of the record, for the fields of a
+    batch: where a picture has several rows, the list of their values unless all are equal. A path
+    that leads out of `root` (`../`, an absolute one, a link) makes its record unreadable: a table
+    must not choose what else is read.
     """
 
     root: str
@@ -56,10 +58,16 @@ class ImageFolder(Source):
             near = [p.name for p in table.parent.iterdir()] if table.parent.is_dir() else []
             raise ClipjaxError(f"there is no table {str(table)!r}{did_you_mean(table.name, near)}")
         images: dict[str, dict[str, Any]] = {}
+        used = {self.image_column, *self.caption_columns, self.label_column}
         for line, row in _rows(table):
             self._check_columns(table, line, row)
             path = str(row[self.image_column])
-            image = images.setdefault(path, {"captions": [], "languages": [], "label": None})
+            image = images.setdefault(
+                path, {"captions": [], "languages": [], "label": None, "others": {}}
+            )
+            for column, value in row.items():
+                if column is not None and column not in used:
+                    image["others"].setdefault(str(column), []).append(value)
             for i, column in enumerate(self.caption_columns):
                 texts = _texts(row[column])
                 image["captions"] += texts
@@ -218,7 +226,15 @@ class _OpenFolder(Sequence):
         )
         if self._label_of:
             record["label"] = self._label_of[image["label"]]
-        return record
+        others = {
+            column: values[0] if all(v == values[0] for v in values) else values
+            for column, values in image.get("others", {}).items()
+        }
+        return others | record
+
+    def keys(self) -> list[str]:
+        """The keys of all records."""
+        return [path for path, _ in self._images]
 
 
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -2,13 +2,15 @@
 
 There is one global order of positions 0, 1, 2, ...: the epochs' shuffles one after another. Batch k
 is positions [k * B, (k + 1) * B), and process p of n makes the p-th of n equal runs of rows of it.
-What happens at a position (augmentation, choice of caption) is a function of the seed and the
-position. So the whole state is the step: a run resumes exactly, on any number of processes.
+What happens at a position (augmentation, choice of caption) is a function of the seed, the position
+and the field's name. So the whole state is the step: a run resumes exactly, on any number of processes.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
+import copy
 import dataclasses
 import itertools
 import logging
@@ -21,6 +23,7 @@ import numpy as np
 
 from clipjax.component import Component
 from clipjax.data.augment import Augmentation, CaptionChoice, Resize
+from clipjax.data.fields import Draws, Example, Field, Image, Spec, Text, entry
 from clipjax.data.images import decode
 from clipjax.data.sources import RandomAccess, Source, UnreadableRecord
 from clipjax.data.tokenizers import BPE, Tokenizer, TokenizerModel
@@ -32,6 +35,12 @@ MIN_SEEN = 1000
 """Least number of records the error rate is taken over: one early failure is no verdict."""
 MAX_REPLACEMENTS = 100
 """Positions tried in place of one whose record cannot be used."""
+CHUNK = 32
+"""Examples read before their rows are written: texts are encoded together, pictures soon let go."""
+PROBED = 8
+"""Records looked at, when a loader is made, for the entries that fields ask for."""
+OWN = {"id": Spec((), "int32"), "sample": Spec((), "int32")}
+"""What the loader itself puts into a batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +59,8 @@ class Data(Component):
     """Tokens per caption, special tokens counted; a longer caption is cut."""
     augment: tuple[Augmentation, ...] = ()
     """Changes of the picture, in order."""
+    fields: tuple[Field, ...] = (Image(), Text())
+    """What a batch holds besides `id` and `sample`."""
     resize: Resize = dataclasses.field(default_factory=Resize)
     """How pictures come to `image_size` where no augmentation has done it, and in evaluation."""
     captions: CaptionChoice = dataclasses.field(default_factory=CaptionChoice)
@@ -73,6 +84,27 @@ class Data(Component):
                 raise ClipjaxError(f"Data: {name}={value} must be >= 1")
         if not 0 <= self.max_error_rate <= 1:
             raise ClipjaxError(f"Data: max_error_rate={self.max_error_rate} must be in [0, 1]")
+        names = [field.name for field in self.fields]
+        for name in names:
+            if not name.isidentifier() or name in OWN or names.count(name) > 1:
+                raise ClipjaxError(
+                    f"Data: a field is called {name!r}, which "
+                    + ("is no name" if not name.isidentifier() else "is taken")
+                )
+
+    def spec(self) -> dict[str, Spec]:
+        """One row of each array of a batch, by its key.
+
+        Raises:
+          ClipjaxError: two fields give arrays of one name, or a field's file cannot be read.
+        """
+        arrays = dict(OWN)
+        for field in self.fields:
+            for key, spec in field.spec(self).items():
+                if key in arrays:
+                    raise ClipjaxError(f"Data: two fields give an array called {key!r}")
+                arrays[key] = spec
+        return arrays
 
     def build(
         self,
@@ -96,15 +128,19 @@ class Data(Component):
         return Loader(self, tokenizer, seed, process_index, process_count)
 
     def iter_captions(self) -> Iterator[str]:
-        """Every caption that training may show, in the order of the records."""
+        """Every text that training may show, in the order of the records."""
+        texts = [field for field in self.fields if isinstance(field, Text)]
+        # Fields that choose from the same texts count once.
+        chosen = list({(field.key, field.choice(self)): field for field in texts}.values())
         records = self.source.open()
         for i in range(len(records)):
             try:
                 record = records[i]
+                found = [field.choice(self).candidates(field.texts(record)) for field in chosen]
             except UnreadableRecord:
                 continue  # the loader counts and names it
-            for caption, _ in self.captions.candidates(record):
-                yield caption
+            for caption in itertools.chain.from_iterable(found):
+                yield caption.text
 
 
 class Loader:
@@ -135,11 +171,15 @@ class Loader:
         self._num_threads = data.num_threads or _cores()
         self._rows = data.batch_size // process_count
         self._first_row = process_index * self._rows
-        self._augment(np.zeros((data.image_size,) * 2 + (3,), np.uint8), np.random.default_rng(0))
+        self._spec = data.spec()
         self._records: RandomAccess = data.source.open()
         self.num_examples = len(self._records)
         if self.num_examples == 0:
             raise ClipjaxError(f"the source has no records: {data.source}")
+        _check_entries(data, self._records)
+        # What fails early is read first, and pictures before what follows them.
+        order = sorted(data.fields, key=lambda f: (bool(f.follows), bool(f.pictures)))
+        self._fields = [(field, field.open(data, tokenizer, self._records)) for field in order]
         self._order = _global_order(self.num_examples, seed, data.shuffle)
         self._cached: dict[int, Any] = {}
         self._named: set[str] = set()
@@ -150,7 +190,8 @@ class Loader:
         """This process's rows of the batch of one step.
 
         Returns:
-          `image` uint8 [b, H, W, 3], `text` int32 [b, L], `id` int32 [b].
+          By key, what `Data.spec` says with a leading axis b; by default `image` uint8 [b, H, W, 3],
+          `text` int32 [b, L], `id` and `sample` int32 [b].
 
         Raises:
           RunFailed: too many records cannot be used.
@@ -196,24 +237,22 @@ class Loader:
         return list(range(first, first + self._rows))
 
     def _empty_rows(self) -> dict[str, np.ndarray]:
-        rows, size = self._rows, self._data.image_size
-        return {
-            "image": np.empty((rows, size, size, 3), np.uint8),
-            "text": np.empty((rows, self._data.context_length), np.int32),
-            "id": np.empty(rows, np.int32),
-        }
+        return {k: np.empty((self._rows, *s.shape), s.dtype) for k, s in self._spec.items()}
 
     def _fill(self, rows: dict[str, np.ndarray], positions: list[int]) -> list[str]:
         """Makes the examples at some positions; returns why records were replaced, if any were."""
-        captions: list[str] = []
         failures: list[str] = []
-        for row, position in enumerate(positions):
-            rows["image"][row], caption, rows["id"][row] = self._example(position, failures)
-            captions.append(caption)
-        rows["text"][:] = self._tokenizer.encode(captions, self._data.context_length)
+        for start in range(0, len(positions), CHUNK):
+            part = slice(start, start + CHUNK)
+            examples = [self._example(position, failures) for position in positions[part]]
+            chunk = {key: array[part] for key, array in rows.items()}
+            for key in OWN:
+                chunk[key][:] = [example[key] for example in examples]
+            for field, reader in self._fields:
+                reader.write([example[field.name] for example in examples], chunk)
         return failures
 
-    def _example(self, position: int, failures: list[str]) -> tuple[np.ndarray, str, int]:
+    def _example(self, position: int, failures: list[str]) -> dict[str, Any]:
         """The example at a position, or its replacement if the record there cannot be used.
 
         The replacement is what stands at the same place of the next epoch. Its neighbor would do as
@@ -226,23 +265,20 @@ class Loader:
                 failures.append(str(failure))
         raise RunFailed(f"{MAX_REPLACEMENTS} records in a row cannot be used; last: {failures[-1]}")
 
-    def _example_at(self, position: int) -> tuple[np.ndarray, str, int]:
+    def _example_at(self, position: int) -> dict[str, Any]:
+        """What each field has read at a position, by its name, and what the loader adds."""
         index = int(self._order[position])
-        record = self._cached.get(index) or self._records[index]
-        rng = np.random.Generator(np.random.Philox(key=[self._seed, position]))
-        caption = self._data.captions(record, rng)
-        if caption is None:
-            raise UnreadableRecord(_no_caption(record, self._data.captions.languages))
-        image = decode(record["image"], record["key"])
-        if self._data.cache:
-            self._cached[index] = record | {"image": image}
+        record: Any = self._cached.get(index) or copy.copy(self._records[index])
+        draws = Draws(self._seed, position, record, self._data.captions)
         # The low 31 bits: ids may be hashes of 64 bits, and equal ones must stay equal.
-        return self._augment(image, rng), caption, record["id"] & 0x7FFFFFFF
-
-    def _augment(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        for augmentation in self._data.augment:
-            image = augmentation(image, self._data.image_size, rng)
-        return self._data.resize(image, self._data.image_size)
+        made: dict[str, Any] = {"id": record["id"] & 0x7FFFFFFF, "sample": index}
+        for field, reader in self._fields:
+            for key in field.pictures:
+                record[key] = decode(entry(record, key), record["key"])
+            made[field.name] = reader.read(Example(field.name, record, made, draws))
+        if self._data.cache:
+            self._cached[index] = record
+        return made
 
     def _account(self, failures: list[str]) -> None:
         self.seen += self._rows + len(failures)
@@ -275,9 +311,22 @@ def _global_order(num_examples: int, seed: int, shuffle: bool) -> Any:
     return order.repeat()
 
 
-def _no_caption(record: Any, languages: tuple[str, ...]) -> str:
-    if not record["captions"]:
-        return f"{record['key']}: the record has no caption"
-    if any(c.strip() for c in record["captions"]):
-        return f"{record['key']}: no caption in any of the languages {', '.join(languages)}"
-    return f"{record['key']}: the caption is empty"
+def _check_entries(data: Data, records: RandomAccess) -> None:
+    """Refuses fields that ask for an entry which none of the first records has."""
+    wanted = [(field, key) for field in data.fields for key in field.entries]
+    found = []
+    for index in range(min(PROBED, len(records)) if wanted else 0):
+        with contextlib.suppress(UnreadableRecord):  # the loader counts and names it
+            found.append(records[index])
+    for field, key in wanted:
+        failures = []
+        for record in found:
+            try:
+                entry(record, key)
+            except UnreadableRecord as failure:
+                failures.append(failure)
+        if failures and len(failures) == len(found):
+            raise ClipjaxError(
+                f"{type(field).__name__}({field.name!r}) asks for what none of the first "
+                f"{len(found)} records has; {failures[0]}"
+            )

@@ -26,7 +26,8 @@ from clipjax.errors import ClipjaxError, did_you_mean
 
 
 class Record(TypedDict):
-    """One picture with its captions.
+    """One picture with its captions. What else a source has of it stands beside, under its own name,
+    for the fields that ask for it; the names below are never given to anything else.
 
     Attributes:
       image: encoded bytes, a path, or decoded pixels, uint8 [H, W, 3].
@@ -52,7 +53,8 @@ class UnreadableRecord(ClipjaxError):
 class RandomAccess(Protocol):
     """An opened source. Called from several threads at once.
 
-    It may also have `class_names: tuple[str, ...]`, the names behind `label`.
+    It may also have `class_names: tuple[str, ...]`, the names behind `label`, and `keys()`, the keys
+    of all records in order, where they are known without reading any.
     """
 
     def __len__(self) -> int: ...
@@ -152,7 +154,8 @@ class _OpenTfds:
         )
         if self._label is not None:
             record["label"] = int(_at(example, self._label))
-        return record
+        # Every other feature, under its own name.
+        return example | record  # type: ignore[return-value]
 
     def _captions(self, example) -> tuple[tuple[str, ...], tuple[str, ...]]:
         captions = _texts(_at(example, self._caption))

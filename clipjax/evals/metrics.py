@@ -3,10 +3,11 @@
 Two rules make every figure reproducible.
 
 *Ties count against the model*, unless `ties="first"` is asked for. A rank is 1 + the number of wrong
-candidates that score as high as the right one, less `TIE`. A collapsed model, whose candidates all tie, scores 0 and not 1. `TIE` is
-several times what float32 rounding does to a score, so that pictures or captions that are the same
-tie on every mesh and at every batch size. With "first", candidates of exactly equal score rank in
-order of index, as an argmax or a stable sort has them: how most published figures were taken.
+candidates that score as high as the right one, less `TIE`. A collapsed model, whose candidates all
+tie, scores 0 and not 1. `TIE` is several times what float32 rounding does to a score, so that
+pictures or captions that are the same tie on every mesh and at every batch size. With "first",
+candidates of exactly equal score rank in order of index, as an argmax or a stable sort has them: how
+most published figures were taken.
 
 *Scores are exact.* A tie is only a tie if equal embeddings give equal scores, and a floating-point
 dot product does not promise that: its rounding depends on how the matrix product is cut up. So

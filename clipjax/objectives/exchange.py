@@ -39,8 +39,8 @@ class Exchange(Component):
         """The mesh axes this exchange uses."""
         raise NotImplementedError
 
-    def resolve(self, mesh: Mesh, columns: int, numbers: int) -> Exchange:
-        """The exchange for columns of so many float32 numbers each; `Auto` chooses here."""
+    def resolve(self, mesh: Mesh, numbers: int) -> Exchange:
+        """The exchange for columns of so many float32 numbers in all; `Auto` chooses here."""
         return self
 
 
@@ -82,8 +82,8 @@ class Auto(Exchange):
     def route(self, mesh):
         return Route(BATCH_AXES, ())  # for what no size decides: every choice is exact
 
-    def resolve(self, mesh, columns, numbers):
-        needed = 2 * 4 * columns * numbers / 1e9
+    def resolve(self, mesh, numbers):
+        needed = 2 * 4 * numbers / 1e9
         if needed <= self.memory_gb:
             return AllGather()
         groups = mesh.shape["group"]

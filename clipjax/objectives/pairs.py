@@ -1,4 +1,4 @@
-"""The pair engine: every pair of the global batch computed once, in tiles, on any mesh.
+"""The pair engine: every pair of rows and columns computed once, in tiles, on any mesh.
 
 An objective says what happens in a tile; the engine does the rest:
 
@@ -10,26 +10,27 @@ An objective says what happens in a tile; the engine does the rest:
     rows, cols = engine.reduce(tile, {"image": scale * image}, {"text": text})
 
 `rows["negatives"]` and `cols["negatives"]` are [N], split over the devices as the rows are, so
-what follows is ordinary code on global arrays. One tile serves both directions. Rows stay where
-they are; columns travel (see `exchange.py`), with O(N) numbers of column statistics. The N x N
-table never exists: memory is O(N E) or less, forward and backward, and all is exact up to rounding.
+what follows is ordinary code on global arrays. One tile serves both directions. Columns come in
+one block or in several: the batch's other side, a bank of earlier steps, a `Table` of words. Rows
+stay where they are; columns travel (see `exchange.py`), with O(N) numbers of column statistics. The
+table of all pairs never exists: memory is O(N E) or less, forward and backward, and all is exact up
+to rounding. What a device does is in `passes.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from clipjax.errors import ClipjaxError
 from clipjax.mesh import BATCH_AXES, batch_shards
+from clipjax.objectives import products
 from clipjax.objectives.exchange import (
     AllGather,
     Auto,
@@ -39,21 +40,16 @@ from clipjax.objectives.exchange import (
     Ring,
     Route,
 )
-from clipjax.objectives.reductions import (
-    Expectation,
-    LogSumExp,
-    Max,
-    Reduction,
-    State,
-    Sum,
-    fold,
-    merge,
-)
-from clipjax.objectives.tiles import Side, States, Sweep, Tile, length
+from clipjax.objectives.passes import Block, Pass, run
+from clipjax.objectives.reductions import Expectation, LogSumExp, Max, Reduction, State, Sum
+from clipjax.objectives.selections import ArgMax, Chosen, Sample, TopK
+from clipjax.objectives.tiles import Side, Sweep, Tile, length
 
 __all__ = [
     "AllGather",
+    "ArgMax",
     "Auto",
+    "Chosen",
     "Exchange",
     "Expectation",
     "Grouped",
@@ -63,42 +59,81 @@ __all__ = [
     "PairEngine",
     "Reduction",
     "Ring",
+    "Sample",
     "Side",
     "Sum",
+    "Table",
     "Tile",
+    "TopK",
 ]
 
 
 @dataclasses.dataclass(frozen=True)
+class Table:
+    """Columns that are no part of a batch and that every device has: words, classes, prototypes.
+
+    They do not travel, and `tensor` devices share them. Their gradient is summed over the batch.
+
+    Attributes:
+      sides: the columns' sides, each [C, ...], or [..., C] with `axis=-1`, as a tile sees them.
+      axis: 0 or -1: where the columns are.
+    """
+
+    sides: Side
+    axis: int = 0
+
+    def __post_init__(self):
+        if self.axis not in (0, -1):
+            raise ClipjaxError(
+                f"Table: axis={self.axis} must be 0, for [C, ...], or -1, for [..., C]"
+            )
+
+
+Columns = Side | Table
+
+
+@dataclasses.dataclass(frozen=True)
 class PairEngine:
-    """How all pairs of the global batch are reduced on this mesh.
+    """How all pairs of rows and columns are reduced on this mesh.
 
     Attributes:
       mesh: the device mesh ("group", "data", "tensor"), or None for one device.
       exchange: how columns reach the rows of other devices.
-      chunk: rows and columns of a tile, at most; None chooses by device. Any number works.
+      chunk: rows and columns of a tile, at most; None chooses by `tile_mb`. Any number works.
       dtype: "float32", or "bfloat16": operands of the similarities in bfloat16, on the wire as
         well. Similarities and gradients accumulate in float32 either way.
+      tile_mb: size of the largest array that a tile makes, in MB of 2^20 bytes; None chooses by
+        the kind of device.
     """
 
     mesh: Mesh | None = None
     exchange: Exchange = dataclasses.field(default_factory=AllGather)
     chunk: int | None = None
     dtype: str = "float32"
+    tile_mb: float | None = None
 
     def __post_init__(self):
         if self.chunk is not None and self.chunk < 1:
             raise ClipjaxError(f"chunk={self.chunk}: a tile needs at least one row and column")
+        if self.tile_mb is not None and self.tile_mb <= 0:
+            raise ClipjaxError(f"tile_mb={self.tile_mb}: a tile needs some memory")
         if self.dtype not in ("float32", "bfloat16"):
             raise ClipjaxError(f"dtype={self.dtype!r}: choose 'float32' or 'bfloat16'")
 
+    @property
+    def platform(self) -> str:
+        """The kind of device that the mesh has (or that jax computes on): "cpu", "gpu", "tpu"."""
+        if self.mesh is not None:
+            return self.mesh.devices.flat[0].platform
+        return jax.devices()[0].platform
+
     def dot(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """Similarities a @ b.T [R, C] in float32, of operands in the engine's dtype."""
-        return _dot(self.dtype, a, b)
+        return products.dot(self.dtype, self.platform, a, b)
 
     def reduce(
-        self, tile: Tile, rows: Side, cols: Side, shared: Any = None
-    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        self, tile: Tile, rows: Side, cols: Columns | Sequence[Columns], shared: Any = None
+    ) -> tuple[dict[str, Any], Any]:
         """Statistics of every row over all columns, and of every column over all rows.
 
         Differentiable with respect to every floating side and `shared`; what nobody asks the
@@ -106,25 +141,30 @@ class PairEngine:
 
         Args:
           tile: `tile(row, col, shared) -> (row terms, column terms)`, each a dict of `Reduction`s,
-            given the sides of R rows and of C columns. Both sides hold `index`, the position in the
-            batch (int32). Must be built from its arguments only: no traced array may slip in.
-          rows: sides of the rows, each [N, ...].
-          cols: sides of the columns, each [N, ...]; these travel, so keep them small.
+            given the sides of some rows and of some columns. Both sides hold `index` (int32): the
+            position in the batch, and in the columns, where those of a later block follow
+            those of the earlier ones, so that a bank's never equal a row's. Must be built from its
+            arguments only: no traced array may slip in.
+          rows: sides of the rows, each [R, ...], split over the devices as the batch is.
+          cols: the columns: one block or a sequence of blocks. A block is sides [C, ...], split as
+            the batch is, which travel (so keep them small): the batch's other side, or a bank
+            [K, ...] from earlier steps; or a `Table`. R, C and K need not agree. With `Grouped`,
+            rows meet the part of a bank that their own group holds, and all of a table.
           shared: a pytree of arrays that every tile sees whole.
 
         Returns:
-          (rows, cols): the value of each term, [N], float32.
+          (rows, cols): the value of each term, [R] and [C] (float32, [., k] or `Chosen` where the
+          reduction says so). Of a sequence of blocks, `cols` is a tuple of dicts.
 
         Raises:
-          ClipjaxError: rows and columns differ in number, or the devices do not divide them.
+          ClipjaxError: sides of different lengths, or the devices do not divide a length.
         """
-        n = self._check(rows, cols)
-        engine = self._resolved(n, sum(math.prod(v.shape[1:]) for v in cols.values()))
-        chunk = self._chunk(n)
-        sweep = Sweep(tile, chunk, chunk)
-        row_terms, col_terms = jax.eval_shape(tile, _sample(rows), _sample(cols), shared)
-        row_states, col_states = _run(engine, sweep, rows, cols, shared)
-        return _finish(row_terms, row_states), _finish(col_terms, col_states)
+        blocks = [cols] if isinstance(cols, dict | Table) else list(cols)
+        self._check(rows, blocks)
+        plan = self._plan(tile, rows, blocks, shared)
+        row_states, col_states = run(plan, rows, tuple(_sides(b) for b in blocks), shared)
+        finished = tuple(_finish(states) for states in col_states)
+        return _finish(row_states), finished[0] if isinstance(cols, dict | Table) else finished
 
     def describe(self, batch_size: int, width: int) -> str:
         """One line for a log: the exchange (chosen, if `Auto`), what it keeps and the tiles.
@@ -133,35 +173,20 @@ class PairEngine:
           batch_size: global batch N.
           width: embedding width E.
         """
-        chunk = self._chunk(batch_size)
+        chunk = self._chunk(batch_size, 4)
         if self.mesh is None:
             return f"pairs: {batch_size} x {batch_size} on one device, tiles of {chunk}"
-        engine = self._resolved(batch_size, width)
-        route = engine.exchange.route(self.mesh)
-        columns = batch_size * _size(self.mesh, route.gather) // batch_shards(self.mesh)
+        exchange = self.exchange.resolve(self.mesh, batch_size * width)
+        gather = exchange.route(self.mesh).gather
+        columns = batch_size * math.prod(self.mesh.shape[a] for a in gather) // self._shards
         asked = "Auto chose " if isinstance(self.exchange, Auto) else ""
-        devices = batch_shards(self.mesh)
         return (
-            f"pairs: {asked}{type(engine.exchange).__name__}, {devices} device{'s' * (devices > 1)}, "
-            f"{columns} of {batch_size} columns at a time ({8e-6 * columns * width:,.3g} MB with "
-            f"their gradient), {batch_size // engine.blocks} columns a row, tiles of {chunk}, "
-            f"{self.dtype}"
+            f"pairs: {asked}{type(exchange).__name__}, {self._shards} "
+            f"device{'s' * (self._shards > 1)}, {columns} of {batch_size} columns at a time "
+            f"({8e-6 * columns * width:,.3g} MB with their gradient), "
+            f"{batch_size // dataclasses.replace(self, exchange=exchange).blocks} columns a row, "
+            f"tiles of {chunk}, {self.dtype}"
         )
-
-    def _chunk(self, batch_size: int) -> int:
-        """Tiles that fill an accelerator's matrix units; on a CPU, small beside the rows."""
-        if self.chunk is not None:
-            return self.chunk
-        if jax.default_backend() != "cpu":
-            return 4096
-        rows = batch_size if self.mesh is None else batch_size // batch_shards(self.mesh)
-        return min(max(2 ** int(math.log2(max(rows // 4, 1))), 256), 1024)
-
-    def _resolved(self, columns: int, numbers: int) -> PairEngine:
-        if self.mesh is None:
-            return self
-        exchange = self.exchange.resolve(self.mesh, columns, numbers)
-        return dataclasses.replace(self, exchange=exchange)
 
     @property
     def blocks(self) -> int:
@@ -169,256 +194,104 @@ class PairEngine:
         if self.mesh is None:
             return 1
         route = self.exchange.route(self.mesh)
-        return _size(self.mesh, [a for a in BATCH_AXES if a not in route.gather + route.ring])
+        apart = [a for a in BATCH_AXES if a not in route.gather + route.ring]
+        return math.prod(self.mesh.shape[a] for a in apart)
 
-    def _check(self, rows: Side, cols: Side) -> int:
-        for kind, side in (("row", rows), ("column", cols)):
-            for name, array in side.items():
-                if array.shape[0] != length(rows):
-                    raise ClipjaxError(
-                        f"{kind} side {name!r} has {array.shape[0]} entries, the batch has "
-                        f"{length(rows)} rows: every row needs one column, its positive"
-                    )
-        shards = 1 if self.mesh is None else batch_shards(self.mesh)
-        if length(rows) % shards:
+    @property
+    def _shards(self) -> int:
+        return 1 if self.mesh is None else batch_shards(self.mesh)
+
+    def _plan(self, tile: Tile, rows: Side, blocks: list[Columns], shared: Any) -> Pass:
+        parts: list[tuple[frozenset[str], Block]] = []
+        first = 0
+        for block in blocks:
+            sweep = Sweep(tile, 1, _axis(block))
+            names, size = sweep.look(rows, _sides(block), shared)
+            if parts and names != parts[0][0]:
+                raise ClipjaxError(
+                    f"the tile gives rows {sorted(parts[0][0])} for the first block of columns and "
+                    f"{sorted(names)} for another: a row's terms must be the same for all blocks"
+                )
+            sweep = dataclasses.replace(sweep, chunk=self._chunk(length(rows), size))
+            parts.append((names, Block(sweep, first, isinstance(block, Table))))
+            first += _columns(block)
+        route, tensor = Route((), ()), 1
+        if self.mesh is not None:
+            moving = [b for b in blocks if not isinstance(b, Table)]
+            numbers = sum(math.prod(v.shape) for side in moving for v in side.values())
+            route = self.exchange.resolve(self.mesh, numbers).route(self.mesh)
+            tensor = self.mesh.shape["tensor"]
+        held = [_columns(b) // (1 if isinstance(b, Table) else self._shards) for b in blocks]
+        # Devices along `tensor` share the columns if that leaves each as many.
+        share = tensor > 1 and all(n % tensor == 0 for n in held)
+        return Pass(tuple(b for _, b in parts), self.dtype, self.mesh, route, ("tensor",) * share)
+
+    def _chunk(self, rows: int, pair_bytes: float) -> int:
+        """Tiles that fill an accelerator's matrix units; on a CPU, small beside the rows.
+
+        Args:
+          rows: rows of the global batch.
+          pair_bytes: bytes of the largest array that a tile makes, for each of its pairs.
+        """
+        if self.chunk is not None:
+            return self.chunk
+        most = 2**20 * (self.tile_mb or TILE_MB.get(self.platform, TILE_MB["gpu"]))
+        chunk = 2 ** int(math.log2(max(math.sqrt(most / pair_bytes), 1)))
+        if self.platform != "cpu":
+            return chunk
+        return min(chunk, max(2 ** int(math.log2(max(rows // self._shards // 4, 1))), 256))
+
+    def _check(self, rows: Side, blocks: list[Columns]) -> None:
+        if not blocks:
+            raise ClipjaxError("reduce: cols is an empty sequence; rows need columns to meet")
+        many = len(blocks) > 1
+        _same_length("row", rows, 0)
+        for i, block in enumerate(blocks):
+            kind = f"column (block {i})" if many else "column"
+            _same_length(kind, _sides(block), _axis(block))
+        if length(rows) % self._shards:
             raise ClipjaxError(
-                f"a batch of {length(rows)} rows cannot be split over {shards} devices "
+                f"a batch of {length(rows)} rows cannot be split over {self._shards} devices "
                 "(mesh group x data): choose a multiple"
             )
-        return length(rows)
+        for i, block in enumerate(blocks):
+            if not isinstance(block, Table) and length(block) % self._shards:
+                raise ClipjaxError(
+                    f"{length(block)} columns{f' (block {i})' * many} {sorted(block)} cannot be split "
+                    f"over {self._shards} devices (mesh group x data): choose a multiple, or hand "
+                    "them over as a Table, which every device has whole"
+                )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dot(dtype: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return _contract(dtype, a, b, 1, 1)
+# The largest array of a tile, in MB: 4096 x 4096 similarities fill a TPU's matrix units; 2048 x 2048
+# stay in a GPU's cache from one pass to the next, as 1024 x 1024 do in a CPU's.
+TILE_MB = {"cpu": 4, "gpu": 16, "tpu": 64}
 
 
-def _dot_fwd(dtype, a, b):
-    return _dot(dtype, a, b), (a, b)
+def _sides(block: Columns) -> Side:
+    return block.sides if isinstance(block, Table) else block
 
 
-def _dot_bwd(dtype, residuals, d):
-    # The cotangent is narrowed too: all three products run at the operands' speed.
-    a, b = residuals
-    if jax.default_backend() == "cpu":  # d.T @ a is a quarter faster with d.T laid out first
-        return _contract(dtype, d, b, 1, 0), _contract(
-            dtype, lax.optimization_barrier(d.T), a, 1, 0
-        )
-    return _contract(dtype, d, b, 1, 0), _contract(dtype, d, a, 0, 0)
+def _axis(block: Columns) -> int:
+    return block.axis if isinstance(block, Table) else 0
 
 
-_dot.defvjp(_dot_fwd, _dot_bwd)
+def _columns(block: Columns) -> int:
+    return length(_sides(block), _axis(block))
 
 
-def _contract(dtype, a, b, a_axis, b_axis):
-    return lax.dot_general(
-        a.astype(dtype),
-        b.astype(dtype),
-        (((a_axis,), (b_axis,)), ((), ())),
-        precision=lax.Precision.HIGHEST if dtype == "float32" else None,
-        preferred_element_type=jnp.float32,
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _run(engine: PairEngine, sweep: Sweep, rows: Side, cols: Side, shared: Any) -> tuple:
-    """(row states, column states), each [N]. Only their sums have a gradient."""
-    return _run_fwd(engine, sweep, rows, cols, shared)[0]
-
-
-def _run_fwd(engine, sweep, rows, cols, shared):
-    device = _Device.of(engine, sweep)
-    row_states, col_states, gathered = device.map(
-        device.forward, (_SPLIT, _SPLIT, P()), (_SPLIT, _SPLIT, device.gathered_spec)
-    )(rows, cols, shared)
-    shifts = tuple({k: s.shift for k, s in c.items()} for c in (row_states, col_states))
-    return (row_states, col_states), (rows, cols, shared, gathered, shifts)
-
-
-def _run_bwd(engine, sweep, residuals, cotangents):
-    rows, cols, shared, gathered, shifts = residuals
-    row_cts, col_cts = (
-        {k: State(shift[k], ct[k].sums) for k in ct}
-        for shift, ct in zip(shifts, cotangents, strict=True)
-    )
-    device = _Device.of(engine, sweep)
-    d_rows, d_cols, d_shared = device.map(
-        device.backward,
-        (_SPLIT, _SPLIT, P(), device.gathered_spec, _SPLIT, _SPLIT),
-        (_SPLIT, _SPLIT, P()),
-    )(rows, cols, shared, gathered, row_cts, col_cts)
-    leaves, tree = jax.tree.flatten(shared)
-    d_shared = jax.tree.unflatten(tree, [d_shared.get(i) for i in range(len(leaves))])
-    return {k: d_rows.get(k) for k in rows}, {k: d_cols.get(k) for k in cols}, d_shared
-
-
-_run.defvjp(_run_fwd, _run_bwd)
-
-_SPLIT = P(BATCH_AXES)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Device:
-    """What one device does: its rows stay, blocks of columns are gathered or travel."""
-
-    sweep: Sweep
-    dtype: str
-    mesh: Mesh | None
-    route: Route
-
-    @classmethod
-    def of(cls, engine: PairEngine, sweep: Sweep) -> _Device:
-        route = Route((), ()) if engine.mesh is None else engine.exchange.route(engine.mesh)
-        return cls(sweep, engine.dtype, engine.mesh, route)
-
-    def map(self, function, in_specs, out_specs):
-        if self.mesh is None:
-            return function
-        return jax.shard_map(
-            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-        )
-
-    def forward(self, rows, cols, shared):
-        rows, block = self._rows(rows), self._narrow(cols)
-        row_states, col_states = self.sweep.no_stats(rows, block | {"index": rows["index"]}, shared)
-
-        def visit(row_states, block, hop):
-            whole = self._gather(block)
-            row_states, seen = self.sweep.stats(rows, self._index(whole, hop), shared, row_states)
-            return row_states, self._bring_home(seen), whole
-
-        if not self.route.ring:
-            row_states, col_states, whole = visit(row_states, block, 0)
-            return row_states, col_states, whole
-
-        def travel(carry, hop):
-            row_states, block, col_states = carry
-            next_block = self._pass_on(block)
-            row_states, seen, _ = visit(row_states, block, hop)
-            return (row_states, next_block, self._pass_on(_merge(col_states, seen))), None
-
-        last = self._ring_size - 1
-        carry = row_states, block, col_states
-        (row_states, block, col_states), _ = lax.scan(travel, carry, jnp.arange(last))
-        row_states, seen, _ = visit(row_states, block, last)
-        return row_states, self._pass_on(_merge(col_states, seen)), None
-
-    def backward(self, rows, cols, shared, gathered, row_cts, col_cts):
-        rows, block = self._rows(rows), (self._narrow(cols), col_cts)
-
-        def visit(d, block, hop):
-            cols, cts = block
-            whole = self._gather(cols) if gathered is None else gathered
-            d, d_whole = self.sweep.grads(
-                rows, self._index(whole, hop), shared, row_cts, self._gather(cts), d
+def _same_length(kind: str, sides: Side, axis: int) -> None:
+    first = next(iter(sides))
+    for name, array in sides.items():
+        if array.shape[axis] != sides[first].shape[axis]:
+            raise ClipjaxError(
+                f"{kind} side {name!r} has {array.shape[axis]} entries, {first!r} has "
+                f"{sides[first].shape[axis]}: they describe the same {kind.split()[0]}s"
             )
-            return d, self._scatter(d_whole)
-
-        d = self.sweep.no_grads(rows, shared)
-        if not self.route.ring:
-            d, d_cols = visit(d, block, 0)
-        else:
-
-            def travel(carry, hop):
-                d, block, d_cols = carry
-                next_block = self._pass_on(block)
-                d, seen = visit(d, block, hop)
-                return (d, next_block, self._pass_on(_add(d_cols, seen))), None
-
-            last = self._ring_size - 1
-            zero = self.sweep.no_grads(block[0], None)[0]
-            (d, block, d_cols), _ = lax.scan(travel, (d, block, zero), jnp.arange(last))
-            d, seen = visit(d, block, last)
-            d_cols = self._pass_on(_add(d_cols, seen))
-        d_rows, d_shared = d
-        if self.mesh is not None:
-            d_shared = lax.psum(d_shared, BATCH_AXES)
-        return d_rows, d_cols, d_shared
-
-    @property
-    def gathered_spec(self):
-        """Where the gathered columns live between forward and backward (a ring keeps none)."""
-        return P(tuple(a for a in BATCH_AXES if a not in self.route.gather))
-
-    @property
-    def _ring_size(self) -> int:
-        return _size(self.mesh, self.route.ring)
-
-    def _narrow(self, side):
-        """Embeddings in the engine's dtype, as they travel and as the products take them."""
-        return {
-            k: v.astype(self.dtype) if v.ndim > 1 and v.dtype == jnp.float32 else v
-            for k, v in side.items()
-        }
-
-    def _rows(self, rows):
-        b = length(rows)
-        return self._narrow(rows) | {"index": _index_of(self._at(BATCH_AXES) * b, b)}
-
-    def _index(self, block, hop):
-        """Adds the positions of a block of columns, `hop` steps from home in the ring."""
-        owner = self._at(tuple(a for a in BATCH_AXES if a not in self.route.gather))
-        if self.route.ring:
-            owner = (owner - hop) % self._ring_size
-        m = length(block)
-        return block | {"index": _index_of(owner * m, m)}
-
-    def _at(self, axes) -> Any:
-        return lax.axis_index(axes) if self.mesh is not None and axes else 0
-
-    def _gather(self, tree):
-        if not self.route.gather:
-            return tree
-        return jax.tree.map(lambda a: lax.all_gather(a, self.route.gather, tiled=True), tree)
-
-    def _scatter(self, tree):
-        """Sums over the devices that shared a block; each keeps its own columns."""
-        if not self.route.gather:
-            return tree
-        return jax.tree.map(lambda a: lax.psum_scatter(a, self.route.gather, tiled=True), tree)
-
-    def _bring_home(self, states):
-        """Merges the statistics of a gathered block; each device keeps its own columns'."""
-        if not self.route.gather:
-            return states
-        devices = _size(self.mesh, self.route.gather)
-        parts = jax.tree.map(
-            lambda a: lax.all_to_all(
-                a.reshape(devices, -1), self.route.gather, split_axis=0, concat_axis=0, tiled=True
-            ),
-            states,
-        )
-        return {k: fold(s) for k, s in parts.items()}
-
-    def _pass_on(self, tree):
-        n = self._ring_size
-        ring = [(i, (i + 1) % n) for i in range(n)]
-        return jax.tree.map(lambda a: lax.ppermute(a, self.route.ring, ring), tree)
 
 
-def _finish(terms: dict[str, Reduction], states: States) -> dict[str, jax.Array]:
+def _finish(states: dict[str, State]) -> dict[str, Any]:
     def fixed(state):
-        return State(jax.tree.map(lax.stop_gradient, state.shift), state.sums)
+        return State(jax.tree.map(lax.stop_gradient, state.shift), state.sums, state.kind)
 
-    return {k: term.value(fixed(states[k])) for k, term in terms.items()}
-
-
-def _sample(side: Side) -> Any:
-    one = {k: jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype) for k, v in side.items()}
-    return one | {"index": jax.ShapeDtypeStruct((1,), jnp.int32)}
-
-
-def _index_of(start, n):
-    return (start + jnp.arange(n)).astype(jnp.int32)
-
-
-def _size(mesh, axes) -> int:
-    return math.prod(mesh.shape[a] for a in axes)
-
-
-def _merge(a: States, b: States) -> States:
-    return {k: merge(a[k], b[k]) for k in a}
-
-
-def _add(a, b):
-    return jax.tree.map(jnp.add, a, b)
+    return {k: s.kind.value(fixed(s)) for k, s in states.items()}

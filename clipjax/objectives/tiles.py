@@ -8,14 +8,15 @@ is computed again, its sums are differentiated, and nothing but the inputs needs
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Jaxpr, subjaxprs
 
-from clipjax.objectives.reductions import Reduction, State, empty, lift, merge
+from clipjax.objectives.reductions import Places, Reduction, State, merged
 
 Side = dict[str, jax.Array]
 Terms = dict[str, Reduction]
@@ -29,27 +30,40 @@ class Sweep:
 
     Attributes:
       tile: `tile(row, col, shared) -> (row terms, column terms)`, given one tile's sides.
-      row_chunk: rows of a tile, at most.
-      col_chunk: columns of a tile, at most.
+      chunk: rows and columns of a tile, at most.
+      col_axis: the axis of the columns in their sides: 0, or -1 for [..., C].
     """
 
     tile: Tile
-    row_chunk: int
-    col_chunk: int
+    chunk: int
+    col_axis: int = 0
+
+    def look(self, rows: Side, cols: Side, shared: Any) -> tuple[frozenset[str], float]:
+        """The names of the rows' statistics, and bytes for each pair of the largest array of a tile."""
+
+        def sample(side, n, axis=0):
+            def cut(v):
+                shape = list(v.shape)
+                shape[axis] = n
+                return jax.ShapeDtypeStruct(tuple(shape), v.dtype)
+
+            return jax.tree.map(cut, side) | {"index": jax.ShapeDtypeStruct((n,), jnp.int32)}
+
+        n, m = 61, 67  # primes, so that an array's size tells whether it holds every pair
+        traced, (row_states, _) = jax.make_jaxpr(self._tile_stats, return_shape=True)(
+            sample(rows, n), sample(cols, m, self.col_axis), shared
+        )
+        sizes = [a.size * a.dtype.itemsize for a in _arrays(traced.jaxpr) if a.size % (n * m) == 0]
+        return frozenset(row_states), max(sizes, default=4 * n * m) / (n * m)
 
     def no_stats(self, rows: Side, cols: Side, shared: Any) -> tuple[States, States]:
         """The statistics of these rows and of these columns before any pair was seen."""
-
-        def one_tile(rows, cols, shared):
-            row_terms, col_terms = self.tile(_wide(rows), _wide(cols), shared)
-            return _lift(row_terms, axis=1), _lift(col_terms, axis=0)
-
-        sample = _take(rows, 0, 1), _take(cols, 0, 1)
-        row_like, col_like = jax.eval_shape(one_tile, *sample, shared)
-        n, m = length(rows), length(cols)
+        sample = _take(rows, 0, 1), _take(cols, 0, 1, self.col_axis)
+        row_like, col_like = jax.eval_shape(self._tile_stats, *sample, shared)
+        n, m = length(rows), length(cols, self.col_axis)
         return (
-            {k: empty(s, n) for k, s in row_like.items()},
-            {k: empty(s, m) for k, s in col_like.items()},
+            {k: s.kind.empty(s, n) for k, s in row_like.items()},
+            {k: s.kind.empty(s, m) for k, s in col_like.items()},
         )
 
     def stats(
@@ -66,20 +80,20 @@ class Sweep:
 
         def one_column_chunk(carry, at, size):
             row_states, col_states = carry
-            col = _wide(_take(cols, at, size))
+            col = _take(cols, at, size, self.col_axis)
 
             def one_tile(carry, at, size):
                 row_states, chunk_states = carry
-                row_terms, col_terms = self.tile(_wide(_take(rows, at, size)), col, shared)
-                seen = _merge(_take(row_states, at, size), _lift(row_terms, axis=1))
-                return _put(row_states, seen, at), _merge(chunk_states, _lift(col_terms, axis=0))
+                row_seen, col_seen = self._tile_stats(_take(rows, at, size), col, shared)
+                row_seen = merged(_take(row_states, at, size), row_seen)
+                return _put(row_states, row_seen, at), merged(chunk_states, col_seen)
 
             carry = row_states, _take(col_states, at, size)
-            row_states, seen = _loop(length(rows), self.row_chunk, carry, one_tile)
+            row_states, seen = _loop(length(rows), self.chunk, carry, one_tile)
             return row_states, _put(col_states, seen, at)
 
         carry = row_states, self.no_stats(rows, cols, shared)[1]
-        return _loop(length(cols), self.col_chunk, carry, one_column_chunk)
+        return _loop(length(cols, self.col_axis), self.chunk, carry, one_column_chunk)
 
     def grads(
         self, rows: Side, cols: Side, shared: Any, row_cts: States, col_cts: States, carry: Any
@@ -100,7 +114,8 @@ class Sweep:
 
         def one_column_chunk(carry, at, size):
             row_and_shared, d_cols = carry
-            col, col_ct = _wide(_take(cols, at, size)), _take(col_cts, at, size)
+            col = _wide(_take(cols, at, size, self.col_axis))
+            col_ct = _take(col_cts, at, size)
 
             def one_tile(carry, at, size):
                 (d_rows, d_shared), d_col = carry
@@ -109,16 +124,25 @@ class Sweep:
                 d_rows = _put(d_rows, _add(_take(d_rows, at, size), d[0]), at)
                 return (d_rows, _add(d_shared, d[2])), _add(d_col, d[1])
 
-            carry = row_and_shared, _zeros(_floats(col))
-            row_and_shared, d_col = _loop(length(rows), self.row_chunk, carry, one_tile)
-            return row_and_shared, _put(d_cols, d_col, at)
+            carry = row_and_shared, _zeros(floats(col))
+            row_and_shared, d_col = _loop(length(rows), self.chunk, carry, one_tile)
+            return row_and_shared, _put(d_cols, d_col, at, self.col_axis)
 
-        start = carry, _zeros(_floats(cols))
-        return _loop(length(cols), self.col_chunk, start, one_column_chunk)
+        start = carry, _zeros(floats(cols))
+        return _loop(length(cols, self.col_axis), self.chunk, start, one_column_chunk)
 
     def no_grads(self, rows: Side, shared: Any) -> tuple[Side, Any]:
         """Zero cotangents of the rows' sides and of `shared`."""
-        return _zeros(_floats(rows)), _zeros(_floats(dict(enumerate(jax.tree.leaves(shared)))))
+        return _zeros(floats(rows)), _zeros(floats(dict(enumerate(jax.tree.leaves(shared)))))
+
+    def _tile_stats(self, row, col, shared):
+        row, col = _wide(row), _wide(col)
+        row_terms, col_terms = self.tile(row, col, shared)
+        places = Places(row["index"], col["index"])
+        return (
+            {k: term.lift(1, places) for k, term in row_terms.items()},
+            {k: term.lift(0, places) for k, term in col_terms.items()},
+        )
 
     def _tile_grads(self, row, col, shared, row_cts, col_cts):
         leaves, tree = jax.tree.flatten(shared)
@@ -132,13 +156,21 @@ class Sweep:
                 {k: t.sums(0, col_cts[k].shift) for k, t in col_terms.items()},
             )
 
-        _, pullback = jax.vjp(sums, _floats(row), _floats(col), _floats(whole))
+        _, pullback = jax.vjp(sums, floats(row), floats(col), floats(whole))
         return pullback(tuple({k: s.sums for k, s in c.items()} for c in (row_cts, col_cts)))
 
 
-def length(side: Any) -> int:
-    """Rows of a side."""
-    return jax.tree.leaves(side)[0].shape[0]
+def length(side: Any, axis: int = 0) -> int:
+    """Rows of a side (or its columns, along `axis`)."""
+    return jax.tree.leaves(side)[0].shape[axis]
+
+
+def _arrays(jaxpr: Jaxpr) -> Iterator[Any]:
+    """Shapes of all that a traced function makes on its way."""
+    for equation in jaxpr.eqns:
+        yield from (v.aval for v in equation.outvars)
+    for inner in subjaxprs(jaxpr):
+        yield from _arrays(inner)
 
 
 def _loop(n: int, size: int, carry: Any, body: Callable[[Any, Any, int], Any]) -> Any:
@@ -152,29 +184,22 @@ def _loop(n: int, size: int, carry: Any, body: Callable[[Any, Any, int], Any]) -
     return body(carry, whole * size, rest) if rest else carry
 
 
-def _take(tree, at, size):
-    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, at, size), tree)
+def _take(tree, at, size, axis=0):
+    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, at, size, axis), tree)
 
 
-def _put(tree, piece, at):
+def _put(tree, piece, at, axis=0):
     return jax.tree.map(
-        lambda a, p: lax.dynamic_update_slice_in_dim(a, p.astype(a.dtype), at, 0), tree, piece
+        lambda a, p: lax.dynamic_update_slice_in_dim(a, p.astype(a.dtype), at, axis), tree, piece
     )
-
-
-def _lift(terms, axis):
-    return {k: lift(t, axis) for k, t in terms.items()}
-
-
-def _merge(a, b):
-    return {k: merge(a[k], b[k]) for k in a}
 
 
 def _add(a, b):
     return jax.tree.map(jnp.add, a, b)
 
 
-def _floats(side):
+def floats(side: dict) -> dict:
+    """The arrays that may have a gradient."""
     return {k: v for k, v in side.items() if jnp.issubdtype(v.dtype, jnp.inexact)}
 
 

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from clipjax.component import Component
@@ -20,6 +22,16 @@ class Tower(Component):
     has the attribute `width` (D). Image towers take uint8 [B, H, W, 3], or float in 0..1, and
     normalize by themselves; text towers take int32 [B, L].
 
+    Two methods are asked for only where somebody wants what they say:
+
+    - `describe(inputs, *, key=None) -> {"mask": bool [B, N], "places": int32 [B, N]}`: of each token
+      that the same call returns, whether it is one (False: padding), and where it was in the input:
+      a text's position, a picture's patch counted row by row, -1 for a token that stands for the
+      whole (a class token). `describe` below does for towers without it.
+    - `embed(ids) -> float [B, L, D]` of a text tower: token embeddings without their positions. The
+      module takes such an array in place of ids (prompt learning, soft prompts, noise), and beside
+      it `valid`, bool [B, L], False for padding.
+
     `key` is a PRNG key in training and None in inference: that is the one switch for dropout, patch
     dropout and batch statistics. Modules know nothing of meshes, keep no `nnx.Rngs`, and have
     float32 parameters whatever they compute in. `clipjax.params.split` shows how they look from
@@ -29,6 +41,31 @@ class Tower(Component):
     def build(self, rngs: nnx.Rngs) -> Any:
         """Makes the module, drawing its parameters from `rngs.params()`."""
         raise NotImplementedError
+
+
+def describe(module: Any, inputs: Any, tokens: Any, *, key: Any = None) -> dict[str, jax.Array]:
+    """`module.describe(inputs, key=key)`; without that method, all are tokens, in their order.
+
+    Args:
+      module: a tower's.
+      inputs: what it was called with.
+      tokens: what it returned first, [B, N, D].
+      key: what it was called with.
+
+    Returns:
+      mask, bool [B, N], and places, int32 [B, N].
+    """
+    if hasattr(module, "describe"):
+        return module.describe(inputs, key=key)
+    b, n = tokens.shape[:2]
+    return everything(b, n)
+
+
+def everything(rows: int, tokens: int) -> dict[str, jax.Array]:
+    """What `describe` says where every token is one, and they come in the order of their places."""
+    shape = (rows, tokens)
+    places = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), shape)
+    return {"mask": jnp.ones(shape, bool), "places": places}
 
 
 def require(condition: bool, message: str) -> None:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from clipjax.layout import batch_first
+from clipjax.layout import batch_first, gathered
 
 Dtype = Any
 
@@ -62,6 +62,34 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 """GELU (arXiv:1606.08415): exact (erf), its tanh approximation, and its sigmoid approximation,
 which OpenAI's CLIP was trained with."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def lookup(table: jax.Array, ids: jax.Array, dtype: Dtype) -> jax.Array:
+    """`table[ids].astype(dtype)`, the table cast before devices that share it gather it.
+
+    Args:
+      table: [V, D] float32.
+      ids: integers of any shape.
+      dtype: of the result.
+
+    Returns:
+      [..., D]. The gradient adds up in float32 whatever the dtype: a frequent token has thousands
+      of terms.
+    """
+    return gathered(table.astype(dtype))[ids]
+
+
+def _lookup_forward(table, ids, dtype):
+    return lookup(table, ids, dtype), (table, ids)
+
+
+def _lookup_backward(dtype, kept, g):
+    table, ids = kept
+    return jnp.zeros_like(table).at[ids].add(g.astype(table.dtype)), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from einops import repeat
 from flax import nnx
 
 from clipjax.towers import layers
@@ -48,9 +49,7 @@ class AttentionPool(nnx.Module):
 
     def __call__(self, tokens: jax.Array, valid: jax.Array | None = None) -> jax.Array:
         """[B, N, D] and bool [B, N] (False for padding) -> [B, D]."""
-        probe = jnp.broadcast_to(
-            self.probe[...].astype(tokens.dtype), (tokens.shape[0], 1, tokens.shape[2])
-        )
+        probe = repeat(self.probe[...].astype(tokens.dtype), "d -> b 1 d", b=len(tokens))
         mask = None if valid is None else valid[:, None, None, :]
         x = self.attn(probe, tokens, mask)
         return (x + self.mlp(self.norm(x)))[:, 0]
@@ -85,7 +84,7 @@ class QueryPool(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """[B, N, D_context] -> [B, queries, D]."""
         queries = self.norm_queries(self.queries[...].astype(tokens.dtype))
-        queries = jnp.broadcast_to(queries, (tokens.shape[0], *queries.shape))
+        queries = repeat(queries, "q d -> b q d", b=len(tokens))
         context = tokens if self.norm_context is None else self.norm_context(tokens)
         pooled = self.attn(queries, context)
         return pooled if self.norm_out is None else self.norm_out(pooled)

@@ -7,12 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange, reduce
 from flax import nnx
 
 from clipjax.errors import ClipjaxError, did_you_mean
 from clipjax.layout import batch_first
 from clipjax.towers import layers
-from clipjax.towers.base import Tower, require, require_choice, require_positive
+from clipjax.towers.base import Tower, everything, require, require_choice, require_positive
 from clipjax.towers.pixels import normalize, require_images, require_normalization
 from clipjax.towers.transformer import DTYPES, stack
 
@@ -178,6 +179,10 @@ class ResNetModule(nnx.Module):
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x, training)
         return self.pool(x)
+
+    def describe(self, image: jax.Array, *, key: jax.Array | None = None) -> dict[str, jax.Array]:
+        """Where the tokens come from, as in `Tower`: their index, row by row in `config.grid`."""
+        return everything(len(image), self.config.grid[0] * self.config.grid[1])
 
 
 class Conv(nnx.Module):
@@ -367,22 +372,22 @@ class GridAttentionPool(nnx.Module):
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[B, H, W, C] -> tokens [B, H * W, D] and pooled [B, D]."""
-        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        x = rearrange(x, "b h w c -> b (h w) c")
         x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1)
         x = x + self.positions[...].astype(x.dtype)
         values = self.v(x)
         q, k, v = (
-            y.reshape(*y.shape[:2], self.heads, -1) for y in (self.q(x[:, :1]), self.k(x), values)
+            rearrange(y, "b n (h d) -> b n h d", h=self.heads)
+            for y in (self.q(x[:, :1]), self.k(x), values)
         )
         scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
         attended = jnp.einsum("bhnm,bmhd->bnhd", weights, v)
-        return self.out(values[:, 1:]), self.out(attended.reshape(x.shape[0], -1))
+        return self.out(values[:, 1:]), self.out(rearrange(attended, "b 1 h d -> b (h d)"))
 
 
 def average_pool(x: jax.Array, size: int) -> jax.Array:
     """[B, H, W, C] -> [B, H / size, W / size, C]: means of squares that do not overlap."""
     if size == 1:
         return x
-    b, h, w, c = x.shape
-    return x.reshape(b, h // size, size, w // size, size, c).mean((2, 4))
+    return reduce(x, "b (h p) (w q) c -> b h w c", "mean", p=size, q=size)

@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import repeat
 from flax import nnx
 
 from clipjax.errors import ClipjaxError, did_you_mean
-from clipjax.layout import gathered
 from clipjax.towers import layers
-from clipjax.towers.base import require, require_choice, require_positive
+from clipjax.towers.base import everything, require, require_choice, require_positive
 from clipjax.towers.pooling import AttentionPool, last_valid, mean_pool, take
 from clipjax.towers.transformer import (
     Block,
@@ -119,32 +119,54 @@ class TextTransformerModule(nnx.Module):
         self.class_token = layers.normal(rngs, (config.width,), 0.01) if has_class else None
 
     def __call__(
-        self, text: jax.Array, *, key: jax.Array | None = None
+        self, text: jax.Array, *, key: jax.Array | None = None, valid: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Texts to tokens and one vector.
 
         A text of padding alone counts as its first token. Without an end-of-text token (a text cut
-        short), pool="eos" takes the last token that is no padding.
+        short, or embeddings), pool="eos" takes the last token that is no padding.
 
         Args:
-          text: int32 [B, L], L at most `context_length`.
+          text: int32 [B, L], L at most `context_length`, or embeddings [B, L, D] as from `embed`.
           key: for dropout in training; None in inference.
+          valid: bool [B, L], False for padding, which is neither attended to nor pooled. None: of
+            ids, what is not `pad_id`; of embeddings, all.
 
         Returns:
           tokens [B, L, D] and pooled [B, D], both in the compute dtype.
 
         Raises:
-          ClipjaxError: the array is no [B, L] of integers, or longer than the context.
+          ClipjaxError: the array is neither, or longer than the context.
         """
         if self.norm is None:
             raise ClipjaxError(
                 "TextTransformer.pool='none' makes no vector of a text: it is for "
                 "CoCa.unimodal alone; choose another pool"
             )
-        hidden, pooled = self.hidden(text, key=key)
+        hidden, pooled = self.hidden(text, key=key, valid=valid)
         return self.norm(hidden), pooled
 
-    def hidden(self, text: jax.Array, *, key: jax.Array | None = None) -> tuple[jax.Array, Any]:
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """Token embeddings, without positions: int32 [B, L] -> [B, L, D] in the compute dtype.
+
+        Whatever is made of them goes back in as `module(embeddings, valid=...)`: learned vectors in
+        place of words, noise. `valid(ids)` says where these ids are padding; with pool="eos" the
+        last True is to be the end-of-text token.
+        """
+        return layers.lookup(self.embedding[...], ids, self.config.dtype)
+
+    def describe(
+        self, text: jax.Array, *, key: jax.Array | None = None, valid: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        """Which tokens are text, and their positions, as in `Tower`."""
+        text = jnp.asarray(text)
+        found = everything(*text.shape[:2])
+        valid = self.valid(text) if valid is None else valid
+        return found if valid is None else found | {"mask": valid}
+
+    def hidden(
+        self, text: jax.Array, *, key: jax.Array | None = None, valid: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
         """`__call__` before the last norm: what a decoder's second half goes on from.
 
         Returns:
@@ -154,7 +176,8 @@ class TextTransformerModule(nnx.Module):
         text = jnp.asarray(text)
         self._check(text)
         drop_key, block_key = layers.keys(key, 2)
-        valid = self.valid(text) if config.pool != "none" else None
+        if valid is None and config.pool != "none":
+            valid = self.valid(text)
         x = layers.dropout(self._embed(text, 0), config.dropout, drop_key)
         if self.class_token is None:
             mask = attention_mask(text.shape[1], config.causal, valid)
@@ -163,7 +186,7 @@ class TextTransformerModule(nnx.Module):
             token = self.class_token[...]
             if config.class_position:
                 token = token + self.positions[text.shape[1]]
-            token = jnp.broadcast_to(token.astype(x.dtype), (len(x), 1, self.width))
+            token = repeat(token.astype(x.dtype), "d -> b 1 d", b=len(x))
             x = jnp.concatenate([x, token], axis=1)
             mask = class_mask(text.shape[1], config.causal, valid, config.legacy_class_mask)
         x = apply_stack(self.blocks, x, config, mask=mask, key=block_key)
@@ -184,15 +207,16 @@ class TextTransformerModule(nnx.Module):
         return decode_stack(self.blocks, x, self.config, start, cache)
 
     def valid(self, text: jax.Array) -> jax.Array | None:
-        """bool [B, L], False for padding; None where every token counts."""
-        if self.config.pad_id is None:
+        """bool [B, L], False for padding; None where every token counts, as embeddings do."""
+        if self.config.pad_id is None or text.ndim == 3:
             return None
         valid = jnp.not_equal(text, self.config.pad_id)
         return valid.at[:, 0].set(valid[:, 0] | ~valid.any(axis=1))
 
     def _embed(self, text: jax.Array, start: jax.Array | int) -> jax.Array:
-        positions = jax.lax.dynamic_slice_in_dim(self.positions[...], start, text.shape[1])
-        return (gathered(self.embedding[...])[text] + positions).astype(self.config.dtype)
+        x = self.embed(text) if text.ndim == 2 else text
+        positions = jax.lax.dynamic_slice_in_dim(self.positions[...], start, x.shape[1])
+        return (x + positions).astype(self.config.dtype)
 
     def _pool(self, x: jax.Array, text: jax.Array, valid: jax.Array | None) -> Any:
         if self.norm is None:
@@ -204,16 +228,19 @@ class TextTransformerModule(nnx.Module):
             return self.pool(tokens, valid)
         if self.config.pool == "mean":
             return mean_pool(tokens, valid)
-        last = last_valid(jnp.ones_like(text, bool) if valid is None else valid)
-        if self.config.pool == "last":
+        last = last_valid(jnp.ones(text.shape[:2], bool) if valid is None else valid)
+        if self.config.pool == "last" or text.ndim == 3:
             return take(tokens, last)
         is_eos = text == self.config.eos_id
         return take(tokens, jnp.where(is_eos.any(axis=1), jnp.argmax(is_eos, axis=1), last))
 
     def _check(self, text: jax.Array) -> None:
+        is_ids = text.ndim == 2 and jnp.issubdtype(text.dtype, jnp.integer)
+        is_embeddings = text.ndim == 3 and jnp.issubdtype(text.dtype, jnp.floating)
         require(
-            text.ndim == 2 and jnp.issubdtype(text.dtype, jnp.integer),
-            f"TextTransformer takes integers [B, L], got {text.dtype} {list(text.shape)}",
+            is_ids or (is_embeddings and text.shape[2] == self.width),
+            f"TextTransformer takes integers [B, L], or embeddings [B, L, {self.width}], got "
+            f"{text.dtype} {list(text.shape)}",
         )
         self._check_length(text.shape[1])
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 from clipjax.component import Component
@@ -125,23 +126,24 @@ class Attention(nnx.Module):
 
         Heads come first, as the products need them: a cache is read many times and laid out once.
         """
-        k, v = (jnp.swapaxes(self._heads(project(memory)), 1, 2) for project in (self.k, self.v))
-        return k, v
+        k, v = self.k(memory), self.v(memory)
+        return self._heads(k, "b m (h d) -> b h m d"), self._heads(v, "b m (h d) -> b h m d")
 
     def attend(
         self, x: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None
     ) -> jax.Array:
         """`__call__` with the keys and values at hand."""
-        q = self._heads(self.q(x))
+        q = self._heads(self.q(x), "b n (h d) -> b n h d")
         scores = jnp.einsum("bnhd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
         scores = scores * q.shape[-1] ** -0.5
         if mask is not None:
             scores = jnp.where(mask, scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return self.out(jnp.einsum("bhnm,bhmd->bnhd", weights, v).reshape(x.shape))
+        attended = jnp.einsum("bhnm,bhmd->bnhd", weights, v)
+        return self.out(rearrange(attended, "b n h d -> b n (h d)"))
 
-    def _heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:-1], self.heads, -1)
+    def _heads(self, x: jax.Array, axes: str) -> jax.Array:
+        return rearrange(x, axes, h=self.heads)
 
 
 class Mlp(nnx.Module):

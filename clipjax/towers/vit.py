@@ -9,11 +9,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange, repeat
 from flax import nnx
 
 from clipjax.errors import ClipjaxError, did_you_mean
 from clipjax.towers import layers
-from clipjax.towers.base import require, require_choice, require_positive, require_rate
+from clipjax.towers.base import (
+    everything,
+    require,
+    require_choice,
+    require_positive,
+    require_rate,
+)
 from clipjax.towers.pixels import normalize, require_images, require_normalization
 from clipjax.towers.pooling import AttentionPool, mean_pool
 from clipjax.towers.transformer import Block, TransformerTower, apply_stack, stack
@@ -153,12 +160,14 @@ class ViTModule(nnx.Module):
         drop_key, patch_key, block_key = layers.keys(key, 3)
         x = self.patch(patchify(normalize(image, config), config.patch_size))
         x = self._add_positions(x)
-        x = drop_patches(x, config.patch_dropout, patch_key)
+        kept = kept_patches(x.shape[0], x.shape[1], config.patch_dropout, patch_key)
+        if kept is not None:
+            x = jnp.take_along_axis(x, kept[:, :, None], axis=1)
         if self.class_token is not None:
             first = self.class_token[...]
             if self.positions is not None and config.class_position:
                 first = first + self.positions[0]
-            first = jnp.broadcast_to(first.astype(x.dtype), (x.shape[0], 1, self.width))
+            first = repeat(first.astype(x.dtype), "d -> b 1 d", b=len(x))
             x = jnp.concatenate([first, x], axis=1)
         x = layers.dropout(x, config.dropout, drop_key)
         if self.pre_norm is not None:
@@ -167,6 +176,28 @@ class ViTModule(nnx.Module):
         if self.pool is not None:
             return tokens, self.pool(tokens)
         return tokens, tokens[:, 0] if self.class_token is not None else mean_pool(tokens)
+
+    def describe(self, image: jax.Array, *, key: jax.Array | None = None) -> dict[str, jax.Array]:
+        """Where the tokens of the same call come from, as in `Tower`.
+
+        Args:
+          image: [B, H, W, 3].
+          key: that of the call: it decides which patches are left under patch dropout.
+
+        Returns:
+          mask, bool [B, N], all True, and places, int32 [B, N]: the patch's index, row by row in
+          `config.grid`; -1 for the class token, which comes first if there is one.
+        """
+        config, rows = self.config, len(image)
+        patches = config.grid[0] * config.grid[1]
+        kept = kept_patches(rows, patches, config.patch_dropout, layers.keys(key, 3)[1])
+        found = everything(rows, patches) if kept is None else everything(*kept.shape)
+        if kept is not None:
+            found["places"] = kept
+        if self.class_token is None:
+            return found
+        first = {"mask": True, "places": -1}
+        return {k: jnp.pad(v, ((0, 0), (1, 0)), constant_values=first[k]) for k, v in found.items()}
 
     def _add_positions(self, patches: jax.Array) -> jax.Array:
         """Adds the patches' own positions; the class token's, if learned, is the first row."""
@@ -179,9 +210,7 @@ class ViTModule(nnx.Module):
 
 def patchify(image: jax.Array, size: int) -> jax.Array:
     """[B, H, W, C] -> [B, N, size * size * C]: patches row by row, pixels row by row in each."""
-    b, h, w, c = image.shape
-    x = image.reshape(b, h // size, size, w // size, size, c)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h // size) * (w // size), size * size * c)
+    return rearrange(image, "b (h p) (w q) c -> b (h w) (p q c)", p=size, q=size)
 
 
 def sincos2d(grid: tuple[int, int], width: int) -> np.ndarray:
@@ -191,27 +220,28 @@ def sincos2d(grid: tuple[int, int], width: int) -> np.ndarray:
     frequencies 10000^(-i / (width / 4)).
     """
     frequencies = 10000.0 ** (-np.arange(width // 4) / (width // 4))
-    row, column = np.mgrid[: grid[0], : grid[1]].reshape(2, -1, 1) * frequencies
+    places = rearrange(np.mgrid[: grid[0], : grid[1]], "yx h w -> yx (h w) 1")
+    row, column = places * frequencies
     parts = [np.sin(column), np.cos(column), np.sin(row), np.cos(row)]
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
-def drop_patches(patches: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Keeps a random `round((1 - rate) * N)` (at least one) of each image's patches, in order.
+def kept_patches(rows: int, patches: int, rate: float, key: jax.Array | None) -> jax.Array | None:
+    """A random `round((1 - rate) * N)` (at least one) of each image's patches, in order.
 
     Patch dropout as in FLIP (arXiv:2212.00794): what is dropped costs nothing downstream.
 
     Args:
-      patches: [B, N, D], with their positions already added.
+      rows: B.
+      patches: N.
       rate: the share to leave out.
       key: None keeps all.
 
     Returns:
-      [B, kept, D].
+      int32 [B, kept], or None for all of them.
     """
     if key is None or rate == 0.0:
-        return patches
-    b, n, _ = patches.shape
-    kept = max(1, round((1.0 - rate) * n))
-    chosen = jnp.argsort(jax.random.uniform(key, (b, n)), axis=1)[:, :kept]
-    return jnp.take_along_axis(patches, jnp.sort(chosen, axis=1)[:, :, None], axis=1)
+        return None
+    kept = max(1, round((1.0 - rate) * patches))
+    chosen = jnp.argsort(jax.random.uniform(key, (rows, patches)), axis=1)[:, :kept]
+    return jnp.sort(chosen, axis=1).astype(jnp.int32)

@@ -26,6 +26,7 @@ from clipjax.errors import ClipjaxError, Preempted, RunFailed
 from clipjax.optim import Scale
 from clipjax.report import read_metrics
 from clipjax.restore import Opened
+from clipjax.stores import place
 from clipjax.tracking import Progress, Tracking
 from clipjax.train.folder import hold, replace_file, write_run_files
 from clipjax.train.setup import Session, setup
@@ -50,7 +51,7 @@ def train(run: Run, workdir: Path) -> dict[str, float]:
       Preempted: a signal asked to stop; the state is saved.
     """
     began = time.monotonic()
-    workdir = Path(workdir)
+    workdir = place(workdir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(unwritable_fails(workdir))
         stop = stack.enter_context(StopRequest())

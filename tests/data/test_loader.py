@@ -92,6 +92,7 @@ def test_shapes_and_types():
         "image": ((8, 8, 8, 3), "uint8"),
         "text": ((8, 12), "int32"),
         "id": ((8,), "int32"),
+        "sample": ((8,), "int32"),
     }
 
 

@@ -185,10 +185,15 @@ def test_a_batch_of_one_has_no_negatives_and_no_gradient():
     np.testing.assert_array_equal(grad, np.zeros((1, 4)))
 
 
-def test_rows_and_columns_that_differ_in_number_are_refused():
+def test_sides_that_differ_in_length_are_refused():
     x, y = embeddings()
-    with pytest.raises(ClipjaxError, match="'text' has 11 entries, the batch has 12 rows"):
-        Softmax()(Encoded(x, y[:11], jnp.float32(5.0)), {}, PairEngine())
+    for kind, rows, cols in (
+        ("row", {"a": x, "b": y[:11]}, {"c": y}),
+        ("column", {"c": y}, {"a": x, "b": y[:11]}),
+        (r"column \(block 1\)", {"c": y}, ({"c": y}, {"a": x, "b": y[:11]})),
+    ):
+        with pytest.raises(ClipjaxError, match=f"{kind} side 'b' has 11 entries, 'a' has 12"):
+            PairEngine().reduce(lambda row, col, shared: ({}, {}), rows, cols)
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused():

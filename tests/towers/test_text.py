@@ -134,6 +134,40 @@ def test_dropout_is_replayed_by_its_key_and_off_without(tower):
     np.testing.assert_array_equal(run(params, TEXT)[1], plain(params, TEXT)[1])
 
 
+@pytest.mark.parametrize("pool", ["eos", "mean", "map", "class"])
+def test_embeddings_stand_for_ids(pool, drawn):
+    """A text's own embeddings give what the text gives; noise in padding changes nothing."""
+    config = dataclasses.replace(CONFIG, pool=pool)
+    graphdef, params = drawn(lambda: config.build(nnx.Rngs(0)))
+    module = nnx.merge(graphdef, nnx.State(params))
+    text = TEXT[[0, 1, 2]]  # where the end, or else the last token, is the last that counts
+    tokens, pooled = module(text)
+    embeddings, valid = np.array(module.embed(text)), module.valid(text)
+    assert embeddings.shape == (3, 6, 8)
+    np.testing.assert_allclose(embeddings, params["embedding"][text])
+    embeddings[0, 4:] += 3
+    got_tokens, got = module(embeddings, valid=valid)
+    np.testing.assert_allclose(got, pooled, atol=1e-6)
+    np.testing.assert_allclose(got_tokens[valid], tokens[valid], atol=1e-6)
+    for found in (module.describe(text), module.describe(embeddings, valid=valid)):
+        np.testing.assert_array_equal(found["mask"], text != PAD)
+        np.testing.assert_array_equal(found["places"], [range(6)] * 3)
+    assert module.describe(embeddings)["mask"].all()  # nobody said what is padding
+
+
+def test_the_embeddings_gradient_adds_up_in_float32(drawn):
+    """1,000 terms of 1 end at 256 in bfloat16, where 256 + 1 is 256."""
+    config = dataclasses.replace(CONFIG, dtype="bfloat16", context_length=1000)
+    graphdef, params = drawn(lambda: config.build(nnx.Rngs(0)))
+
+    def total(embedding):
+        module = nnx.merge(graphdef, nnx.State(params | {"embedding": embedding}))
+        return module.embed(np.full((1, 1000), 7)).astype(np.float32).sum()
+
+    gradient = jax.grad(total)(params["embedding"])
+    assert (gradient[7] == 1000).all() and not gradient[np.arange(20) != 7].any()
+
+
 def test_numpy_goes_without_jit(drawn):
     graphdef, params = drawn(lambda: CONFIG.build(nnx.Rngs(0)))
     assert nnx.merge(graphdef, nnx.State(params))(TEXT[:1])[1].shape == (1, 8)
@@ -163,8 +197,9 @@ def test_an_unknown_preset_is_refused():
     ("text", "words"),
     [
         (np.zeros((1, 8), np.int32), "8 tokens are longer than TextTransformer.context_length=7"),
-        (np.zeros((1, 6), np.float32), r"integers \[B, L\], got float32"),
-        (np.zeros(6, np.int32), r"integers \[B, L\], got int32 \[6\]"),
+        (np.zeros((1, 6), np.float32), r"embeddings \[B, L, 8\], got float32 \[1, 6\]"),
+        (np.zeros((1, 6, 9), np.float32), r"embeddings \[B, L, 8\], got float32 \[1, 6, 9\]"),
+        (np.zeros(6, np.int32), r"integers \[B, L\], or .* got int32 \[6\]"),
     ],
 )
 def test_what_is_no_text_is_refused(text, words, tower):

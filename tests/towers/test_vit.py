@@ -11,7 +11,7 @@ from flax import nnx
 from clipjax.errors import ClipjaxError
 from clipjax.params import abstract, count, paths
 from clipjax.towers import ViT
-from clipjax.towers.vit import drop_patches, patchify, sincos2d
+from clipjax.towers.vit import kept_patches, patchify, sincos2d
 
 CONFIG = ViT(
     width=8, heads=2, depth=2, mlp_dim=12, patch_size=4, image_size=(8, 12),
@@ -142,19 +142,18 @@ def test_sincos_positions():
 
 
 def test_patch_dropout_keeps_a_share_of_each_image_in_order():
-    patches = jnp.broadcast_to(jnp.arange(1.0, 41)[None, :, None], (50, 40, 1))
-    kept = np.asarray(drop_patches(patches, 0.7, jax.random.key(0)))[..., 0]
+    kept = np.asarray(kept_patches(50, 40, 0.7, jax.random.key(0)))
     assert kept.shape == (50, 12)
     assert (np.diff(kept, axis=1) > 0).all()
     assert len({tuple(row) for row in kept}) == 50  # 40 choose 12 subsets: no two alike
-    np.testing.assert_array_equal(kept, drop_patches(patches, 0.7, jax.random.key(0))[..., 0])
-    assert (kept != drop_patches(patches, 0.7, jax.random.key(1))[..., 0]).any()
+    np.testing.assert_array_equal(kept, kept_patches(50, 40, 0.7, jax.random.key(0)))
+    assert (kept != kept_patches(50, 40, 0.7, jax.random.key(1))).any()
     # Every patch is kept in 30 % of the images: 15 of 50, within 4.5 standard deviations of 3.2.
-    counts = np.bincount(kept.astype(int).ravel(), minlength=41)[1:]
+    counts = np.bincount(kept.ravel(), minlength=40)
     assert (abs(counts - 15) < 14.6).all()
-    assert drop_patches(patches, 0.99, jax.random.key(0)).shape == (50, 1, 1)
-    assert drop_patches(patches, 0.7, None) is patches
-    assert drop_patches(patches, 0.0, jax.random.key(0)) is patches
+    assert kept_patches(50, 40, 0.99, jax.random.key(0)).shape == (50, 1)
+    assert kept_patches(50, 40, 0.7, None) is None
+    assert kept_patches(50, 40, 0.0, jax.random.key(0)) is None
 
 
 def test_patch_dropout_in_the_tower_is_for_training(tower):
@@ -163,6 +162,23 @@ def test_patch_dropout_in_the_tower_is_for_training(tower):
     assert run(params, IMAGE)[0].shape == (3, 1 + 6, 8)
     _, plain = tower(CONFIG)
     np.testing.assert_array_equal(run(params, IMAGE)[1], plain(params, IMAGE)[1])
+
+
+def test_a_tower_says_which_patches_are_left(drawn):
+    """Tokens that no block changes are the patches themselves: each is where it is said to be."""
+    config = dataclasses.replace(CONFIG, patch_dropout=0.5, positions="sincos2d")
+    graphdef, params = drawn(lambda: config.build(nnx.Rngs(0)))
+    zero = jax.tree.map(jnp.zeros_like, params["blocks"])
+    module = nnx.merge(graphdef, nnx.State(params | {"blocks": zero}))
+    found = module.describe(IMAGE, key=jax.random.key(4))
+    tokens, every = module(IMAGE, key=jax.random.key(4))[0], module(IMAGE)[0]
+    assert found["mask"].shape == found["places"].shape == (3, 1 + 3) and found["mask"].all()
+    assert (found["places"][:, 0] == -1).all() and (found["places"][:, 1:] >= 0).all()
+    for row in range(3):
+        np.testing.assert_array_equal(tokens[row], every[row][found["places"][row] + 1])
+    np.testing.assert_array_equal(module.describe(IMAGE)["places"], [range(-1, 6)] * 3)
+    pooled = dataclasses.replace(CONFIG, pool="mean").build(nnx.Rngs(0))
+    np.testing.assert_array_equal(pooled.describe(IMAGE)["places"], [range(6)] * 3)
 
 
 @pytest.mark.parametrize(
