@@ -6,11 +6,10 @@ import dataclasses
 
 import numpy as np
 
-from clipjax.data import Source, UnreadableRecord, load_eval
+from clipjax.data import Source, UnreadableRecord
 from clipjax.errors import ClipjaxError
 from clipjax.evals import caption_metrics, java_metrics
 from clipjax.evals.base import Evaluator, Runner, require_at_least
-from clipjax.evals.embed import embed_images
 from clipjax.evals.metrics import top_k
 from clipjax.evals.retrieval import merge_equal, spaced
 from clipjax.generation import Greedy, Strategy
@@ -84,7 +83,7 @@ class CaptioningRunner(Runner):
     def load(self, predictor: Predictor) -> None:
         config = self.evaluator
         java_metrics.require(self._java())
-        data = load_eval(config.source, predictor.image_size, config.limit, predictor.resize)
+        data = self._data = self.once.split(config.source, predictor, config.limit)
         rows, owners = merge_equal(data.ids)
         references: list[list[Reference]] = [[] for _ in rows]
         for owner, captions, languages in zip(owners, data.captions, data.languages, strict=True):
@@ -100,7 +99,7 @@ class CaptioningRunner(Runner):
 
     def evaluate(self, predictor: Predictor) -> dict[str, float]:
         config = self.evaluator
-        image = embed_images(predictor, self._images, self._rows)
+        image = self.once.images(predictor, self._data, self._rows)
         kept = np.flatnonzero(~self._images.unreadable[self._rows])
         image, references = image[kept], [self._references[i] for i in kept]
         sets = {"": self._caption(predictor, self._rows[kept])}

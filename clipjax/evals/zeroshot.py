@@ -8,12 +8,11 @@ from typing import Literal
 
 import numpy as np
 
-from clipjax.data import EvalSet, Source, load_eval
+from clipjax.data import EvalSet, Source
 from clipjax.errors import ClipjaxError
 from clipjax.evals import metrics
 from clipjax.evals.base import Evaluator, Runner, require_at_least
 from clipjax.evals.calibration import calibration
-from clipjax.evals.embed import embed_images
 from clipjax.evals.prompts import Names, label_map, read_class_map, read_classes
 from clipjax.predictor import Predictor, mean_direction
 from clipjax.report.contents import Confusion
@@ -127,8 +126,7 @@ class ZeroShotRunner(Runner):
 
     def load(self, predictor: Predictor) -> None:
         config = self.evaluator
-        data = load_eval(config.source, predictor.image_size, config.limit, predictor.resize)
-        self._images = data.images
+        data = self._data = self.once.split(config.source, predictor, config.limit)
         find = _by_caption if config.classes == "caption" else _by_label
         self._tasks = []
         for language, found in find(config, data).items():
@@ -142,12 +140,12 @@ class ZeroShotRunner(Runner):
             self._tasks.append(task)
 
     def evaluate(self, predictor: Predictor) -> dict[str, float]:
-        image = embed_images(predictor, self._images)
+        image = self.once.images(predictor, self._data)
         results: dict[str, float] = {}
         for task in self._tasks:
-            prompts = predictor.encode_text(task.tokens)
+            prompts = self.once.texts(predictor, task.tokens)
             classes = mean_direction(prompts.reshape(task.num_rows, -1, prompts.shape[1]))
-            seen = ~self._images.unreadable[task.images]
+            seen = ~self._data.images.unreadable[task.images]
             rows, label = task.images[seen], task.label[seen]
             ties = self.evaluator.ties
             ranks = metrics.class_ranks(image[rows], classes, label, group=task.group, ties=ties)
@@ -157,6 +155,8 @@ class ZeroShotRunner(Runner):
                 "mean_per_class": metrics.mean_per_class_accuracy(ranks, label),
             }
             if task is self._tasks[0]:
+                name = self.evaluator.name
+                self.samples = {f"{name}/top{k}": ranks <= k for k in (1, 5)}
                 predicted = metrics.predictions(
                     image[rows], classes, label, group=task.group, ties=ties
                 )

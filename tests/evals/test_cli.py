@@ -152,7 +152,7 @@ def test_probes(evaluate, world, monkeypatch):
     assert near["knn/top1"] == 1.0 and near["knn/plain/top1"] == 1.0
     embedded = []
     monkeypatch.setattr(
-        "clipjax.evals.features.embed_images",
+        "clipjax.evals.once.embed_images",
         lambda predictor, images, rows: (
             embedded.append(rows) or embed_images(predictor, images, rows)
         ),
