@@ -25,6 +25,11 @@ TYPE_KEY = "@type"
 class Component:
     """Base of everything that can stand in a run's configuration."""
 
+    @classmethod
+    def upgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a saved configuration, as this version calls them."""
+        return fields
+
 
 def to_json(value: Any) -> Any:
     """Turns a component (or a tuple, dict or scalar inside one) into JSON-able data.
@@ -56,7 +61,10 @@ def from_json(data: Any) -> Any:
     """
     if isinstance(data, dict):
         items = {k: from_json(v) for k, v in data.items() if k != TYPE_KEY}
-        return construct(_find_class(data[TYPE_KEY]), items) if TYPE_KEY in data else items
+        if TYPE_KEY not in data:
+            return items
+        cls = _find_class(data[TYPE_KEY])
+        return construct(cls, cls.upgraded(items))
     if isinstance(data, list):
         return tuple(from_json(v) for v in data)
     return data

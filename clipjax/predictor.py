@@ -14,10 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from clipjax.batch import Encoded
 from clipjax.data.augment import Resize
 from clipjax.data.images import decode
 from clipjax.data.tokenizers import TokenizerModel
@@ -73,9 +75,9 @@ class Predictor:
     Wherever many pictures or texts go in and rows come out, a single one may go in and its row,
     without the leading axis, comes out.
 
-    Each of the two encoders is compiled for two batch shapes at most: `batch_size` rows, and a few
-    rows for calls with fewer than that, so that one picture does not cost a whole batch. The last
-    batch is padded, and its padding dropped again. Parameters are arguments of the compiled
+    Each encoder is compiled for two batch shapes at most: `batch_size` rows, and a few rows for
+    calls with fewer than that, so that one picture does not cost a whole batch. The last batch
+    is padded, and its padding dropped again. Parameters are arguments of the compiled
     functions, so that `with_params` swaps them for free. Embeddings depend on neither the batch
     size nor the mesh, up to float32 rounding.
 
@@ -88,6 +90,8 @@ class Predictor:
       batch_size: pictures or texts per call of the model.
       tokenizer: turns texts into tokens; None for a model that is only given tokens.
       resize: how pictures of another size are brought to `image_size`.
+      params: the parameters, as `clipjax.params.split` makes them.
+      model_state: the model's other arrays, or `{}`.
     """
 
     def __init__(
@@ -128,21 +132,11 @@ class Predictor:
         self._few = min(FEW_PER_SHARD * shards, self.batch_size)
         self.tokenizer, self.context_length, self.image_size = tokenizer, context_length, image_size
         self.resize = resize
-        self._params, self._model_state = params, model_state
+        self.params, self.model_state = params, model_state
         self.mesh = mesh
-        out = None if mesh is None else replicated(mesh)  # None: wherever the parameters are
-        self._image = jax.jit(
-            lambda p, s, x: merge(graphdef, p, s).encode_image(x), out_shardings=out
-        )
-        self._text = jax.jit(
-            lambda p, s, x: merge(graphdef, p, s).encode_text(x), out_shardings=out
-        )
-        self._scale_and_bias = jax.jit(
-            # The towers' work is dead code here, which the compiler drops.
-            lambda p, s, x: _scale_and_bias(merge(graphdef, p, s)(x)),
-            out_shardings=out,
-        )
         self._graphdef = graphdef
+        self._encoders: dict[tuple[str, str], Callable[..., Any]] = {}
+        self._shared = self._compiled(lambda module: module.shared())
         self._captioners: dict[Strategy, Callable[..., Any]] = {}
         self._known_scalars: tuple[float, float | None] | None = None
 
@@ -164,9 +158,44 @@ class Predictor:
           model_state: None keeps the present one.
         """
         other = copy.copy(self)
-        other._params, other._known_scalars = params, None
-        other._model_state = self._model_state if model_state is None else model_state
+        other.params, other._known_scalars = params, None
+        other.model_state = self.model_state if model_state is None else model_state
         return other
+
+    def module(self) -> Any:
+        """The model's module with the present weights."""
+        return merge(self._graphdef, self.params, self.model_state)
+
+    def encode(self, name: str, inputs: Any, output: str = "embedding") -> Any:
+        """What one of the model's encoders makes of n inputs.
+
+        Args:
+          name: of the encoder, or of an input whose name begins with it: "image", "text", "audio", ...
+          inputs: pictures as for `encode_image`, texts as for `encode_text`, or for any other encoder its
+            arrays [n, ...].
+          output: "embedding" float32 [n, E] of unit norm, "pooled" [n, D] as the tower makes it before any
+            projection, "tokens", a dict of `values` [n, N, D] and `mask` bool [n, N], or what else the
+            encoder makes (the name of a head). Tokens are large: give them a few inputs at a time.
+
+        Returns:
+          NumPy arrays; of a single picture or text, its row, without the leading axis.
+
+        Raises:
+          ClipjaxError: there is no such encoder, it has no such output, or the inputs do not fit.
+        """
+        if name == "image" or name.startswith("image_"):
+            one = _is_one_picture(inputs)
+            read, count = self._reader(inputs)
+            like: Any = ((self.image_size,) * 2 + (3,), np.uint8)
+        elif name == "text" or name.startswith("text_"):
+            one = isinstance(inputs, str)
+            tokens = self._tokens([inputs] if one else inputs)
+            read, count, like = tokens.__getitem__, len(tokens), (tokens.shape[1:], np.int32)
+        else:
+            one, rows = False, np.asarray(inputs)
+            read, count, like = rows.__getitem__, len(rows), (rows.shape[1:], rows.dtype)
+        made = self._stream(self._encoder(name, output), read, count, *like)
+        return jax.tree.map(lambda x: x[0], made) if one else made
 
     def encode_image(self, images: Picture | Sequence[Picture] | np.ndarray) -> np.ndarray:
         """Embeds pictures: decodes what is encoded, resizes what is of another size.
@@ -182,8 +211,7 @@ class Predictor:
         Raises:
           UnreadableRecord: a picture is missing, damaged, too large or none; it is named.
         """
-        embedded = self.encode_image_rows(*self._reader(images))
-        return embedded[0] if _is_one_picture(images) else embedded
+        return self.encode("image", images)
 
     def encode_image_rows(self, read: Callable[[np.ndarray], np.ndarray], count: int) -> np.ndarray:
         """Embeds pictures that are read while the ones before are being embedded.
@@ -197,7 +225,8 @@ class Predictor:
         Returns:
           float32 [count, E], unit norm, in every process.
         """
-        return self._stream(self._image, read, count, (self.image_size,) * 2 + (3,), np.uint8)
+        shape = (self.image_size,) * 2 + (3,)
+        return self._stream(self._encoder("image"), read, count, shape, np.uint8)
 
     def encode_text(self, texts: str | Sequence[str] | np.ndarray) -> np.ndarray:
         """Embeds texts.
@@ -211,15 +240,7 @@ class Predictor:
         Raises:
           ClipjaxError: tokens of another length.
         """
-        if isinstance(texts, str):
-            return self.encode_text([texts])[0]
-        tokens = texts if isinstance(texts, np.ndarray) else self.tokenize(texts)
-        if tokens.ndim != 2 or tokens.shape[1] != self.context_length or tokens.dtype != np.int32:
-            raise ClipjaxError(
-                f"encode_text takes strings or tokens int32 [n, {self.context_length}], not "
-                f"{tokens.dtype} {list(tokens.shape)}"
-            )
-        return self._stream(self._text, tokens.__getitem__, len(tokens), tokens.shape[1:], np.int32)
+        return self.encode("text", texts)
 
     def similarity(
         self,
@@ -367,7 +388,7 @@ class Predictor:
                 self._batch(lambda rows: rows.astype(np.int32), index, ()),
             )
             with on_mesh(self.mesh):
-                output = function(self._params, self._model_state, batch, np.uint32(seed % 2**32))
+                output = function(self.params, self.model_state, batch, np.uint32(seed % 2**32))
             done.append(jax.tree.map(np.asarray, output))
         empty = Generated(np.zeros((0, length), np.int32), np.zeros(0, np.float32))
         return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], empty, *done)
@@ -402,16 +423,38 @@ class Predictor:
 
     def _scalars(self) -> tuple[float, float | None]:
         if self._known_scalars is None:
-            rows = self._few
-            batch = {
-                "image": np.zeros((rows, self.image_size, self.image_size, 3), np.uint8),
-                "text": np.zeros((rows, self.context_length), np.int32),
-            }
-            scale, bias = self._scale_and_bias(self._params, self._model_state, batch)
-            if scale is None:
-                raise ClipjaxError("this model only captions: it has no scale of similarities")
-            self._known_scalars = float(scale), None if bias is None else float(bias)
+            encoded = Encoded({}, self._shared(self.params, self.model_state))
+            bias = encoded.logit_bias
+            self._known_scalars = float(encoded.logit_scale), None if bias is None else float(bias)
         return self._known_scalars
+
+    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function(module, *arrays)` as a compiled one of (params, model state, *arrays)."""
+        graphdef = self._graphdef
+        out = None if self.mesh is None else replicated(self.mesh)  # None: where the parameters are
+        return jax.jit(lambda p, s, *x: function(merge(graphdef, p, s), *x), out_shardings=out)
+
+    def _encoder(self, name: str, output: str = "embedding") -> Callable[..., Any]:
+        key = name, output
+        if key not in self._encoders:
+            if output == "embedding" and name in ("image", "text"):  # all that every model has
+                self._encoders[key] = self._compiled(
+                    lambda module, x: getattr(module, f"encode_{name}")(x)
+                )
+            else:
+                self._encoders[key] = self._compiled(
+                    lambda module, x: module.encode(name, x, output=output)
+                )
+        return self._encoders[key]
+
+    def _tokens(self, texts: Sequence[str] | np.ndarray) -> np.ndarray:
+        tokens = texts if isinstance(texts, np.ndarray) else self.tokenize(texts)
+        if tokens.ndim != 2 or tokens.shape[1] != self.context_length or tokens.dtype != np.int32:
+            raise ClipjaxError(
+                f"encode_text takes strings or tokens int32 [n, {self.context_length}], not "
+                f"{tokens.dtype} {list(tokens.shape)}"
+            )
+        return tokens
 
     def _read_numbered(self, numbered: tuple[int, Picture]) -> np.ndarray:
         number, image = numbered
@@ -453,7 +496,7 @@ class Predictor:
         count: int,
         shape: tuple[int, ...],
         dtype: Any,
-    ) -> np.ndarray:
+    ) -> Any:
         """Applies a compiled encoder to all rows, batch by batch, reading ahead of the device.
 
         Args:
@@ -465,18 +508,22 @@ class Predictor:
         """
         if not count:
             like = jax.ShapeDtypeStruct((self.batch_size, *shape), dtype)
-            width = jax.eval_shape(function, self._params, self._model_state, like).shape[1]
-            return np.zeros((0, width), np.float32)
-        done: list[np.ndarray] = []
-        running: collections.deque[jax.Array] = collections.deque()
+            made = jax.eval_shape(function, self.params, self.model_state, like)
+            return jax.tree.map(lambda x: np.zeros((0, *x.shape[1:]), _host_type(x)), made)
+        done: list[Any] = []
+        running: collections.deque[Any] = collections.deque()
+
+        def fetch(output: Any) -> Any:
+            return jax.tree.map(lambda x: np.asarray(x, _host_type(x)), output)
+
         for index in self._indices(count):
             batch = self._batch(read, index, shape)
             with on_mesh(self.mesh):
-                running.append(function(self._params, self._model_state, batch))
+                running.append(function(self.params, self.model_state, batch))
             if len(running) >= _IN_FLIGHT:
-                done.append(np.asarray(running.popleft(), np.float32))
-        done.extend(np.asarray(output, np.float32) for output in running)
-        return np.concatenate(done)[:count]
+                done.append(fetch(running.popleft()))
+        done.extend(map(fetch, running))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *done)
 
     def _indices(self, count: int) -> Iterator[np.ndarray]:
         """The rows of each batch: beyond the end the last one again, as zeros need not be valid."""
@@ -538,5 +585,6 @@ def _spread(
     return jax.make_array_from_callback((len(index), *shape), batch_sharding(mesh), piece)
 
 
-def _scale_and_bias(encoded: Any) -> tuple[jax.Array, jax.Array | None]:
-    return encoded.logit_scale, encoded.logit_bias
+def _host_type(x: Any) -> Any:
+    """float32 for whatever is floating; what is not stays."""
+    return np.float32 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype

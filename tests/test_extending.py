@@ -15,7 +15,7 @@ from clipjax.batch import Encoded
 from clipjax.cli import main
 from clipjax.config import load_module
 from clipjax.mesh import MeshShape
-from clipjax.objectives import PairEngine
+from clipjax.objectives import Context, PairEngine
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 
@@ -73,11 +73,11 @@ def test_the_objective_of_the_page_is_the_dense_formula_on_a_mesh(folder):
     own = np.diag(table)
     costs = np.maximum(0, 0.3 + table - own[:, None]) + np.maximum(0, 0.3 + table - own)
     expected = costs[~np.eye(16, dtype=bool)].sum() / 16
-    encoded = Encoded(
+    encoded = Encoded.pair(
         jnp.asarray(image, jnp.float32), jnp.asarray(text, jnp.float32), jnp.float32(1)
     )
     mesh = MeshShape().build()
-    loss, metrics = jax.jit(lambda e: hinge(e, {}, PairEngine(mesh)))(encoded)
+    loss, metrics = jax.jit(lambda e: hinge(e, Context(PairEngine(mesh))))(encoded)
     assert float(loss) == pytest.approx(expected, rel=1e-5)
     assert float(metrics["similarity/own"]) == pytest.approx(own.mean(), rel=1e-5)
 

@@ -11,7 +11,6 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from clipjax.batch import Encoded
 from clipjax.data import Resize
 from clipjax.errors import ClipjaxError
 from clipjax.mesh import MeshShape
@@ -53,9 +52,8 @@ class Plain(nnx.Module):
     def encode_text(self, text, key=None):
         return _unit(self.tokens[...][text].mean(1))
 
-    def __call__(self, batch, key=None):
-        image, text = self.encode_image(batch["image"]), self.encode_text(batch["text"])
-        return Encoded(image, text, jnp.exp(self.scale[...]))
+    def shared(self):
+        return {"logit_scale": jnp.exp(self.scale[...])}
 
 
 def _unit(x):
@@ -209,9 +207,9 @@ def test_one_picture_does_not_cost_a_batch(images, monkeypatch):
     predictor = plain()
     assert predictor.batch_size == 64
     rows = []
-    encoder = predictor._image
+    encode = predictor._encoder("image")
     monkeypatch.setattr(
-        predictor, "_image", lambda p, s, x: rows.append(len(x)) or encoder(p, s, x)
+        predictor, "_encoder", lambda *_: lambda p, s, x: rows.append(len(x)) or encode(p, s, x)
     )
     predictor.encode_image(images[0])
     predictor.encode_image(images[:21])
@@ -269,9 +267,8 @@ def test_softmax_models_choose_among_labels(images):
 class Accepting(Plain):
     """The same with a bias, as sigmoid models have."""
 
-    def __call__(self, batch, key=None):
-        encoded = super().__call__(batch)
-        return Encoded(encoded.image, encoded.text, encoded.logit_scale, jnp.float32(-6.0))
+    def shared(self):
+        return super().shared() | {"logit_bias": jnp.float32(-6.0)}
 
 
 def test_sigmoid_models_accept_or_refuse_each_label(images):

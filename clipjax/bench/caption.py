@@ -76,14 +76,12 @@ class CaptionBench(Component):
         )
 
     def _chunked(self, features, head, text):
-        import jax.numpy as jnp
 
         from clipjax.batch import Encoded
-        from clipjax.objectives import Caption, PairEngine
+        from clipjax.objectives import Caption, Context
 
-        none = jnp.zeros((self.batch, 0))
-        encoded = Encoded(none, none, jnp.ones(()), caption_features=features, caption_head=head)
-        return Caption(chunk=self.chunk)(encoded, {"text": text}, PairEngine())[0]
+        encoded = Encoded({"captions": features}, {"caption_head": head})
+        return Caption(pad_id=0, chunk=self.chunk)(encoded, Context(batch={"text": text}))[0]
 
     def _race(self, compiled: dict[str, Any]) -> dict[str, Any]:
         import jax

@@ -119,13 +119,13 @@ def _jax_step(
     from clipjax.batch import Encoded
     from clipjax.bench import formulas
     from clipjax.bench.program import temporary_bytes
-    from clipjax.objectives import PairEngine, Sigmoid, Softmax
+    from clipjax.objectives import Context, PairEngine, Sigmoid, Softmax
 
     engine = PairEngine(chunk=chunk, dtype=dtype)
     made: Softmax | Sigmoid = Softmax() if objective == "softmax" else Sigmoid()
 
     def ours(image, text, scale):
-        return made(Encoded(image, text, scale, jnp.float32(-10)), {}, engine)[0]
+        return made(Encoded.pair(image, text, scale, jnp.float32(-10)), Context(engine))[0]
 
     loss = ours if who == "clipjax" else getattr(formulas, f"dense_{objective}")
     arguments = *map(jnp.asarray, _inputs(rows, width)), jnp.float32(20)

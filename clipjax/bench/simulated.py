@@ -70,7 +70,9 @@ def measure(devices: int, rows: int, width: int, case: str) -> dict[str, Any]:
         engine = objectives.PairEngine(mesh, getattr(objectives, exchange)(), chunk)
 
         def loss(image, text, scale):
-            return objectives.Softmax()(Encoded(image, text, scale), {}, engine)[0]
+            return objectives.Softmax()(
+                Encoded.pair(image, text, scale), objectives.Context(engine)
+            )[0]
 
     else:
         loss = gathered_softmax(mesh)

@@ -86,7 +86,7 @@ def add_opened_run(parser: argparse.ArgumentParser) -> None:
 
 def open_named_run(namespace: argparse.Namespace) -> Opened:
     """The run that the user named, on all devices there are."""
-    from clipjax.mesh import start_processes
+    from clipjax.processes import start_processes
 
     import_files(namespace.imports)
     start_processes()

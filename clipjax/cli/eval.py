@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
         from clipjax.cli.scaling import fit_scaling
 
         return fit_scaling(options)
-    from clipjax.mesh import start_processes
+    from clipjax.processes import start_processes
 
     import_files(options.imports)
     start_processes()

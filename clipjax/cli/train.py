@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
         "--workdir", type=place, help="the run's folder; default: runs/<name of the config file>"
     )
     namespace, run = parse_run(parser, arguments)
-    from clipjax.mesh import start_processes
+    from clipjax.processes import start_processes
 
     start_processes()
     from clipjax.train.loop import train

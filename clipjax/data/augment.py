@@ -18,6 +18,9 @@ from clipjax.component import Component
 from clipjax.data.images import resize
 from clipjax.errors import ClipjaxError
 
+LONGEST = 8
+"""Longer side over shorter above which a picture is not resized as a whole before it is cropped."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation(Component):
@@ -84,11 +87,20 @@ class Resize(Augmentation):
         tall, wide = size * height // short, size * width // short
         center = round if self.half_pixel == "even" else math.floor
         top, left = center((tall - size) / 2), center((wide - size) / 2)
-        resized = resize(image, (tall, wide), method=self.method)
-        return (
-            resized[top : top + size, left : left + size],
-            _shifting(-left, -top) @ _scaling(wide / width, tall / height),
-        )
+        moved = _shifting(-left, -top) @ _scaling(wide / width, tall / height)
+        if max(tall, wide) <= LONGEST * size:
+            resized = resize(image, (tall, wide), method=self.method)
+            return resized[top : top + size, left : left + size], moved
+        # Of a thin strip, only the middle and what the kernel reaches around it: the whole would
+        # have (longer / shorter side) times the size asked for.
+        reach = 2 + 2 * math.ceil(max(tall / height, wide / width, 1))
+        low_x, high_x = max(left - reach, 0), min(left + size + reach, wide)
+        low_y, high_y = max(top - reach, 0), min(top + size + reach, tall)
+        x, y = width / wide, height / tall
+        box = (low_x * x, low_y * y, high_x * x, high_y * y)
+        middle = resize(image, (high_y - low_y, high_x - low_x), box, self.method)
+        top, left = top - low_y, left - low_x
+        return middle[top : top + size, left : left + size], moved
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,10 @@ KEEP_BYTES = 2**30
 decoded anew at each evaluation."""
 
 
+KEPT = ("captions", "languages", "id", "key", "label")
+"""Entries of a record that stay in memory."""
+
+
 class Pictures:
     """The pictures of a split, decoded when asked for: `pictures[rows]` is uint8 [k, S, S, 3].
 
@@ -132,9 +136,10 @@ def load_eval(
     index: list[int] = []
     records: list[dict[str, Any]] = []
     skipped = 0
+    read = getattr(opened, "facts", opened.__getitem__)
     for i in range(count):
         try:
-            record = opened[i]
+            record: Any = opened[i] if keep or not records else read(i)
             if keep or not records:
                 image = resize(decode(record["image"], record["key"]), image_size)
                 images.append(image)
@@ -143,7 +148,7 @@ def load_eval(
             skipped += 1
             continue
         index.append(i)
-        records.append({key: value for key, value in record.items() if key != "image"})
+        records.append({key: record[key] for key in KEPT if key in record})
     if not records:
         raise ClipjaxError(f"no record of {source} can be read ({skipped} tried)")
     spoken = [_nonempty(r["captions"], r.get("languages", ())) for r in records]

@@ -32,6 +32,7 @@ import numpy as np
 
 from clipjax.component import Component
 from clipjax.data.augment import Augmentation, CaptionChoice, Shown, augmented
+from clipjax.data.captions import at_path, encodable
 from clipjax.data.sources import RandomAccess, UnreadableRecord
 from clipjax.errors import ClipjaxError, did_you_mean
 
@@ -409,7 +410,8 @@ class Array(Field):
 
 
 def entry(record: Any, key: str, default: Any = _MISSING) -> Any:
-    """An entry of a record; slashes lead into dicts where no entry has the whole name.
+    """An entry of a record. Where none has the whole name, slashes lead into dicts, and what follows a
+    colon into JSON: "json:scores.clip".
 
     Raises:
       UnreadableRecord: it is not there and there is no default; the message says what is.
@@ -419,13 +421,19 @@ def entry(record: Any, key: str, default: Any = _MISSING) -> Any:
         value = record
         for part in key.split("/"):
             value = value.get(part, _MISSING) if hasattr(value, "get") else _MISSING
+    name, _, path = key.partition(":")
+    if value is _MISSING and path and isinstance(record.get(name), (bytes, str)):
+        try:
+            value = at_path(json.loads(record[name]), path)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UnreadableRecord(f"{record['key']}: {name!r} is no JSON object") from error
+        value = _MISSING if value is None else value
     if value is not _MISSING:
         return value
     if default is not _MISSING:
         return default
-    offered = getattr(record, "offered", record)
     raise UnreadableRecord(
-        f"{record['key']}: the record has no entry {key!r}{did_you_mean(key, map(str, offered))}"
+        f"{record['key']}: the record has no entry {key!r}{did_you_mean(key, map(str, record))}"
     )
 
 
@@ -460,7 +468,7 @@ def _strings(value: Any, what: str) -> tuple[str, ...]:
     if isinstance(value, bytes):
         value = value.decode(errors="replace")
     if isinstance(value, str):
-        return (value,)
+        return (encodable(value),)
     if value is None:
         return ()
     if not isinstance(value, (list, tuple, np.ndarray)):

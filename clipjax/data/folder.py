@@ -6,18 +6,26 @@ import csv
 import dataclasses
 import json
 import logging
+import math
 import os
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from clipjax.data.captions import as_texts
 from clipjax.data.sources import RandomAccess, Record, Source, UnreadableRecord
 from clipjax.errors import ClipjaxError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PICTURE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k", ".jpx"),
+)
+"""Ends of the names of pictures: of every format that is decoded."""
+MAX_FIELD = 1 << 27
+"""Characters of a table's field, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,19 +69,23 @@ class ImageFolder(Source):
         used = {self.image_column, *self.caption_columns, self.label_column}
         for line, row in _rows(table):
             self._check_columns(table, line, row)
-            path = str(row[self.image_column])
+            place = f"{str(table)!r}, line {line}"
+            path = _text(row[self.image_column])
+            if not path:
+                raise ClipjaxError(f"{place}, names no picture")
+            path = os.path.normpath(path)
             image = images.setdefault(
                 path, {"captions": [], "languages": [], "label": None, "others": {}}
             )
             for column, value in row.items():
-                if column is not None and column not in used:
+                if column not in used:
                     image["others"].setdefault(str(column), []).append(value)
             for i, column in enumerate(self.caption_columns):
-                texts = _texts(row[column])
+                texts = as_texts(row[column], f"{place}: {column!r}")
                 image["captions"] += texts
                 image["languages"] += [self.languages[i]] * len(texts) if self.languages else []
             if self.label_column:
-                image["label"] = str(row[self.label_column])
+                image["label"] = _text(row[self.label_column]) or None
         if not images:
             raise ClipjaxError(f"the table {str(table)!r} has no rows")
         return _OpenFolder(root, images, labeled=self.label_column is not None)
@@ -99,19 +111,26 @@ class ClassFolder(Source):
         root = Path(self.root).expanduser()
         if not root.is_dir():
             raise ClipjaxError(f"there is no folder {self.root!r}")
-        images = {
-            str(path.relative_to(root)): {
-                "captions": [folder.name.replace("_", " ")],
-                "languages": [],
-                "label": folder.name,
-            }
-            for folder in sorted(p for p in root.iterdir() if p.is_dir())
-            for path in sorted(folder.rglob("*"))
-            if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
-        }
+        # Hidden folders (.ipynb_checkpoints) and what macOS adds to archives are no classes.
+        classes = sorted(
+            folder.name
+            for folder in root.iterdir()
+            if folder.is_dir() and not folder.name.startswith(".") and folder.name != "__MACOSX"
+        )
+        images: dict[str, dict[str, Any]] = {}
+        for name in classes:
+            found, refused = find_pictures(root / name)
+            for reason in refused:
+                logger.warning("left out: %s/%s", name, reason)
+            if not found:
+                # It keeps its number: the classes after it must not be taken for one another.
+                logger.warning("the class %r in %r holds no picture", name, self.root)
+            for path in found:
+                facts = {"captions": [name.replace("_", " ")], "languages": [], "label": name}
+                images[f"{name}/{path}"] = facts
         if not images:
             raise ClipjaxError(f"no folder in {self.root!r} holds a picture")
-        return _OpenFolder(root, images, labeled=True)
+        return _OpenFolder(root, images, labeled=True, classes=classes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,10 +219,17 @@ def stays_inside(root: str, path: str | Path) -> bool:
 
 
 class _OpenFolder(Sequence):
-    def __init__(self, root: Path, images: dict[str, dict[str, Any]], labeled: bool):
+    def __init__(
+        self,
+        root: Path,
+        images: dict[str, dict[str, Any]],
+        labeled: bool,
+        classes: list[str] | None = None,
+    ):
         self._root, self._images = root, list(images.items())
         self._real_root = os.path.realpath(root)
-        names = sorted({image["label"] for image in images.values()}) if labeled else []
+        found = {image["label"] for image in images.values()} - {None}
+        names = (classes or sorted(found)) if labeled else []
         self.class_names = tuple(names) or None
         self._label_of = {name: i for i, name in enumerate(names)}
 
@@ -225,7 +251,7 @@ class _OpenFolder(Sequence):
             key=path,
         )
         if self._label_of:
-            record["label"] = self._label_of[image["label"]]
+            record["label"] = self._label_of.get(image["label"], -1)
         others = {
             column: values[0] if all(v == values[0] for v in values) else values
             for column, values in image.get("others", {}).items()
@@ -241,18 +267,47 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row) for each row of a table."""
     if table.suffix not in (".csv", ".tsv", ".jsonl"):
         raise ClipjaxError(f"{str(table)!r} is no table: its name must end in .csv, .tsv or .jsonl")
+    csv.field_size_limit(MAX_FIELD)
     try:
         with table.open(encoding="utf-8-sig", newline="") as lines:
             if table.suffix == ".jsonl":
                 yield from _json_rows(table, lines)
             else:
-                reader = csv.DictReader(
-                    lines, dialect="excel-tab" if table.suffix == ".tsv" else "excel"
-                )
-                for row in reader:
-                    yield reader.line_num, row
+                yield from _table_rows(table, lines)
     except UnicodeDecodeError as error:
         raise ClipjaxError(f"{str(table)!r} is not UTF-8 text ({error})") from error
+
+
+def _table_rows(table: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Of a .tsv, in which a quote is text and a line a row; or of a .csv, in which quotes may hold commas
+    and line breaks, and must be used as the format says."""
+    if table.suffix == ".tsv":
+        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.reader(lines, strict=True)
+    header: list[str] | None = None
+    start = 0
+    try:
+        for row in reader:
+            line, start = start + 1, reader.line_num
+            if not row:
+                continue
+            if header is None:
+                header = row
+                for name in header:
+                    if header.count(name) > 1:
+                        raise ClipjaxError(f"{str(table)!r} has two columns called {name!r}")
+                continue
+            if len(row) > len(header):
+                raise ClipjaxError(
+                    f"{str(table)!r}, line {line}, has {len(row)} fields for {len(header)} columns: "
+                    "put a text with commas in double quotes"
+                    if table.suffix == ".csv"
+                    else f"{str(table)!r}, line {line}, has {len(row)} fields for {len(header)} columns"
+                )
+            yield line, dict(zip(header, [*row, *[None] * (len(header) - len(row))], strict=True))
+    except csv.Error as error:
+        raise ClipjaxError(f"{str(table)!r}, line {start + 1}, cannot be read ({error})") from error
 
 
 def _json_rows(table: Path, lines) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -268,7 +323,8 @@ def _json_rows(table: Path, lines) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def _texts(value: Any) -> list[str]:
-    if value is None:
-        return [""]
-    return [str(v) for v in value] if isinstance(value, list) else [str(value)]
+def _text(value: Any) -> str:
+    """A value of a table as one text, "" where it is none."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return str(value).strip()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from clipjax.data.reading import read_file
 from clipjax.data.sources import UnreadableRecord
 
 if TYPE_CHECKING:
@@ -50,8 +51,7 @@ def decode(
     if isinstance(image, bytes):
         file = io.BytesIO(image)
     elif isinstance(image, (str, os.PathLike)):
-        if os.path.exists(image) and not os.path.isfile(image):  # a pipe would never end
-            raise UnreadableRecord(f"{name}: {os.fspath(image)!r} is no regular file")
+        file = io.BytesIO(read_file(image, name))
     elif not isinstance(image, Image.Image):
         raise UnreadableRecord(
             f"{name}: an image must be bytes, a path, a Pillow picture or a uint8 array, not "
@@ -62,8 +62,6 @@ def decode(
             return _checked(file, name, max_pixels)
         with Image.open(file, formats=FORMATS) as picture:
             return _checked(picture, name, max_pixels)
-    except FileNotFoundError as error:
-        raise UnreadableRecord(f"{name}: there is no file {os.fspath(file)!r}") from error
     except UnreadableRecord:
         raise
     except Image.UnidentifiedImageError as error:
@@ -118,13 +116,26 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     picture = ImageOps.exif_transpose(picture)
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
-    if picture.mode.startswith("I;16"):  # Pillow would clip 16-bit gray at 255
+    if picture.mode.startswith("I;16"):  # Pillow would clip deep gray at 255
         return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("I", "F"):
+        return Image.fromarray(_shallow(np.asarray(picture))).convert("RGB")
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         rgba = picture.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
     return picture.convert("RGB")
+
+
+def _shallow(gray: np.ndarray) -> np.ndarray:
+    """Gray of 32 bits, [H, W], as 8: integers are 16 bits deep, as Pillow reads them, or as deep as they
+    need; floats are shares of white, or values up to 255 or 65535."""
+    if gray.dtype.kind == "f":
+        gray = np.nan_to_num(gray, nan=0.0, posinf=1.0, neginf=0.0)
+    top = float(gray.max(initial=0))
+    whites = (1.0, 255.0, 65535.0) if gray.dtype.kind == "f" else (65535.0,)
+    white = next((white for white in whites if top <= white), top)
+    return (gray.clip(0) * (255 / white) + 0.5).astype(np.uint8)
 
 
 def _from_pixels(image: np.ndarray, name: str) -> np.ndarray:

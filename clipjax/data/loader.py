@@ -12,6 +12,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import logging
 import os
@@ -25,6 +26,7 @@ from clipjax.component import Component
 from clipjax.data.augment import Augmentation, CaptionChoice, Resize
 from clipjax.data.fields import Draws, Example, Field, Image, Spec, Text, entry
 from clipjax.data.images import decode
+from clipjax.data.reading import Unreachable, retried
 from clipjax.data.sources import RandomAccess, Source, UnreadableRecord
 from clipjax.data.tokenizers import BPE, Tokenizer, TokenizerModel
 from clipjax.errors import ClipjaxError, RunFailed
@@ -37,6 +39,10 @@ MAX_REPLACEMENTS = 100
 """Positions tried in place of one whose record cannot be used."""
 CHUNK = 32
 """Examples read before their rows are written: texts are encoded together, pictures soon let go."""
+NAMED = 20
+"""Records that cannot be used and are named one by one; after that they are counted."""
+SPREAD = 1_000_000
+"""Records whose texts a tokenizer is trained on, at most: every so-manyth of a larger source."""
 PROBED = 8
 """Records looked at, when a loader is made, for the entries that fields ask for."""
 OWN = {"id": Spec((), "int32"), "sample": Spec((), "int32")}
@@ -73,7 +79,7 @@ class Data(Component):
     """Threads that decode and augment, per process; default: one per core. One is best for pictures
     below 100 pixels, where Python's own share of the work dominates."""
     prefetch: int = 2
-    """Batches made ahead of the step that needs them."""
+    """Batches made while the step before them runs."""
     max_error_rate: float = 0.01
     """Share of records that may be unreadable before the run fails."""
 
@@ -128,14 +134,16 @@ class Data(Component):
         return Loader(self, tokenizer, seed, process_index, process_count)
 
     def iter_captions(self) -> Iterator[str]:
-        """Every text that training may show, in the order of the records."""
+        """The texts that training may show, in the order of the records; of at most `SPREAD` records,
+        which are spread over the source."""
         texts = [field for field in self.fields if isinstance(field, Text)]
         # Fields that choose from the same texts count once.
         chosen = list({(field.key, field.choice(self)): field for field in texts}.values())
         records = self.source.open()
-        for i in range(len(records)):
+        read = getattr(records, "facts", records.__getitem__)
+        for i in range(0, len(records), max(1, len(records) // SPREAD)):
             try:
-                record = records[i]
+                record = retried(functools.partial(read, i), f"record {i}")
                 found = [field.choice(self).candidates(field.texts(record)) for field in chosen]
             except UnreadableRecord:
                 continue  # the loader counts and names it
@@ -150,6 +158,7 @@ class Loader:
       num_examples: records in the source.
       seen: records asked for so far by this process, since it started.
       skipped: how many of these could not be used and were replaced.
+      unreachable: how many of the skipped ones are due to reading, not to what was read.
     """
 
     def __init__(
@@ -176,6 +185,12 @@ class Loader:
         self.num_examples = len(self._records)
         if self.num_examples == 0:
             raise ClipjaxError(f"the source has no records: {data.source}")
+        if self.num_examples < data.batch_size:
+            logger.warning(
+                "%d records and batches of %d: a batch holds a pair more than once, as its own negative",
+                self.num_examples,
+                data.batch_size,
+            )
         _check_entries(data, self._records)
         # What fails early is read first, and pictures before what follows them.
         order = sorted(data.fields, key=lambda f: (bool(f.follows), bool(f.pictures)))
@@ -183,8 +198,7 @@ class Loader:
         self._order = _global_order(self.num_examples, seed, data.shuffle)
         self._cached: dict[int, Any] = {}
         self._named: set[str] = set()
-        self.seen = 0
-        self.skipped = 0
+        self.seen = self.skipped = self.unreachable = 0
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """This process's rows of the batch of one step.
@@ -212,7 +226,8 @@ class Loader:
         step = start_step
         try:
             while True:
-                while len(ahead) < self._data.prefetch:
+                # The one that is asked for, and `prefetch` that are made while it is used.
+                while len(ahead) < self._data.prefetch + 1:
                     ahead.append(self._submit(pool, step))
                     step += 1
                 rows, parts = ahead.popleft()
@@ -239,9 +254,9 @@ class Loader:
     def _empty_rows(self) -> dict[str, np.ndarray]:
         return {k: np.empty((self._rows, *s.shape), s.dtype) for k, s in self._spec.items()}
 
-    def _fill(self, rows: dict[str, np.ndarray], positions: list[int]) -> list[str]:
+    def _fill(self, rows: dict[str, np.ndarray], positions: list[int]) -> list[UnreadableRecord]:
         """Makes the examples at some positions; returns why records were replaced, if any were."""
-        failures: list[str] = []
+        failures: list[UnreadableRecord] = []
         for start in range(0, len(positions), CHUNK):
             part = slice(start, start + CHUNK)
             examples = [self._example(position, failures) for position in positions[part]]
@@ -252,7 +267,7 @@ class Loader:
                 reader.write([example[field.name] for example in examples], chunk)
         return failures
 
-    def _example(self, position: int, failures: list[str]) -> dict[str, Any]:
+    def _example(self, position: int, failures: list[UnreadableRecord]) -> dict[str, Any]:
         """The example at a position, or its replacement if the record there cannot be used.
 
         The replacement is what stands at the same place of the next epoch. Its neighbor would do as
@@ -262,13 +277,16 @@ class Loader:
             try:
                 return self._example_at(position + epoch * self.num_examples)
             except UnreadableRecord as failure:
-                failures.append(str(failure))
+                failures.append(failure)
         raise RunFailed(f"{MAX_REPLACEMENTS} records in a row cannot be used; last: {failures[-1]}")
 
     def _example_at(self, position: int) -> dict[str, Any]:
         """What each field has read at a position, by its name, and what the loader adds."""
         index = int(self._order[position])
-        record: Any = self._cached.get(index) or copy.copy(self._records[index])
+        record: Any = self._cached.get(index)
+        if record is None:
+            read = functools.partial(self._records.__getitem__, index)
+            record = copy.copy(retried(read, f"record {index}"))
         draws = Draws(self._seed, position, record, self._data.captions)
         # The low 31 bits: ids may be hashes of 64 bits, and equal ones must stay equal.
         made: dict[str, Any] = {"id": record["id"] & 0x7FFFFFFF, "sample": index}
@@ -280,13 +298,16 @@ class Loader:
             self._cached[index] = record
         return made
 
-    def _account(self, failures: list[str]) -> None:
+    def _account(self, failures: list[UnreadableRecord]) -> None:
         self.seen += self._rows + len(failures)
         self.skipped += len(failures)
-        for failure in failures:
-            if failure not in self._named:
+        self.unreachable += sum(isinstance(failure, Unreachable) for failure in failures)
+        for failure in map(str, failures):
+            if len(self._named) < NAMED and failure not in self._named:
                 self._named.add(failure)
                 logger.warning("skipped a record: %s", failure)
+                if len(self._named) == NAMED:
+                    logger.warning("skipped %d records so far; no more of them are named", NAMED)
         allowed = self._data.max_error_rate * max(self.seen, MIN_SEEN)
         if failures and self.skipped > allowed:
             raise RunFailed(

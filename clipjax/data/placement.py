@@ -4,43 +4,32 @@ from __future__ import annotations
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from clipjax.batch import Batch
 from clipjax.errors import ClipjaxError
-
-BATCH_AXES = ("group", "data")
-"""The mesh axes a batch is split over; along any other axis it is replicated."""
+from clipjax.mesh import batch_sharding, batch_shards
 
 
 def process_rows(mesh: Mesh) -> tuple[int, int]:
     """Which rows of a global batch this process must make: part `index` of `count` equal ones.
 
-    Processes whose devices differ only along other axes (`tensor`) hold the same rows, so the count
-    may be smaller than the number of processes.
+    Processes whose devices differ only along `tensor` hold the same rows, so the count may be smaller than the
+    number of processes.
 
     Raises:
-      ClipjaxError: this process' devices hold rows that are no such part.
+      ClipjaxError: the processes' devices hold parts of different sizes, or parts that overlap.
     """
-    shards = mesh.shape[BATCH_AXES[0]] * mesh.shape[BATCH_AXES[1]]
-    owned = NamedSharding(mesh, P(BATCH_AXES)).addressable_devices_indices_map((shards,))
-    rows = sorted({index[0].indices(shards)[0] for index in owned.values() if index is not None})
-    count = shards // len(rows)
-    if (
-        rows != list(range(rows[0], rows[0] + len(rows)))
-        or shards % len(rows)
-        or rows[0] % len(rows)
-    ):
-        raise ClipjaxError(
-            f"the devices of process {jax.process_index()} hold the parts {rows} of {shards} of a "
-            "batch, which are not one contiguous run: make the mesh in the order of the processes"
-        )
-    return rows[0] // len(rows), count
+    pieces = _pieces(mesh)
+    parts = sorted(set(pieces.values()))
+    return parts.index(pieces[jax.process_index()]), len(parts)
 
 
 def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     """This process's rows as global arrays, split over the mesh axes (group, data).
+
+    Where a mesh follows the links of a torus, the devices of a process need not be neighbors in it: then the rows of
+    a process are no contiguous run of the global arrays either.
 
     Args:
       batch: arrays [b, ...], part `process_rows(mesh)` of the global batch.
@@ -52,17 +41,39 @@ def to_global(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     Raises:
       ClipjaxError: the global batch is not divisible by the devices it is split over.
     """
-    _, count = process_rows(mesh)
-    shards = mesh.shape[BATCH_AXES[0]] * mesh.shape[BATCH_AXES[1]]
-    sharding = NamedSharding(mesh, P(BATCH_AXES))
+    shards, sharding = batch_shards(mesh), batch_sharding(mesh)
+    mine = _pieces(mesh)[jax.process_index()]
     arrays = {}
     for key, rows in batch.items():
-        total = len(rows) * count
+        total = len(rows) * (shards // len(mine))
         if total % shards:
             raise ClipjaxError(
                 f"a batch of {total} cannot be split over group x data = {shards} devices; make "
                 "batch_size a multiple of that"
             )
+        size = total // shards
+
+        def piece(where, rows=rows, size=size):
+            start = mine.index((where[0].start or 0) // size) * size
+            return rows[start : start + size]
+
         shape = (total, *rows.shape[1:])
-        arrays[key] = jax.make_array_from_process_local_data(sharding, rows, shape)
+        arrays[key] = jax.make_array_from_callback(shape, sharding, piece)
     return arrays
+
+
+def _pieces(mesh: Mesh) -> dict[int, tuple[int, ...]]:
+    """Process -> which of the `batch_shards` pieces of a batch its devices hold, ascending."""
+    grid = mesh.devices.reshape(batch_shards(mesh), -1)
+    held: dict[int, set[int]] = {}
+    for number, devices in enumerate(grid):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(number)
+    pieces = {process: tuple(sorted(numbers)) for process, numbers in held.items()}
+    parts = set(pieces.values())
+    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != len(grid):
+        raise ClipjaxError(
+            f"the processes hold the parts {sorted(parts)} of {len(grid)} of a batch, which overlap or are of "
+            "different sizes: give every process as many devices, and let mesh.tensor divide them or be a multiple"
+        )
+    return pieces

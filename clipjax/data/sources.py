@@ -54,7 +54,8 @@ class RandomAccess(Protocol):
     """An opened source. Called from several threads at once.
 
     It may also have `class_names: tuple[str, ...]`, the names behind `label`, and `keys()`, the keys
-    of all records in order, where they are known without reading any.
+    of all records in order, where they are known without reading any, and `facts(index)`, a record
+    without its picture, where that is less to read.
     """
 
     def __len__(self) -> int: ...
@@ -143,23 +144,23 @@ class _OpenTfds:
     def __getitem__(self, index: int) -> Record:
         example = self._records[index]
         name = f"{self.config.name}/{self.config.split}[{index}]"
-        captions, languages = self._captions(example)
+        captions, languages = self._captions(example, name)
         identity = _at(example, self._id)
         record = Record(
             image=_at(example, self._image),
             captions=captions,
             languages=languages,
             id=int(identity) if isinstance(identity, (int, np.integer)) else index,
-            key=_text(_at(example, self._key)) or name,
+            key=_text(_at(example, self._key), name) or name,
         )
         if self._label is not None:
             record["label"] = int(_at(example, self._label))
         # Every other feature, under its own name.
         return example | record  # type: ignore[return-value]
 
-    def _captions(self, example) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        captions = _texts(_at(example, self._caption))
-        languages = _texts(_at(example, self._language))
+    def _captions(self, example, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        captions = _texts(_at(example, self._caption), name)
+        languages = _texts(_at(example, self._language), name)
         wanted = self.config.languages
         if not wanted:
             return captions, languages
@@ -309,11 +310,16 @@ def _at(example: Any, keys: tuple[str, ...] | None) -> Any:
     return example
 
 
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else ("" if value is None else str(value))
+def _text(value: Any, name: str) -> str:
+    try:
+        return value.decode() if isinstance(value, bytes) else ("" if value is None else str(value))
+    except UnicodeDecodeError as error:
+        raise UnreadableRecord(f"{name}: a text is not UTF-8 ({error})") from error
 
 
-def _texts(value: Any) -> tuple[str, ...]:
+def _texts(value: Any, name: str) -> tuple[str, ...]:
     if value is None:
         return ()
-    return (_text(value),) if isinstance(value, (bytes, str)) else tuple(_text(v) for v in value)
+    if isinstance(value, (bytes, str)):
+        return (_text(value, name),)
+    return tuple(_text(v, name) for v in value)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from clipjax.component import Component
+from clipjax.data.captions import encodable
 from clipjax.errors import ClipjaxError, did_you_mean
 
 _FACTS_FILE = "tokenizer_facts.json"
@@ -165,6 +166,7 @@ class TokenizerModel:
 
 def cleaned(text: str, clean: Clean) -> str:
     """A text as `clean` makes it, before any vocabulary."""
+    text = encodable(text)
     if clean == "keep":
         return text
     if clean in _REPAIRING:

@@ -1,4 +1,4 @@
-"""WebDataset tars with random access: an index of offsets is made once, samples are read in place.
+"""WebDataset tars with random access: where the samples are is found once, and each is read in place.
 
 The files of a sample share a stem and follow each other (`0007.jpg`, `0007.txt`), as in
 https://github.com/webdataset/webdataset. A table of contents, kept in `index_dir`, saves scanning
@@ -7,48 +7,50 @@ the tars again.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import glob
-import hashlib
 import itertools
 import json
 import logging
 import os
 import re
-import tarfile
-import threading
-import zipfile
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any, Literal
 
-import numpy as np
-
+from clipjax.data.captions import as_texts, at_path, encodable
+from clipjax.data.reading import MAX_BYTES, Files
 from clipjax.data.sources import RandomAccess, Record, Source, UnreadableRecord
+from clipjax.data.tars import Index, index_tars, kept_file, members, stem_and_extension
 from clipjax.errors import ClipjaxError
 
 logger = logging.getLogger(__name__)
 
-OPEN_FILES = 32  # tars a thread keeps open
-MAX_BYTES = 1 << 28
-"""Files in a tar that are larger than this are refused unread: a header may claim any size."""
-
 
 @dataclasses.dataclass(frozen=True)
 class WebDataset(Source):
-    """Samples in uncompressed tar files."""
+    """Samples in uncompressed tar files.
+
+    Every other file of a sample is an entry of its record, by its extension ("npy"), for the fields
+    of a batch; "json:scores.clip" leads into a JSON file.
+    """
 
     shards: str
     """The tars: a pattern such as "data/*.tar" or "data/{0000..0099}.tar"."""
     image_keys: tuple[str, ...] = ("jpg", "jpeg", "png", "webp")
     """Extensions of the picture; the first that a sample has."""
     caption_keys: tuple[str, ...] = ("txt",)
-    """Extensions of captions; "json:caption" is the field `caption` of a JSON file."""
+    """Extensions of captions; "json:caption" is the field `caption` of a JSON file, and a list of
+    texts there is several captions."""
     languages: tuple[str, ...] = ()
     """Language code of each of caption_keys, where known."""
+    lines: bool = False
+    """Whether each line of a caption's file is a caption of its own."""
     label_key: str | None = None
     """Extension of the file that holds the class index, usually "cls"."""
     index_dir: str | None = None
     """Folder to keep the tars' tables of contents in; default: they are not kept."""
+    damaged: Literal["refuse", "skip"] = "refuse"
+    """What happens to a tar that is damaged or not whole: the run is refused, or the tar left out."""
 
     def __post_init__(self):
         if self.languages and len(self.languages) != len(self.caption_keys):
@@ -56,91 +58,114 @@ class WebDataset(Source):
                 f"WebDataset: {len(self.languages)} languages for {len(self.caption_keys)} "
                 "caption_keys; give one each"
             )
+        if self.damaged not in ("refuse", "skip"):
+            raise ClipjaxError(
+                f"WebDataset: damaged={self.damaged!r} is neither 'refuse' nor 'skip'"
+            )
 
     def open(self) -> RandomAccess:
+        return _OpenTars(self, self.index())
+
+    def index(self, executor: Any = None) -> Index:
+        """Where the samples are, as `clipjax.data.tars.index_tars` finds it.
+
+        Raises:
+          ClipjaxError: a tar is not there, or cannot be used.
+        """
         paths = expand(self.shards)
         if not paths:
             raise ClipjaxError(f"WebDataset: no file matches shards={self.shards!r}")
         for path in paths:
             if not os.path.isfile(path):
                 raise ClipjaxError(f"WebDataset: there is no file {path!r}")
-        return _OpenTars(self, paths)
+        kept = (
+            kept_file(self.index_dir, self.shards, self.image_keys)
+            if self.index_dir is not None
+            else None
+        )
+        index = index_tars(paths, self.image_keys, kept, self.damaged == "skip", executor)
+        if not len(index):
+            raise ClipjaxError(
+                f"WebDataset: no sample in {self.shards!r} has a picture "
+                f"({', '.join(self.image_keys)}); set image_keys"
+            )
+        if index.without_picture:
+            logger.warning("%s: %d samples have no picture", self.shards, index.without_picture)
+        return index
 
 
 class _OpenTars:
-    def __init__(self, config: WebDataset, paths: list[str]):
-        self._config, self._paths = config, paths
-        extensions = [*config.image_keys, *(key.partition(":")[0] for key in config.caption_keys)]
-        self._extensions = list(
-            dict.fromkeys(extensions + ([config.label_key] if config.label_key else []))
-        )
-        columns = [self._extensions.index(e) for e in config.image_keys]
-        self._tables = []
-        without_picture = 0
-        for path in paths:
-            stems, places = _contents(path, self._extensions, config.index_dir)
-            pictured = (places[:, columns, 1] >= 0).any(axis=1)
-            without_picture += int((~pictured).sum())
-            self._tables.append((stems[pictured], places[pictured]))
-        self._ends = np.cumsum([len(stems) for stems, _ in self._tables])
-        if len(self) == 0:
-            raise ClipjaxError(
-                f"WebDataset: no sample in {config.shards!r} has a picture "
-                f"({', '.join(config.image_keys)}); set image_keys"
-            )
-        if without_picture:
-            logger.warning("%s: %d samples have no picture", config.shards, without_picture)
-        self._local = threading.local()
+    def __init__(self, config: WebDataset, index: Index):
+        self._config, self._index, self._files = config, index, Files()
+        self._warned = False
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self._index)
 
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        tar = int(np.searchsorted(self._ends, index, side="right"))
-        stems, places = self._tables[tar]
-        row = index - (int(self._ends[tar - 1]) if tar else 0)
-        key = f"{os.path.basename(self._paths[tar])}:{stems[row].decode(errors='replace')}"
+        path, offset, size = self._index[index]
+        shard = os.path.basename(path)
+        if size > MAX_BYTES:
+            raise UnreadableRecord(
+                f"{shard}: the sample at byte {offset:,} has {size:,} bytes, above {MAX_BYTES:,}"
+            )
+        content = self._files.read(path, offset, size, f"{shard}: the sample at byte {offset:,}")
+        stem, files = _files(lambda at, n: content[at : at + n], size, path)
+        return self._record(index, f"{shard}:{stem}", files)
 
-        def read(extension: str) -> bytes | None:
-            offset, size = places[row, self._extensions.index(extension)].tolist()
-            if size > MAX_BYTES:
-                raise UnreadableRecord(
-                    f"{key}: .{extension} has {size:,} bytes, above {MAX_BYTES:,}"
-                )
-            return None if size < 0 else self._read(tar, offset, size)
+    def facts(self, index: int) -> Record:
+        """The record without its picture, of which nothing is read."""
+        path, offset, size = self._index[index]
+        name = f"{os.path.basename(path)}: the sample at byte {offset:,}"
+        stem, files = _files(
+            lambda at, n: self._files.read(path, offset + at, min(n, size - at), name),
+            size,
+            path,
+            self._config.image_keys,
+        )
+        return self._record(index, f"{os.path.basename(path)}:{stem}", files)
 
-        images = (read(extension) for extension in self._config.image_keys)
-        captions = [_caption(read, spec, key) for spec in self._config.caption_keys]
-        spoken = [i for i, caption in enumerate(captions) if caption is not None]
+    def _record(self, index: int, key: str, files: dict[str, bytes]) -> Record:
+        config = self._config
+        image = next((files[e] for e in config.image_keys if e in files), None)
+        if image is None:
+            raise UnreadableRecord(f"{key}: no sample with a picture is where the index says")
+        captions: list[str] = []
+        languages: list[str] = []
+        for i, spec in enumerate(config.caption_keys):
+            texts = _captions(files, spec, key, config.lines)
+            captions += texts
+            languages += [config.languages[i]] * len(texts) if config.languages else []
+        if not config.lines and not self._warned and any("\n" in c.strip() for c in captions):
+            self._warned = True
+            logger.warning(
+                "%s: the caption holds line breaks; WebDataset(lines=True) takes each line as a "
+                "caption of its own",
+                key,
+            )
         record = Record(
-            image=next(image for image in images if image is not None),
-            captions=tuple(captions[i] or "" for i in spoken),
-            languages=tuple(self._config.languages[i] for i in spoken)
-            if self._config.languages
-            else (),
+            image=image,
+            captions=tuple(captions),
+            languages=tuple(languages),
             id=index,
             key=key,
         )
-        if self._config.label_key:
-            record["label"] = _label(read(self._config.label_key), key)
-        return record
-
-    def _read(self, tar: int, offset: int, size: int) -> bytes:
-        """Bytes of one tar. Each thread has files of its own, so none is closed under another."""
-        files = self._local.__dict__.setdefault("files", collections.OrderedDict())
-        if tar not in files:
-            if len(files) >= OPEN_FILES:
-                files.popitem(last=False)[1].close()
-            files[tar] = open(self._paths[tar], "rb", buffering=0)  # noqa: SIM115 (kept open)
-        files.move_to_end(tar)
-        return os.pread(files[tar].fileno(), size, offset)
+        if config.label_key:
+            record["label"] = _label(files.get(config.label_key), key)
+        others = {e: content for e, content in files.items() if e not in config.image_keys}
+        return others | record  # type: ignore[return-value]
 
 
 def expand(pattern: str) -> list[str]:
-    """The files of a pattern, in order: `{0000..0099}` counts, `*`, `?` and `[...]` match."""
+    """The files of a pattern, in order: `{0000..0099}` counts, `*`, `?` and `[...]` match.
+
+    A file that is called just so is meant before what a pattern would match.
+    """
     pattern = os.path.expanduser(pattern)
+    if os.path.isfile(pattern):
+        return [pattern]
     count = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if count:
         first, last = count.groups()
@@ -150,81 +175,42 @@ def expand(pattern: str) -> list[str]:
     return sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
 
 
-def _contents(
-    path: str, extensions: list[str], index_dir: str | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Stems [n] (bytes) and places int64 [n, extensions, 2]: offset and size, -1 if missing."""
-    if index_dir is None:
-        return _scan(path, extensions)
-    stat = os.stat(path)
-    mark = f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns} {' '.join(extensions)}"
-    name = f"{Path(path).stem}-{hashlib.blake2b(mark.encode(), digest_size=8).hexdigest()}.npz"
-    kept = Path(index_dir).expanduser() / name
+def _files(
+    read: Callable[[int, int], bytes], size: int, path: str, unread: tuple[str, ...] = ()
+) -> tuple[str, dict[str, bytes]]:
+    """(stem, contents by extension) of the sample in the `size` bytes that `read` reads.
+
+    The files with an extension in `unread` are empty.
+    """
+    stem: str | None = None
+    files: dict[str, bytes] = {}
     try:
-        with np.load(kept) as table:
-            return table["stems"], table["places"]
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        logger.warning("%s is damaged (%s): scanning the tar again", kept, error)
-    stems, places = _scan(path, extensions)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    scratch = kept.with_name(f"{name}.{os.getpid()}.tmp")  # whole or absent, also under a race
-    with scratch.open("wb") as file:
-        np.savez(file, stems=stems, places=places)
-    scratch.replace(kept)
-    return stems, places
+        found = list(members(read, size, path, whole=False))
+    except UnreadableRecord:
+        raise
+    except ClipjaxError as error:  # the tar has changed since it was indexed
+        raise UnreadableRecord(f"{path}: no sample is where the index says ({error})") from error
+    for member in found:
+        parts = stem_and_extension(member.name)
+        if parts is not None and ".." not in member.name.split("/"):
+            stem = parts[0] if stem is None else stem
+            files[parts[1]] = b"" if parts[1] in unread else read(member.data, member.size)
+    name = (stem or "").encode(errors="surrogateescape").decode(errors="replace")
+    return name, files
 
 
-def _scan(path: str, extensions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    column = {extension: i for i, extension in enumerate(extensions)}
-    length = os.path.getsize(path)
-    outside = 0
-    stems: list[bytes] = []
-    places: list[np.ndarray] = []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # or it keeps every header
-                if member.size < 0:  # the next header would lie before this one, for ever
-                    raise ClipjaxError(f"the tar {path!r} gives {member.name!r} a negative size")
-                if not member.isfile() or member.issparse():
-                    continue
-                if member.name.startswith("/") or ".." in member.name.split("/"):
-                    # Nothing is ever extracted, but names travel on, to where somebody may.
-                    if not outside:
-                        logger.warning("%s: left out %r, outside of the tar", path, member.name)
-                    outside += 1
-                    continue
-                if member.offset_data + member.size > length:
-                    raise ClipjaxError(f"the tar {path!r} is cut short in {member.name!r}")
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                stem_bytes = f"{folder}/{stem}".strip("/").encode(errors="surrogateescape")
-                if not stems or stems[-1] != stem_bytes:
-                    stems.append(stem_bytes)
-                    places.append(np.full((len(extensions), 2), -1, np.int64))
-                if extension.lower() in column:
-                    places[-1][column[extension.lower()]] = member.offset_data, member.size
-        if outside > 1:
-            logger.warning("%s: left out %d files with names like that", path, outside)
-    except tarfile.TarError as error:
-        raise ClipjaxError(f"{path!r} is not an uncompressed tar file ({error})") from error
-    return np.array(stems, dtype=np.bytes_), np.array(places).reshape(-1, len(extensions), 2)
-
-
-def _caption(read, spec: str, key: str) -> str | None:
+def _captions(files: dict[str, bytes], spec: str, key: str, lines: bool) -> list[str]:
     extension, _, field = spec.partition(":")
-    content = read(extension)
+    content = files.get(extension)
     if content is None:
-        return None
+        return []
     try:
-        if not field:
-            return content.decode()
-        value = json.loads(content).get(field)
-    except (UnicodeDecodeError, ValueError, AttributeError) as error:
+        text = content.decode("utf-8-sig")
+        if field:
+            return list(as_texts(at_path(json.loads(text), field), f"{key}: {spec!r}"))
+    except (UnicodeDecodeError, ValueError, TypeError, RecursionError) as error:
         raise UnreadableRecord(f"{key}: the file .{extension} does not parse ({error})") from error
-    return None if value is None else str(value)
+    return [line for line in text.split("\n") if line.strip()] if lines else [encodable(text)]
 
 
 def _label(content: bytes | None, key: str) -> int:

@@ -234,7 +234,9 @@ def _by_label(config: ZeroShot, data: EvalSet) -> dict[str, _Classified]:
         )
     if config.prompts:
         return {"": _by_prompts(config, config.prompts, data)}
-    names = config.class_names or data.class_names
+    # Names as a source declares them (folders, features) have underscores for spaces.
+    declared = tuple(name.replace("_", " ") for name in data.class_names or ())
+    names = config.class_names or declared
     if not names:
         raise ClipjaxError(
             f"{config.source} does not say what its classes are called: set class_names or prompts"

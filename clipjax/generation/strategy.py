@@ -11,19 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from clipjax.batch import SpecialTokens
 from clipjax.component import Component
 from clipjax.errors import ClipjaxError
 from clipjax.generation.decoder import Decoder
 from clipjax.mesh import BATCH_AXES
-
-
-@dataclasses.dataclass(frozen=True)
-class SpecialTokens:
-    """The tokens of a vocabulary that are no text; `bos` is None where rows begin without one."""
-
-    bos: int | None
-    eos: int
-    pad: int
 
 
 class Generated(NamedTuple):

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from clipjax.batch import Batch, Encoded
+from clipjax.batch import PAIR, Batch, Encoded
 from clipjax.component import Component
 from clipjax.errors import ClipjaxError, did_you_mean
-from clipjax.models.base import Model
+from clipjax.models.base import Encoders, Model, as_tokens, key_for
 from clipjax.models.dual_encoder import to_unit
 from clipjax.models.scale import require_scale, scale_and_bias, scale_of
 from clipjax.towers import layers
@@ -230,7 +230,7 @@ class CoCa(Model):
         return CoCaModule(self, rngs)
 
 
-class CoCaModule(nnx.Module):
+class CoCaModule(Encoders):
     """The module of `CoCa`. `logit_scale` is stored as its logarithm, as in CLIP."""
 
     def __init__(self, config: CoCa, rngs: nnx.Rngs):
@@ -251,56 +251,83 @@ class CoCaModule(nnx.Module):
         self.text_projection = layers.Linear(text_width, config.embed_dim, rngs, bias=False)
         self.logit_scale, self.logit_bias = scale_and_bias(config)
 
-    def encode_image(self, image: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """[B, H, W, 3] uint8 (or float in 0..1) -> [B, E] float32, unit norm.
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        return ("image", "text")
 
-        Of a model that only captions, the image tower's own vector.
-        """
-        return self._see(image, key)[1]
+    def outputs(
+        self, encoder: str, inputs: jax.Array, key: jax.Array | None, wanted: frozenset[str]
+    ) -> dict[str, Any]:
+        """Besides the usual: `memory` of an image and `hidden` of a text, what captions are made of.
 
-    def encode_text(self, text: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """int32 [B, L] -> [B, E] float32, unit norm.
+        The embedding of an image by a model that only captions is the image tower's own vector.
 
         Raises:
-          ClipjaxError: the model only captions.
+          ClipjaxError: texts have no embeddings, as the model only captions.
         """
-        if not self.config.contrasts:
+        if encoder == "image":
+            tokens, pooled, memory = self._see(inputs, key)
+            return {
+                "embedding": to_unit(pooled, self.image_projection),
+                "pooled": pooled,
+                "tokens": as_tokens(self.image, inputs, tokens, key),
+                "memory": memory,
+            }
+        if not self.config.contrasts and wanted - {"hidden"}:
             raise ClipjaxError(
-                "this CoCa has no text embeddings: it only captions (set CoCa.text or two_pass)"
+                "this CoCa has no text embeddings: it only captions (set CoCa.text or two_pass, or take "
+                "Caption alone as the objective)"
             )
-        return self._read(text, key)[2]
+        hidden, tokens, pooled = self._read(inputs, key, tokens="tokens" in wanted)
+        made: dict[str, Any] = {}
+        if hidden is not None:
+            made["hidden"] = hidden
+        if tokens is not None:
+            made["tokens"] = as_tokens(self.text, inputs, tokens, key)
+        if pooled is not None:
+            made |= {"embedding": to_unit(pooled, self.text_projection), "pooled": pooled}
+        return made
+
+    def width(self, encoder: str, output: str) -> int:
+        if output == "embedding":
+            return self.config.embed_dim if self.config.contrasts else self.image.width
+        if encoder == "image":
+            whole = output == "tokens" or self.config.poolers is None
+            return self.image.width if whole else self.config.decoder.width
+        return self.config.decoder.width if self.text is None else self.text.width
+
+    def shared(self) -> dict[str, jax.Array]:
+        """Nothing of a model that only captions."""
+        if self.logit_scale is None:
+            return {}
+        scale = scale_of(self.logit_scale[...], self.config.logit_scale_max)
+        bias = {} if self.logit_bias is None else {"logit_bias": self.logit_bias[...]}
+        return {"logit_scale": scale} | bias
 
     def __call__(
-        self,
-        batch: Batch,
-        key: jax.Array | None = None,
-        *,
-        tokens: bool = False,
-        captions: bool = False,
+        self, batch: Batch, key: jax.Array | None = None, needs: frozenset[str] = PAIR
     ) -> Encoded:
         """Encodes a batch.
 
         Args:
           batch: has `image` and `text`, whose rows are start, tokens, end, padding.
           key: PRNG key in training, None in inference.
-          tokens: whether to return the towers' tokens too.
-          captions: whether to return what captions are predicted from too. Embeddings are the same
-            with and without, dropout included.
+          needs: as for any model, and `captions`: what captions are predicted from. Embeddings are
+            the same with and without, dropout included.
         """
-        image_key, text_key, decoder_key = layers.keys(key, 3)
-        image_tokens, image, memory = self._see(batch["image"], image_key)
-        hidden, text_tokens, text = self._read(batch["text"], text_key, tokens=tokens)
-        features = self._caption(batch["text"], hidden, memory, decoder_key) if captions else None
-        return Encoded(
-            image=image,
-            text=text,
-            logit_scale=self.scale(),
-            logit_bias=None if self.logit_bias is None else self.logit_bias[...],
-            image_tokens=image_tokens if tokens else None,
-            text_tokens=text_tokens if tokens else None,
-            caption_features=features,
-            caption_head=self._head() if captions else None,
+        if "captions" not in needs:
+            return super().__call__(batch, key, needs)
+        asked = needs - {"captions"}
+        halves = {"image_memory"} | (set() if self.config.unimodal else {"text_hidden"})
+        encoded = super().__call__(batch, key, asked | halves)
+        features = self._caption(
+            batch["text"],
+            encoded.rows.get("text_hidden"),
+            encoded["image_memory"],
+            key_for(key, "captions"),
         )
+        rows = {name: encoded[name] for name in asked} | {"captions": features}
+        return Encoded(rows, encoded.shared | {"caption_head": self._head()})
 
     def caption_memory(self, image: jax.Array) -> jax.Array:
         """The image's tokens that captions are written from: [B, H, W, 3] -> [B, Q, D]."""
@@ -353,18 +380,12 @@ class CoCaModule(nnx.Module):
         hidden = self._first_half.hidden(tokens)[0]
         return self._predict(self.decoder(hidden, memory))
 
-    def scale(self) -> Any:
-        """float32 []: `exp(logit_scale)`, at most `logit_scale_max`; None if the model only captions."""
-        if self.logit_scale is None:
-            return None
-        return scale_of(self.logit_scale[...], self.config.logit_scale_max)
-
     @property
     def _first_half(self) -> TextTransformerModule:
         return self.text if self.unimodal is None else self.unimodal
 
     def _see(self, image, key):
-        """The image tower's tokens, the embedding [B, E] and the memory [B, Q, D]."""
+        """The image tower's tokens, the vector to contrast [B, D] and the memory [B, Q, D]."""
         tokens, pooled = self.image(image, key=key)
         memory, poolers = tokens, self.config.poolers
         if poolers is not None and self.memory_pool is not None:
@@ -374,10 +395,10 @@ class CoCaModule(nnx.Module):
             elif self.contrast_pool is not None:
                 seen = memory if poolers.layout == "cascade" else tokens
                 pooled = self.contrast_pool(seen)[:, 0]
-        return tokens, to_unit(pooled, self.image_projection), memory
+        return tokens, pooled, memory
 
     def _read(self, text, key, *, tokens=False):
-        """The stream for the decoder [B, L, D] if the text tower makes it, tokens, embedding."""
+        """The stream for the decoder [B, L, D] if the text tower makes it, tokens, vector [B, D]."""
         if self.text is None:
             pooled = self._second_pass(text, key) if self.config.two_pass else None
             hidden = text_tokens = None
@@ -386,11 +407,7 @@ class CoCaModule(nnx.Module):
         else:
             hidden, pooled = self.text.hidden(text, key=key)
             text_tokens = self.text.norm(hidden) if tokens else None
-        return (
-            hidden,
-            text_tokens,
-            pooled if pooled is None else to_unit(pooled, self.text_projection),
-        )
+        return hidden, text_tokens, pooled
 
     def _second_pass(self, text, key):
         """[B, D]: the mean token of the decoder, bidirectional and without cross-attention."""

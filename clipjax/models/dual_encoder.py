@@ -1,17 +1,18 @@
-"""DualEncoder: an image tower and a text tower into one space of unit vectors."""
+"""Towers into one space of unit vectors: any number of them, or an image tower and a text tower."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from clipjax.batch import Batch, Encoded
+from clipjax.component import Component
 from clipjax.errors import ClipjaxError
 from clipjax.layout import batch_first
-from clipjax.models.base import Model
+from clipjax.models.base import Encoders, Model, as_tokens
 from clipjax.models.scale import require_scale, scale_and_bias, scale_of
 from clipjax.towers import layers
 from clipjax.towers.base import Tower, require, require_choice, require_positive
@@ -22,7 +23,45 @@ PROJECTIONS = ("linear", "affine", "mlp", "none")
 
 
 @dataclasses.dataclass(frozen=True)
-class DualEncoder(Model):
+class Encoder(Component):
+    """One tower of a `MultiEncoder`, and its way into the common space."""
+
+    name: str
+    """What the batch calls its input; inputs whose names go on with `_` come here too."""
+    tower: Tower
+    """The tower."""
+    projection: str = "linear"
+    """From the tower's width to embed_dim: linear, affine (with a bias), mlp (one hidden layer of 4
+    times the width, GELU), or none."""
+
+    def __post_init__(self) -> None:
+        require_choice(self, "projection", PROJECTIONS)
+        require(isinstance(self.tower, Tower), f"Encoder.tower={self.tower!r} is no Tower")
+        require(
+            self.name.isidentifier(),
+            f"Encoder.name={self.name!r} must be a name such as 'audio'",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Joint(Model):
+    """What models of towers in one space have: its size, and the scale (and bias) of similarities."""
+
+    def encoders(self) -> tuple[Encoder, ...]:
+        """The towers, with their names and projections."""
+        raise NotImplementedError
+
+    def build(self, rngs: nnx.Rngs) -> JointModule:
+        """Makes the module.
+
+        Raises:
+          ClipjaxError: a tower without projection has another width than `embed_dim`.
+        """
+        return JointModule(self, rngs)
+
+
+@dataclasses.dataclass(frozen=True)
+class DualEncoder(Joint):
     """Two towers, each with a projection, and the scale (and bias) of their similarities."""
 
     image: Tower = dataclasses.field(default_factory=ViT)
@@ -52,67 +91,85 @@ class DualEncoder(Model):
             require(isinstance(tower, Tower), f"DualEncoder.{name}={tower!r} is no Tower")
         require_scale(self)
 
-    def build(self, rngs: nnx.Rngs) -> DualEncoderModule:
-        """Makes the module.
-
-        Raises:
-          ClipjaxError: a tower without projection has another width than `embed_dim`.
-        """
-        return DualEncoderModule(self, rngs)
-
-
-class DualEncoderModule(nnx.Module):
-    """The module of `DualEncoder`. `logit_scale` is stored as its logarithm, as in CLIP."""
-
-    def __init__(self, config: DualEncoder, rngs: nnx.Rngs):
-        self.config = config
-        self.image = config.image.build(rngs)
-        self.text = config.text.build(rngs)
-        self.image_projection = _projection(config, "image", self.image, rngs)
-        self.text_projection = _projection(config, "text", self.text, rngs)
-        self.logit_scale, self.logit_bias = scale_and_bias(config)
-
-    def encode_image(self, image: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """[B, H, W, 3] uint8 (or float in 0..1) -> [B, E] float32, unit norm."""
-        return self._embed_image(image, key)[1]
-
-    def encode_text(self, text: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """int32 [B, L] -> [B, E] float32, unit norm."""
-        return self._embed_text(text, key)[1]
-
-    def __call__(
-        self, batch: Batch, key: jax.Array | None = None, *, tokens: bool = False
-    ) -> Encoded:
-        """Encodes a batch.
-
-        Args:
-          batch: has `image` and `text`.
-          key: PRNG key in training, None in inference.
-          tokens: whether to return the towers' tokens too.
-        """
-        image_key, text_key = layers.keys(key, 2)
-        image_tokens, image = self._embed_image(batch["image"], image_key)
-        text_tokens, text = self._embed_text(batch["text"], text_key)
-        return Encoded(
-            image=image,
-            text=text,
-            logit_scale=self.scale(),
-            logit_bias=None if self.logit_bias is None else self.logit_bias[...],
-            image_tokens=image_tokens if tokens else None,
-            text_tokens=text_tokens if tokens else None,
+    def encoders(self):
+        return (
+            Encoder("image", self.image, self.image_projection),
+            Encoder("text", self.text, self.text_projection),
         )
 
-    def scale(self) -> jax.Array:
-        """float32 []: `exp(logit_scale)`, at most `logit_scale_max`."""
-        return scale_of(self.logit_scale[...], self.config.logit_scale_max)
 
-    def _embed_image(self, image, key):
-        tokens, pooled = self.image(image, key=key)
-        return tokens, to_unit(pooled, self.image_projection)
+@dataclasses.dataclass(frozen=True)
+class MultiEncoder(Joint):
+    """Any number of towers, each for the inputs that bear its name: pictures, texts, audio, depth."""
 
-    def _embed_text(self, text, key):
-        tokens, pooled = self.text(text, key=key)
-        return tokens, to_unit(pooled, self.text_projection)
+    towers: tuple[Encoder, ...] = (
+        Encoder("image", ViT()),
+        Encoder("text", TextTransformer()),
+    )
+    """The towers. Parameters are called as in a `DualEncoder`: `audio/...`, `audio_projection/...`."""
+    embed_dim: int = 512
+    """Dimensions of the common space, E."""
+    logit_scale_init: float = 1 / 0.07
+    """What similarities are multiplied by at first."""
+    logit_scale_max: float | None = 100.0
+    """The scale is never above this; None: no limit."""
+    logit_bias_init: float | None = None
+    """What is added to scaled similarities at first; None: no bias."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "embed_dim")
+        require_scale(self)
+        names = [one.name for one in self.towers]
+        require(bool(names), "MultiEncoder.towers is empty: name at least one")
+        for name in names:
+            require(
+                names.count(name) == 1,
+                f"MultiEncoder.towers has two towers called {name!r}: names must differ",
+            )
+            require(
+                not hasattr(JointModule, name)
+                and name not in ("config", "logit_scale", "logit_bias"),
+                f"MultiEncoder.towers: {name!r} is taken; call the tower something else",
+            )
+
+    def encoders(self):
+        return self.towers
+
+
+class JointModule(Encoders):
+    """The module of `Joint`. `logit_scale` is stored as its logarithm, as in CLIP."""
+
+    def __init__(self, config: Any, rngs: nnx.Rngs):
+        self.config = config
+        for one in config.encoders():
+            setattr(self, one.name, one.tower.build(rngs))
+        for one in config.encoders():
+            projection = _projection(config, one, getattr(self, one.name), rngs)
+            setattr(self, f"{one.name}_projection", projection)
+        self.logit_scale, self.logit_bias = scale_and_bias(config)
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        return tuple(one.name for one in self.config.encoders())
+
+    def outputs(
+        self, encoder: str, inputs: jax.Array, key: jax.Array | None, wanted: frozenset[str]
+    ) -> dict[str, Any]:
+        tower = getattr(self, encoder)
+        tokens, pooled = tower(inputs, key=key)
+        return {
+            "embedding": to_unit(pooled, getattr(self, f"{encoder}_projection")),
+            "pooled": pooled,
+            "tokens": as_tokens(tower, inputs, tokens, key),
+        }
+
+    def width(self, encoder: str, output: str) -> int:
+        return self.config.embed_dim if output == "embedding" else getattr(self, encoder).width
+
+    def shared(self) -> dict[str, jax.Array]:
+        scale = scale_of(self.logit_scale[...], self.config.logit_scale_max)
+        bias = {} if self.logit_bias is None else {"logit_bias": self.logit_bias[...]}
+        return {"logit_scale": scale} | bias
 
 
 class Head(nnx.Module):
@@ -128,25 +185,24 @@ class Head(nnx.Module):
 
 
 def _projection(
-    config: DualEncoder, side: str, tower: nnx.Module, rngs: nnx.Rngs
+    config: Any, encoder: Encoder, tower: nnx.Module, rngs: nnx.Rngs
 ) -> layers.Linear | Head | None:
-    width = getattr(tower, "width", None)
+    width, model, name = getattr(tower, "width", None), type(config).__name__, encoder.name
     if not isinstance(width, int):
         raise ClipjaxError(
-            f"DualEncoder.{side}: the module of {type(getattr(config, side)).__name__} has no "
-            "attribute `width` (the size of its pooled vectors)"
+            f"{model}.{name}: the module of {type(encoder.tower).__name__} has no attribute "
+            "`width` (the size of its pooled vectors)"
         )
-    kind = getattr(config, f"{side}_projection")
-    if kind == "none":
+    if encoder.projection == "none":
         require(
             width == config.embed_dim,
-            f"DualEncoder.embed_dim={config.embed_dim} is not the {side} tower's width {width}: "
-            f"make them equal, or set DualEncoder.{side}_projection to 'linear'",
+            f"{model}.embed_dim={config.embed_dim} is not the {name} tower's width {width}: "
+            f"make them equal, or set {model}.{name}_projection to 'linear'",
         )
         return None
-    if kind == "mlp":
+    if encoder.projection == "mlp":
         return Head(width, config.embed_dim, rngs)
-    return layers.Linear(width, config.embed_dim, rngs, bias=kind == "affine")
+    return layers.Linear(width, config.embed_dim, rngs, bias=encoder.projection == "affine")
 
 
 def to_unit(pooled: jax.Array, projection: layers.Linear | Head | None) -> jax.Array:

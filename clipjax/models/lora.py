@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from clipjax.batch import Batch, Encoded
+from clipjax.batch import PAIR, Batch, Encoded
 from clipjax.errors import ClipjaxError, did_you_mean
 from clipjax.models.base import Model
 from clipjax.params import Tree, map_with_path, merge, paths, split
@@ -90,10 +90,12 @@ class LoraModule(nnx.Module):
             }
         )
 
-    def __call__(self, batch: Batch, key: jax.Array | None = None, **options: Any) -> Encoded:
+    def __call__(
+        self, batch: Batch, key: jax.Array | None = None, needs: frozenset[str] = PAIR
+    ) -> Encoded:
         """As the base's."""
         updated = self.updated()
-        encoded = updated(batch, key=key, **options)
+        encoded = updated(batch, key=key, needs=needs)
         nnx.update(self.base, nnx.state(updated, nnx.Not(nnx.Param)))  # batch statistics
         return encoded
 
@@ -104,7 +106,7 @@ class LoraModule(nnx.Module):
         return merge(graphdef, add_updates(params, factors, self.factor), model_state)
 
     def __getattr__(self, name: str) -> Any:
-        # What the base can do besides: encode_image, encode_text, captioning.
+        # What the base can do besides: encode, heads, captioning.
         if name.startswith("_") or name in ("base", "lora", "factor"):
             raise AttributeError(name)
         if not hasattr(self.base, name):

@@ -7,9 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from clipjax.batch import Batch, Encoded
+from clipjax.batch import Encoded, field
 from clipjax.errors import ClipjaxError
-from clipjax.objectives.base import PerExample
+from clipjax.objectives.base import Context, PerExample
 from clipjax.objectives.contrast import check_share
 from clipjax.objectives.vocabulary import WordStats, word_stats
 
@@ -18,10 +18,11 @@ from clipjax.objectives.vocabulary import WordStats, word_stats
 class Captioning(PerExample):
     """What objectives on captions share: which tokens count, and how logits are taken apart."""
 
-    pad_id: int = 0
-    """The padding token; those at the end of a row are not predicted."""
-    pad_is_end: bool = False
-    """A row's first padding token is its end-of-text token, and predicted (SigLIP's tokenizer)."""
+    pad_id: int | None = None
+    """The padding token; those at the end of a row are not predicted. None: the tokenizer's."""
+    pad_is_end: bool | None = None
+    """A row's first padding token is its end-of-text token, and predicted (SigLIP's tokenizer). None: if
+    the tokenizer pads with its end-of-text token."""
     chunk: int = 2048
     """Words of the vocabulary at a time: logits are [B, L, chunk] at most."""
 
@@ -33,25 +34,39 @@ class Captioning(PerExample):
     def needs(self):
         return frozenset({"captions"})
 
-    def counts(self, batch: Batch) -> jax.Array:
-        """bool [B, L - 1]: which of the targets `text[:, 1:]` count."""
-        # Only what is at the end is padding: a vocabulary may have a word where padding is.
-        held = from_here_on(jnp.not_equal(batch["text"], self.pad_id))
-        return held[:, 1:] | held[:, :-1] if self.pad_is_end else held[:, 1:]
+    def counts(self, context: Context) -> jax.Array:
+        """bool [B, L - 1]: which of the targets `text[:, 1:]` count.
 
-    def stats(self, encoded: Encoded, batch: Batch, engine) -> WordStats:
+        Raises:
+          ClipjaxError: the padding token is neither said nor known from a tokenizer.
+        """
+        tokens, pad, pad_is_end = context.tokens, self.pad_id, self.pad_is_end
+        if pad is None:
+            if tokens is None:
+                raise ClipjaxError(
+                    f"{type(self).__name__}: which token is padding? Set pad_id, or give the context the "
+                    "tokenizer's special tokens"
+                )
+            pad = tokens.pad
+        if pad_is_end is None:
+            pad_is_end = tokens is not None and tokens.eos == pad
+        # Only what is at the end is padding: a vocabulary may have a word where padding is.
+        held = from_here_on(jnp.not_equal(field(context.batch, "text"), pad))
+        return held[:, 1:] | held[:, :-1] if pad_is_end else held[:, 1:]
+
+    def stats(self, encoded: Encoded, context: Context) -> WordStats:
         """`word_stats` of the batch's targets."""
-        if encoded.caption_features is None or encoded.caption_head is None:
+        if "captions" not in encoded.rows or "caption_head" not in encoded.shared:
             raise ClipjaxError(
-                f"{type(self).__name__} needs a model that returns `caption_features` and "
-                "`caption_head` when asked for captions, such as CoCa"
+                f"{type(self).__name__} needs a model that returns `captions` and a `caption_head` "
+                "when asked for captions, such as CoCa"
             )
         return word_stats(
-            encoded.caption_features,
-            encoded.caption_head,
-            batch["text"][:, 1:],
+            encoded["captions"],
+            encoded.shared["caption_head"],
+            context.batch["text"][:, 1:],
             chunk=self.chunk,
-            mesh=engine.mesh,
+            mesh=context.engine.mesh,
         )
 
 
@@ -71,12 +86,12 @@ class Caption(Captioning):
         super().__post_init__()
         check_share(self, "label_smoothing")
 
-    def totals(self, batch):
-        return {"tokens": jnp.maximum(jnp.sum(self.counts(batch), dtype=jnp.float32), 1.0)}
+    def totals(self, context):
+        return {"tokens": jnp.maximum(jnp.sum(self.counts(context), dtype=jnp.float32), 1.0)}
 
-    def local(self, encoded, batch, totals, engine):
-        stats = self.stats(encoded, batch, engine)
-        weights = self.counts(batch) / totals["tokens"]
+    def local(self, encoded, context, totals):
+        stats = self.stats(encoded, context)
+        weights = self.counts(context) / totals["tokens"]
         nll = stats.log_sum - stats.target
         losses = nll + self.label_smoothing * (stats.target - stats.mean)
         metrics = {

@@ -5,34 +5,35 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from clipjax.batch import Batch, Encoded
+from clipjax.batch import Batch, Encoded, field
 from clipjax.errors import ClipjaxError
+from clipjax.objectives.base import Pairwise
 from clipjax.objectives.pairs import LogSumExp, Max, PairEngine
 
 
 def negatives(
-    encoded: Encoded, engine: PairEngine
+    objective: Pairwise, encoded: Encoded, engine: PairEngine
 ) -> tuple[jax.Array, jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Per image and per text, log sum exp of the logits of all but its own partner.
+    """Per row of either side, log sum exp of the logits of all but its own partner.
 
     Returns:
-      (images' [N], texts' [N], positive logits [N], in-batch retrieval accuracies). A softmax
+      (the first side's [N], the second's [N], positive logits [N], in-batch retrieval accuracies). A softmax
       cross-entropy is softplus(negatives - positive). That form keeps its relative precision,
       gradient included, when the loss goes to 0, where log sum exp minus positive cancels.
     """
-    image = encoded.logit_scale * encoded.image
+    first, second = encoded.logit_scale * encoded[objective.first], encoded[objective.second]
 
     def tile(row, col, shared):
-        logits = engine.dot(row["image"], col["text"])
+        logits = engine.dot(row["first"], col["second"])
         other = row["index"][:, None] != col["index"]
         terms = {"negatives": LogSumExp(logits, other), "hardest": Max(logits, other)}
         return terms, terms
 
-    rows, cols = engine.reduce(tile, {"image": image}, {"text": encoded.text})
-    positive = jnp.sum(image * encoded.text, -1)
+    rows, cols = engine.reduce(tile, {"first": first}, {"second": second})
+    positive = jnp.sum(first * second, -1)
     accuracy = {
-        "accuracy/image_to_text": jnp.mean(positive > rows["hardest"]),
-        "accuracy/text_to_image": jnp.mean(positive > cols["hardest"]),
+        f"accuracy/{objective.first}_to_{objective.second}": jnp.mean(positive > rows["hardest"]),
+        f"accuracy/{objective.second}_to_{objective.first}": jnp.mean(positive > cols["hardest"]),
     }
     return rows["negatives"], cols["negatives"], positive, accuracy
 
@@ -43,16 +44,14 @@ def mean_similarity(a: jax.Array, b: jax.Array, engine: PairEngine) -> jax.Array
     return jnp.einsum("gnd,gd->gn", a, b.mean(1), precision="highest").reshape(-1)
 
 
-def both_directions(image: jax.Array, text: jax.Array, image_weight: float) -> jax.Array:
-    """Mean over the batch of the images' losses [N] and the texts' losses [N], weighted."""
-    return image_weight * jnp.mean(image) + (1 - image_weight) * jnp.mean(text)
+def both_directions(first: jax.Array, second: jax.Array, first_weight: float) -> jax.Array:
+    """Mean over the batch of the first side's losses [N] and the second's [N], weighted."""
+    return first_weight * jnp.mean(first) + (1 - first_weight) * jnp.mean(second)
 
 
 def batch_ids(batch: Batch, objective: str) -> jax.Array:
     """`batch["id"]`, or a refusal that names the objective that needs it."""
-    if "id" not in batch:
-        raise ClipjaxError(f"{objective} needs `id` in the batch to know positives; it has none")
-    return batch["id"]
+    return field(batch, "id", f"{objective} needs `id` to know positives")
 
 
 def check_share(objective: object, *names: str) -> None:

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from clipjax.batch import Encoded
-from clipjax.objectives.base import Metrics, Objective
+from clipjax.objectives.base import Metrics, Pairwise
 from clipjax.objectives.pairs import LogSumExp, PairEngine
 
 
 @dataclasses.dataclass(frozen=True)
-class Diagnostics(Objective):
+class Diagnostics(Pairwise):
     """Adds metrics to a run and nothing to its loss: `Softmax() + Diagnostics()`.
 
     `alignment`, mean ||x_i - y_i||^2, and `uniformity/image`, `uniformity/text`,
@@ -27,14 +27,15 @@ class Diagnostics(Objective):
     is taken over the pairs inside the groups.
     """
 
-    def __call__(self, encoded, batch, engine):
-        image, text = map(jax.lax.stop_gradient, (encoded.image, encoded.text))
-        gap = jnp.mean(image, 0) - jnp.mean(text, 0)
+    def __call__(self, encoded, context):
+        engine = context.engine
+        first, second = (jax.lax.stop_gradient(encoded[n]) for n in (self.first, self.second))
+        gap = jnp.mean(first, 0) - jnp.mean(second, 0)
         metrics = {
-            "alignment": jnp.mean(jnp.sum((image - text) ** 2, -1)),
-            "uniformity/image": uniformity(image, image, engine),
-            "uniformity/text": uniformity(text, text, engine),
-            "uniformity/cross": uniformity(image, text, engine),
+            "alignment": jnp.mean(jnp.sum((first - second) ** 2, -1)),
+            f"uniformity/{self.first}": uniformity(first, first, engine),
+            f"uniformity/{self.second}": uniformity(second, second, engine),
+            "uniformity/cross": uniformity(first, second, engine),
             "modality_gap": jnp.sqrt(jnp.sum(gap**2)),
             "temperature": 1 / jax.lax.stop_gradient(encoded.logit_scale),
         }
@@ -42,11 +43,11 @@ class Diagnostics(Objective):
 
 
 def broken_rows(encoded: Encoded) -> Metrics:
-    """How many embeddings of each modality hold a NaN or an infinity: names what broke a loss."""
+    """How many embeddings of each input hold a NaN or an infinity: names what broke a loss."""
     return {
         f"broken_rows/{name}": jnp.sum(~jnp.isfinite(array).all(-1))
-        for name, array in (("image", encoded.image), ("text", encoded.text))
-        if array is not None
+        for name, array in sorted(encoded.rows.items())
+        if isinstance(array, jax.Array) and array.ndim == 2 and array.dtype == jnp.float32
     }
 
 

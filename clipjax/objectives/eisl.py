@@ -37,17 +37,17 @@ class EISL(Captioning):
         if self.temperature <= 0:
             raise ClipjaxError(f"EISL: temperature={self.temperature} must be above 0")
 
-    def totals(self, batch):
-        counts = self.counts(batch)
+    def totals(self, context):
+        counts = self.counts(context)
         return {
             str(n): jnp.maximum(jnp.sum(_windows(counts, n), dtype=jnp.float32), 1.0)
             for n in self._fitting(counts.shape[1])
         }
 
-    def local(self, encoded, batch, totals, engine):
-        counts, targets = self.counts(batch), batch["text"][:, 1:]
-        log_sum = self.stats(encoded, batch, engine).log_sum
-        features, head = encoded.caption_features, encoded.caption_head
+    def local(self, encoded, context, totals):
+        counts, targets = self.counts(context), context.batch["text"][:, 1:]
+        log_sum = self.stats(encoded, context).log_sum
+        features, head = encoded["captions"], encoded.shared["caption_head"]
         words = jnp.take(head, targets, axis=1).astype(features.dtype)  # [D, B, T]
         fit = jnp.einsum("btd,dbj->btj", features, words, preferred_element_type=jnp.float32)
         fit = jnp.maximum(fit - log_sum[..., None], FLOOR)

@@ -7,13 +7,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from clipjax.objectives.base import Objective
+from clipjax.objectives.base import Pairwise
 from clipjax.objectives.contrast import batch_ids, both_directions, check_share
 from clipjax.objectives.pairs import LogSumExp, PairEngine, Sum
 
 
 @dataclasses.dataclass(frozen=True)
-class MultiPositive(Objective):
+class MultiPositive(Pairwise):
     """Softmax cross-entropy with the target spread evenly over a row's positives.
 
     The supervised contrastive loss (Khosla et al. 2020, arXiv 2004.11362, "out" form) between
@@ -21,18 +21,19 @@ class MultiPositive(Objective):
     """
 
     image_weight: float = 0.5
-    """Share of the image-to-text direction; text-to-image gets the rest."""
+    """Share of the first side's direction, image-to-text; text-to-image gets the rest."""
 
     def __post_init__(self):
         check_share(self, "image_weight")
 
-    def __call__(self, encoded, batch, engine):
-        ids = batch_ids(batch, "MultiPositive")
-        rows = {"image": encoded.logit_scale * encoded.image, "id": ids}
-        cols = {"text": encoded.text, "id": ids}
+    def __call__(self, encoded, context):
+        engine = context.engine
+        ids = batch_ids(context.batch, "MultiPositive")
+        rows = {"first": encoded.logit_scale * encoded[self.first], "id": ids}
+        cols = {"second": encoded[self.second], "id": ids}
 
         def tile(row, col, shared):
-            logits = engine.dot(row["image"], col["text"])
+            logits = engine.dot(row["first"], col["second"])
             same = row["id"][:, None] == col["id"]
             terms = {
                 "negatives": LogSumExp(logits, ~same),
@@ -52,7 +53,7 @@ class MultiPositive(Objective):
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoupledSoftmax(Objective):
+class DecoupledSoftmax(Pairwise):
     """Each positive against the row's negatives alone, averaged over the row's positives.
 
     Gupta et al. 2023 (arXiv 2310.10636): a row with k positives need not split its probability k
@@ -60,19 +61,20 @@ class DecoupledSoftmax(Objective):
     """
 
     image_weight: float = 0.5
-    """Share of the image-to-text direction; text-to-image gets the rest."""
+    """Share of the first side's direction, image-to-text; text-to-image gets the rest."""
 
     def __post_init__(self):
         check_share(self, "image_weight")
 
-    def __call__(self, encoded, batch, engine):
-        ids = batch_ids(batch, "DecoupledSoftmax")
-        rows = {"image": encoded.logit_scale * encoded.image, "id": ids}
-        cols = {"text": encoded.text, "id": ids}
+    def __call__(self, encoded, context):
+        engine = context.engine
+        ids = batch_ids(context.batch, "DecoupledSoftmax")
+        rows = {"first": encoded.logit_scale * encoded[self.first], "id": ids}
+        cols = {"second": encoded[self.second], "id": ids}
         row_stats, col_stats = _negatives_by_id(rows, cols, engine)
 
         def tile(row, col, shared):
-            logits = engine.dot(row["image"], col["text"])
+            logits = engine.dot(row["first"], col["second"])
             same = row["id"][:, None] == col["id"]
             count = Sum(same.astype(jnp.float32))
             return (
@@ -81,16 +83,16 @@ class DecoupledSoftmax(Objective):
             )
 
         rows, cols = engine.reduce(tile, rows | {"out": row_stats}, cols | {"out": col_stats})
-        image_loss, text_loss = (side["sum"] / side["count"] for side in (rows, cols))
+        first_loss, second_loss = (side["sum"] / side["count"] for side in (rows, cols))
         metrics = {"positives": jnp.mean(rows["count"])}
-        return both_directions(image_loss, text_loss, self.image_weight), metrics
+        return both_directions(first_loss, second_loss, self.image_weight), metrics
 
 
 def _negatives_by_id(rows, cols, engine: PairEngine) -> tuple[jax.Array, jax.Array]:
     """log sum exp of the logits of other ids, per row and per column."""
 
     def tile(row, col, shared):
-        logits = engine.dot(row["image"], col["text"])
+        logits = engine.dot(row["first"], col["second"])
         term = LogSumExp(logits, row["id"][:, None] != col["id"])
         return {"out": term}, {"out": term}
 

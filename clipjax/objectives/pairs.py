@@ -30,7 +30,7 @@ from jax.sharding import Mesh
 
 from clipjax.errors import ClipjaxError
 from clipjax.mesh import BATCH_AXES, batch_shards
-from clipjax.objectives import products
+from clipjax.objectives import products, tables
 from clipjax.objectives.exchange import (
     AllGather,
     Auto,
@@ -165,6 +165,41 @@ class PairEngine:
         row_states, col_states = run(plan, rows, tuple(_sides(b) for b in blocks), shared)
         finished = tuple(_finish(states) for states in col_states)
         return _finish(row_states), finished[0] if isinstance(cols, dict | Table) else finished
+
+    def rows_at(self, arrays: Any, index: jax.Array) -> Any:
+        """Chosen rows, from whatever device has them.
+
+        Differentiable with respect to the arrays: a row's gradient is the sum over all who asked.
+        What travels are M rows (or the array, if it has fewer), never more of it.
+
+        Args:
+          arrays: an array [N, ...] or a pytree of them, split over the devices as the batch is.
+          index: int [M], split in the same way, positions 0 .. N - 1: what `ArgMax`, `TopK` (of one
+            place, or flattened) or `Sample` found. Any other, such as their -1, gives zeros.
+
+        Returns:
+          The rows [M, ...], split as `index` is.
+
+        Raises:
+          ClipjaxError: the devices do not divide N or M, or `index` is no vector of whole numbers.
+        """
+        return tables.rows_at(self.mesh, arrays, index)
+
+    def set_rows(self, array: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
+        """An array with chosen rows replaced: a bank, or a table over the whole data set.
+
+        Every device writes the rows of its own part, whoever brings them. Of equal indexes the last
+        in batch order stands, on any mesh. Not for differentiation.
+
+        Args:
+          array: [N, ...], split over the devices as the batch is.
+          index: int [M], split in the same way; nothing is written outside 0 .. N - 1.
+          values: [M, ...], the new rows.
+
+        Raises:
+          ClipjaxError: the devices do not divide N or M, or shapes disagree.
+        """
+        return tables.set_rows(self.mesh, array, index, values)
 
     def describe(self, batch_size: int, width: int) -> str:
         """One line for a log: the exchange (chosen, if `Auto`), what it keeps and the tiles.

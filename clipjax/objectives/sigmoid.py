@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from clipjax.errors import ClipjaxError
-from clipjax.objectives.base import Objective
+from clipjax.objectives.base import Pairwise
 from clipjax.objectives.contrast import batch_ids
 from clipjax.objectives.pairs import Sum
 
 
 @dataclasses.dataclass(frozen=True)
-class Sigmoid(Objective):
+class Sigmoid(Pairwise):
     """Binary cross-entropy of every pair, summed over texts and averaged over images.
 
     SigLIP (Zhai et al. 2023, arXiv 2303.15343): -1/N sum_ij log sigmoid(z_ij (scale x_i.y_j +
@@ -24,21 +24,23 @@ class Sigmoid(Objective):
     positives_by_id: bool = False
     """Pairs with equal `id` are positives too (several captions of one image), not only i = j."""
 
-    def __call__(self, encoded, batch, engine):
+    def __call__(self, encoded, context):
+        engine = context.engine
         if encoded.logit_bias is None:
             raise ClipjaxError(
                 "Sigmoid needs a model with a logit_bias: without one, the N - 1 negatives of each "
                 "row swamp the loss at the start (SigLIP starts at -10)"
             )
-        rows, cols = {"image": encoded.logit_scale * encoded.image}, {"text": encoded.text}
+        rows = {"first": encoded.logit_scale * encoded[self.first]}
+        cols = {"second": encoded[self.second]}
         key = "index"
         if self.positives_by_id:
             key = "id"
-            ids = batch_ids(batch, "Sigmoid(positives_by_id=True)")
+            ids = batch_ids(context.batch, "Sigmoid(positives_by_id=True)")
             rows, cols = rows | {"id": ids}, cols | {"id": ids}
 
         def tile(row, col, bias):
-            logits = engine.dot(row["image"], col["text"]) + bias
+            logits = engine.dot(row["first"], col["second"]) + bias
             positive = row[key][:, None] == col[key]
             return {"loss": Sum(jax.nn.softplus(jnp.where(positive, -logits, logits)))}, {}
 

@@ -7,77 +7,77 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from clipjax.batch import field
 from clipjax.errors import ClipjaxError
-from clipjax.objectives.base import Objective
+from clipjax.objectives.base import Aux, Pairwise
 from clipjax.objectives.contrast import both_directions, check_share
 from clipjax.objectives.pairs import Expectation, LogSumExp
+from clipjax.objectives.teachers import MovingAverage, Teacher
 
 
 @dataclasses.dataclass(frozen=True)
-class SoftTarget(Objective):
+class SoftTarget(Pairwise):
     """ALBEF's image-text contrast with momentum distillation, without its queue.
 
     Li et al. 2021 (arXiv 2107.07651): the teacher is a moving average of the model. Queries are the
     student's embeddings, keys the teacher's, and the target is (1 - alpha) x own pair + alpha x the
     teacher's softmax. The gradient reaches the queries only. The large global batch stands in for
-    the queue. With `momentum=None` the batch itself brings `teacher_image` and `teacher_text`, of
-    the model's width.
+    the queue. Any other teacher of the model's width will do: another checkpoint, or, with
+    `teacher=None`, the fields `teacher_<side>` of the batch.
     """
 
     alpha: float = 0.4
     """Share of the teacher in the target."""
     ramp_steps: int = 0
     """Steps over which alpha grows linearly from 0 (ALBEF: one epoch)."""
-    momentum: float | None = 0.995
-    """Decay of the moving average per step; None takes the teacher from the batch."""
+    teacher: Teacher | None = MovingAverage(0.995)
+    """Who makes the keys; None: they are in the batch."""
     image_weight: float = 0.5
-    """Share of the image-to-text direction; text-to-image gets the rest."""
+    """Share of the first side's direction, image-to-text; text-to-image gets the rest."""
 
     def __post_init__(self):
         check_share(self, "alpha", "image_weight")
-        if self.momentum is not None:
-            check_share(self, "momentum")
         if self.ramp_steps < 0:
             raise ClipjaxError(f"SoftTarget: ramp_steps={self.ramp_steps} must not be negative")
 
-    def init_state(self, params):
-        state = {"step": jnp.zeros((), jnp.int32)}
-        if self.momentum is None:
-            return state
-        return state | {"params": jax.tree.map(jnp.copy, params)}
+    @classmethod
+    def upgraded(cls, fields):
+        if "momentum" in fields:
+            momentum = fields.pop("momentum")
+            fields["teacher"] = None if momentum is None else MovingAverage(momentum)
+        return fields
 
-    def prepare(self, state, params, batch, encode):
-        """Advances the teacher; adds `teacher_image`, `teacher_text` and `teacher_share` [N]."""
-        new = {"step": state["step"] + 1}
-        if self.momentum is not None:
-            m = self.momentum
-            new["params"] = jax.tree.map(
-                lambda t, p: (m * t + (1 - m) * p).astype(t.dtype), state["params"], params
-            )
-            teacher = encode(new["params"], batch)
-            batch = batch | {"teacher_image": teacher.image, "teacher_text": teacher.text}
-        ramp = jnp.minimum(state["step"] / self.ramp_steps, 1) if self.ramp_steps else 1.0
-        n = batch["teacher_image"].shape[0] if "teacher_image" in batch else 0
-        return new, batch | {"teacher_share": jnp.full((n,), self.alpha * ramp, jnp.float32)}
+    @property
+    def teachers(self):
+        return () if self.teacher is None else (self.teacher,)
 
-    def __call__(self, encoded, batch, engine):
-        scale = encoded.logit_scale
+    def prepare(self, state, context):
+        """The teacher's embeddings, and its share in the target."""
+        share = jnp.asarray(self.alpha, jnp.float32)
+        if self.ramp_steps:
+            share *= jnp.minimum(context.step / self.ramp_steps, 1)
+        if self.teacher is None:
+            names = (self.first, self.second)
+            rows = {n: field(context.batch, f"teacher_{n}", "SoftTarget") for n in names}
+        else:
+            rows = context.encode(self.teacher, self.needs).rows
+        return Aux(rows, {"share": share})
+
+    def __call__(self, encoded, context):
+        engine, scale, share = context.engine, encoded.logit_scale, context.aux.shared["share"]
+        first, second = encoded[self.first], encoded[self.second]
         keys = {}
-        for name, student in (("image", encoded.image), ("text", encoded.text)):
-            if f"teacher_{name}" not in batch:
-                raise ClipjaxError(
-                    f"SoftTarget needs `teacher_{name}` in the batch: set momentum, or add it there"
-                )
-            keys[name] = jax.lax.stop_gradient(batch[f"teacher_{name}"].astype(jnp.float32))
+        for name, student in ((self.first, first), (self.second, second)):
+            keys[name] = jax.lax.stop_gradient(context.aux.rows[name].astype(jnp.float32))
             if keys[name].shape != student.shape:
                 raise ClipjaxError(
-                    f"`teacher_{name}` is {keys[name].shape}, the model's embedding "
+                    f"the teacher's {name!r} is {keys[name].shape}, the model's embedding "
                     f"{student.shape}: they must agree, for the teacher's serve as keys"
                 )
 
         def tile(row, col, teacher_scale):
-            image_key, text_key = (jax.lax.stop_gradient(side["key"]) for side in (row, col))
-            teacher = jax.lax.stop_gradient(teacher_scale * engine.dot(image_key, text_key))
+            row_key, col_key = (jax.lax.stop_gradient(side["key"]) for side in (row, col))
+            teacher = jax.lax.stop_gradient(teacher_scale * engine.dot(row_key, col_key))
             other = row["index"][:, None] != col["index"]
 
             def terms(logits):
@@ -86,22 +86,22 @@ class SoftTarget(Objective):
                     "teacher": Expectation(teacher, logits),
                 }
 
-            image_logits = engine.dot(row["query"], text_key)
-            return terms(image_logits), terms(engine.dot(image_key, col["query"]))
+            return terms(engine.dot(row["query"], col_key)), terms(
+                engine.dot(row_key, col["query"])
+            )
 
         rows, cols = engine.reduce(
             tile,
-            {"query": scale * encoded.image, "key": keys["image"]},
-            {"query": scale * encoded.text, "key": keys["text"]},
+            {"query": scale * first, "key": keys[self.first]},
+            {"query": scale * second, "key": keys[self.second]},
             jax.lax.stop_gradient(scale),
         )
-        share = batch.get("teacher_share", self.alpha)
 
         def loss(side, query, key):
             positive = scale * jnp.sum(query * key, -1)
             hard = jax.nn.softplus(side["negatives"] - positive)
             return hard + share * (positive - side["teacher"])
 
-        image_loss = loss(rows, encoded.image, keys["text"])
-        text_loss = loss(cols, encoded.text, keys["image"])
-        return both_directions(image_loss, text_loss, self.image_weight), {}
+        first_loss = loss(rows, first, keys[self.second])
+        second_loss = loss(cols, second, keys[self.first])
+        return both_directions(first_loss, second_loss, self.image_weight), {}

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from clipjax.batch import field
 from clipjax.errors import ClipjaxError
-from clipjax.objectives.base import Objective
+from clipjax.objectives.base import Pairwise
 from clipjax.objectives.contrast import both_directions, check_share
 from clipjax.objectives.pairs import Expectation, LogSumExp, Reduction
 
 
 @dataclasses.dataclass(frozen=True)
-class Weighted(Objective):
+class Weighted(Pairwise):
     """CWCL: targets of one direction follow the similarities within the frozen ("locked") modality.
 
     Srinivasa et al. 2023 (arXiv 2309.14580). With u the locked modality's embeddings, w_ij =
     (1 + u_i.u_j) / 2 and the locked side's row i has the target w_ij / sum_j w_ij; the other
-    direction is plain InfoNCE. u is `teacher_image` or `teacher_text` [N, any width, unit norm] of
-    the batch, or else the model's own embedding of that modality; no gradient passes to it.
+    direction is plain InfoNCE. u is the model's own embedding of that modality, or `teacher` [N, any
+    width, unit norm] of the batch; no gradient passes to it.
     """
 
-    locked: Literal["image", "text"] = "image"
-    """The modality whose similarities weight the targets."""
+    locked: str = "image"
+    """The side whose similarities weight the targets."""
+    teacher: str | None = None
+    """The field of the batch with the locked side's embeddings (a teacher's, read from a file); None:
+    the model's own."""
     sharpness: float = 0.0
     """0: the paper's weights. Otherwise w_ij = exp(sharpness (u_i.u_j - 1)), nearer to plain."""
     locked_weight: float = 0.5
@@ -33,16 +36,18 @@ class Weighted(Objective):
 
     def __post_init__(self):
         check_share(self, "locked_weight")
-        if self.locked not in ("image", "text"):
-            raise ClipjaxError(f"Weighted: locked={self.locked!r} must be 'image' or 'text'")
+        if self.locked not in (self.first, self.second):
+            raise ClipjaxError(
+                f"Weighted: locked={self.locked!r} must be {self.first!r} or {self.second!r}"
+            )
         if self.sharpness < 0:
             raise ClipjaxError(f"Weighted: sharpness={self.sharpness} must not be negative")
 
-    def __call__(self, encoded, batch, engine):
-        pair = {"image": encoded.image, "text": encoded.text}
-        anchor = encoded.logit_scale * pair.pop(self.locked)
-        (key,) = pair.values()
-        unit = batch.get(f"teacher_{self.locked}", getattr(encoded, self.locked))
+    def __call__(self, encoded, context):
+        engine, locked = context.engine, encoded[self.locked]
+        anchor = encoded.logit_scale * locked
+        key = encoded[self.second if self.locked == self.first else self.first]
+        unit = locked if self.teacher is None else field(context.batch, self.teacher, "Weighted")
         unit = jax.lax.stop_gradient(unit.astype(jnp.float32))
 
         def tile(row, col, shared):

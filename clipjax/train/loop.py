@@ -204,7 +204,11 @@ def stop_if_diverged(
 
 def _broken(metrics: dict[str, jax.Array]) -> str:
     """Whose embeddings of this step were not finite, in words; nothing if all were."""
-    counts = {name: int(metrics.get(f"broken_rows/{name}", 0)) for name in ("image", "text")}
+    counts = {
+        name.split("/")[1]: int(value)
+        for name, value in metrics.items()
+        if name.startswith("broken_rows/")
+    }
     named = " and ".join(f"{count} {name} embeddings" for name, count in counts.items() if count)
     return f" ({named} hold NaN or infinity)" if named else ""
 

@@ -12,15 +12,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from clipjax.checkpoint import FORMAT, Checkpoints, latest_step, pack_tokenizer, unpack_tokenizer
 from clipjax.component import to_json
 from clipjax.config import Run
-from clipjax.data import TokenizerModel, load_tokenizer
+from clipjax.data import Data, TokenizerModel, load_tokenizer
 from clipjax.data.placement import process_rows
 from clipjax.errors import ClipjaxError, did_you_mean
 from clipjax.evals.base import Evaluator, Runner, build_runners
+from clipjax.generation.generate import special_tokens
 from clipjax.objectives.pairs import PairEngine
 from clipjax.optim import Scale
 from clipjax.predictor import Predictor
@@ -98,6 +100,7 @@ def setup(run: Run, workdir: Path) -> Session:
     claim(run, workdir)
     mesh = run.mesh.build()
     check_batch(run.data.batch_size, mesh, run.accumulate)
+    run.sharding.check_heads(run.model, mesh)
     check_best(run)
     for tracker in run.trackers:
         tracker.check()
@@ -130,10 +133,21 @@ def setup(run: Run, workdir: Path) -> Session:
         total_steps,
         scale,
         run.seed,
+        run.data.spec(),
     )
+    log.info(run.sharding.describe(blueprint.abstract, blueprint.shardings, mesh))
     engine = PairEngine(mesh, run.exchange, run.pair_chunk, run.pair_dtype)
     log.info(engine.describe(run.data.batch_size, getattr(run.model, "embed_dim", 0)))
-    step = make_step(blueprint, run.objective, engine, mesh, run.accumulate, run.ema)
+    step = make_step(
+        blueprint,
+        run.objective,
+        engine,
+        mesh,
+        run.accumulate,
+        run.ema,
+        special_tokens(tokenizer),
+    )
+    compiled = compiled_step(blueprint, step, run.data)
     predictor = Predictor(
         blueprint.graphdef,
         params={},
@@ -156,13 +170,29 @@ def setup(run: Run, workdir: Path) -> Session:
         scale=scale,
         total_steps=total_steps,
         blueprint=blueprint,
-        step=jit_step(step, blueprint),
+        step=compiled,
         meta={"format": FORMAT, "run": to_json(run), "tokenizer": pack_tokenizer(tokenizer)},
         evaluators=evaluators,
         predictor=predictor,
         start=start,
         start_leaves=blueprint.start_leaves(begin) if begin else ({}, {}),
     )
+
+
+def compiled_step(blueprint: Blueprint, step: Step, data: Data) -> Step:
+    """The step as the loop calls it, (state, batch) -> (state, metrics), traced once.
+
+    Raises:
+      ClipjaxError: the objective asks the model or the batch for something that they do not have.
+    """
+    jitted = jit_step(step, blueprint)
+    teachers = (blueprint.frozen_weights,) if blueprint.frozen else ()
+    batch = {
+        name: jax.ShapeDtypeStruct((data.batch_size, *row.shape), row.dtype)
+        for name, row in data.spec().items()
+    }
+    jitted.eval_shape(blueprint.abstract, batch, *teachers)  # the first call uses the same trace
+    return lambda state, batch: jitted(state, batch, *teachers)
 
 
 def saved_tokenizer(workdir: Path, step: int) -> TokenizerModel:

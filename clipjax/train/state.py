@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,9 +12,13 @@ import optax
 from flax import nnx, struct
 from jax.sharding import Mesh
 
-from clipjax.objectives.base import Objective
+from clipjax.batch import parse
+from clipjax.errors import ClipjaxError
+from clipjax.layout import on_mesh
+from clipjax.objectives.base import Objective, Setting, leaves
+from clipjax.objectives.teachers import Frozen, MovingAverage, Teacher
 from clipjax.optim import Ema, Optimizer, Scale
-from clipjax.params import join, merge, paths, select, split
+from clipjax.params import abstract, join, merge, paths, select, split
 from clipjax.restore import open_pretrained
 from clipjax.sharding import Sharding
 from clipjax.start import Start, overlay
@@ -32,7 +37,8 @@ class TrainState:
       model_state: what the model keeps besides parameters (batch statistics), nested dict.
       opt_state: optax state for the trainable parameters.
       ema: average of the trainable parameters, or `{}`.
-      objective_state: what the objective declared.
+      objective_state: what the objective's terms keep, by term; those that keep nothing are not in it.
+      averages: the trainable parameters' moving averages that the objective asks for, by number.
       key: uint32 key data of the run's RNG; a step's key is folded from it and the step.
       bad_steps: [] int32, steps skipped because loss or gradient was not finite.
       bad_streak: [] int32, how many of these in a row up to now.
@@ -47,6 +53,7 @@ class TrainState:
     key: jax.Array
     bad_steps: jax.Array
     bad_streak: jax.Array
+    averages: Any = struct.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +68,8 @@ class Blueprint:
       abstract: TrainState of ShapeDtypeStructs.
       shardings: TrainState of NamedShardings.
       jit_init: (parameters, model state to begin with, by path) -> TrainState.
+      averages: the moving averages that the objective asks for, by number.
+      frozen: the other models that it asks for, opened, by number.
     """
 
     graphdef: Any
@@ -70,6 +79,8 @@ class Blueprint:
     abstract: TrainState
     shardings: TrainState
     jit_init: Any
+    averages: dict[str, MovingAverage]
+    frozen: dict[str, OpenedTeacher]
 
     @classmethod
     def draw(
@@ -83,9 +94,22 @@ class Blueprint:
         total_steps: int,
         scale: Scale,
         seed: int,
+        inputs: Mapping[str, Any] | None = None,
     ) -> Blueprint:
-        """Traces the initialization once; nothing is allocated."""
+        """Traces the initialization once; nothing is allocated.
+
+        Args:
+          inputs: shape and dtype of one row of each field of the batch, for objectives whose state has the width of
+            the model's output.
+        """
         static: dict[str, Any] = {}
+        teachers = objective.teachers
+        averages = {str(i): t for i, t in enumerate(teachers) if isinstance(t, MovingAverage)}
+        frozen = {
+            str(i): OpenedTeacher.of(t.open(open_pretrained), t, mesh, sharding)
+            for i, t in enumerate(teachers)
+            if isinstance(t, Frozen)
+        }
 
         def init(params_leaves, model_state_leaves) -> TrainState:
             key = jax.random.key(seed)
@@ -109,10 +133,18 @@ class Blueprint:
                 model_state=model_state,
                 opt_state=transform.init(moving),
                 ema=jax.tree.map(jnp.copy, moving) if ema else {},
-                objective_state=objective.init_state(params),
+                objective_state=_objective_state(
+                    objective,
+                    Setting(
+                        scale.num_examples,
+                        scale.batch_size,
+                        lambda name: _width(merge(graphdef, params, model_state), inputs, name),
+                    ),
+                ),
                 key=jax.random.key_data(run_key),
                 bad_steps=zero,
                 bad_streak=zero,
+                averages={name: jax.tree.map(jnp.copy, moving) for name in averages},
             )
 
         abstract = jax.eval_shape(init, {}, {})
@@ -122,6 +154,8 @@ class Blueprint:
             abstract=abstract,
             shardings=shardings,
             jit_init=jax.jit(init, out_shardings=shardings),
+            averages=averages,
+            frozen=frozen,
         )
 
     def init(self, leaves: tuple[Leaves, Leaves] = ({}, {})) -> TrainState:
@@ -160,7 +194,83 @@ class Blueprint:
         """The model with these parameters."""
         return merge(self.graphdef, params, model_state)
 
+    def name_of(self, teacher: Teacher) -> str:
+        """The number under which a teacher's weights are kept."""
+        known: dict[str, Any] = self.averages | {
+            n: opened.teacher for n, opened in self.frozen.items()
+        }
+        for name, one in known.items():
+            if one == teacher:
+                return name
+        raise ClipjaxError(
+            f"an objective encodes with {teacher}, which is not among its `teachers`: name it there"
+        )
+
+    def frozen_encoder(
+        self, teacher: Teacher, weights: Any, mesh: Mesh
+    ) -> tuple[Callable[..., Any], Any, Any]:
+        """(forward, params, model state) of a frozen teacher, given the third argument of the step."""
+        name = self.name_of(teacher)
+
+        def forward(params, model_state, batch, key, needs):
+            with on_mesh(mesh):
+                return self.frozen[name].module(params, model_state)(
+                    batch, key=key, needs=needs
+                ), {}
+
+        return (forward, *weights[name])
+
+    @property
+    def frozen_weights(self) -> Any:
+        """The third argument of the step: (params, model state) of each frozen teacher, on the mesh."""
+        return {name: opened.weights for name, opened in self.frozen.items()}
+
     def averaged(self, state: TrainState) -> Any:
         """The state's parameters with the trainable ones replaced by their average."""
         _, frozen = select(self.trainable, state.params)
         return join(state.ema, frozen)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedTeacher:
+    """A frozen teacher with its weights, laid out on the mesh as the run's parameters are.
+
+    Attributes:
+      teacher: the component.
+      graphdef: the static half of its model.
+      weights: (params, model state).
+    """
+
+    teacher: Frozen
+    graphdef: Any
+    weights: tuple[Any, Any]
+
+    @classmethod
+    def of(cls, pretrained: Any, teacher: Frozen, mesh: Mesh, sharding: Sharding) -> OpenedTeacher:
+        """Places the weights that were opened."""
+        graphdef, _, _ = abstract(lambda: pretrained.model.build(nnx.Rngs(0)))
+        weights = pretrained.params, pretrained.model_state
+        layout = sharding.apply({"params": weights[0], "model_state": weights[1]}, mesh)
+        placed = jax.tree.map(jax.device_put, weights, (layout["params"], layout["model_state"]))
+        return cls(teacher, graphdef, placed)
+
+    def module(self, params: Any, model_state: Any) -> nnx.Module:
+        """The model with these weights."""
+        return merge(self.graphdef, params, model_state)
+
+
+def _objective_state(objective: Objective, setting: Setting) -> Any:
+    states = {leaf.name: leaf.objective.init_state(setting) for leaf in leaves(objective)}
+    return {name: state for name, state in states.items() if jax.tree.leaves(state)}
+
+
+def _width(module: Any, inputs: Any, name: str) -> int:
+    """Dimensions of a row of the model's output."""
+    if inputs is None:
+        raise ClipjaxError(
+            f"the width of {name!r} is asked for, and the batch's fields are unknown"
+        )
+    source = parse(name, inputs)[0]
+    batch = {source: jax.ShapeDtypeStruct((1, *inputs[source].shape), inputs[source].dtype)}
+    encoded = jax.eval_shape(lambda batch: module(batch, needs=frozenset({name})), batch)
+    return encoded.rows[name].shape[-1]

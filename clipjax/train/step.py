@@ -6,32 +6,46 @@ micro-batch at a time with the same dropout keys. It equals the big batch, in th
 
 Objectives that see each example alone (captions) need no cache: they ride in the second pass, whose micro-batches
 sum to the whole since what they divide by is known before. The first pass does not ask the model for what they need.
+Rows that an objective chose for an example (`Chosen`) are encoded again beside it in that pass.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from clipjax.batch import SHARED, Batch, Encoded
+from clipjax.batch import Batch, Encoded, SpecialTokens, field
 from clipjax.errors import ClipjaxError
 from clipjax.layout import on_mesh
 from clipjax.mesh import BATCH_AXES, batch_shards
-from clipjax.objectives.base import Metrics, Objective
+from clipjax.objectives.base import (
+    Aux,
+    Chosen,
+    Context,
+    Leaf,
+    Metrics,
+    Objective,
+    PerExample,
+    add_up,
+    leaves,
+    needs_of,
+    union,
+)
 from clipjax.objectives.diagnostics import broken_rows
 from clipjax.objectives.pairs import PairEngine
+from clipjax.objectives.teachers import Itself, MovingAverage
 from clipjax.optim import Ema
 from clipjax.params import join, select, split
 from clipjax.train.state import Blueprint, TrainState
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+Step = Callable[..., tuple[TrainState, Metrics]]
 
 
 def check_batch(batch_size: int, mesh: Mesh, accumulate: int) -> None:
@@ -53,55 +67,100 @@ def make_step(
     mesh: Mesh,
     accumulate: int = 1,
     ema: Ema | None = None,
+    tokens: SpecialTokens | None = None,
 ) -> Step:
     """The step function.
 
+    Args:
+      tokens: of the run's tokenizer, for objectives that read tokens.
+
     Returns:
-      `step(state, batch) -> (state, metrics)`. A step whose loss or gradient is not finite leaves everything but
-      the step and the counters as it was.
+      `step(state, batch, frozen_teachers={}) -> (state, metrics)`. A step whose loss or gradient is not finite
+      leaves everything but the step and the counters as it was.
     """
+    parts = leaves(objective)
 
-    _check_offer(blueprint, objective)
-
-    def forward(params, model_state, batch, key, needs=frozenset()):
+    def forward(params, model_state, batch, key, needs):
         module = blueprint.module(params, model_state)
         with on_mesh(mesh):
-            encoded = module(batch, key=key, **dict.fromkeys(needs, True))
+            encoded = module(batch, key=key, needs=needs)
         return encoded, split(module)[2]
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def heads(params, model_state, key) -> dict[str, Any]:
+        """What `context.head` is, as keywords for a context."""
+        module = blueprint.module(params, model_state)
+        if not hasattr(module, "head"):
+            return {}
+
+        def head(name, *arrays):
+            with on_mesh(mesh):
+                return module.head(name, *arrays, key=key)
+
+        return {"head": head}
+
+    def step(state: TrainState, batch: Batch, frozen_teachers=None) -> tuple[TrainState, Metrics]:
         moving, frozen = select(blueprint.trainable, state.params)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        objective_state, batch = objective.prepare(
-            state.objective_state,
-            state.params,
-            batch,
-            lambda params, batch: _encode(
-                forward, params, state.model_state, batch, mesh, accumulate
-            ),
+        context = Context(
+            engine=engine,
+            batch=batch,
+            step=state.step,
+            key=jax.random.fold_in(key, 1),
+            tokens=tokens,
+        )
+
+        def encode(teacher, needs):
+            if isinstance(teacher, Itself):
+                encoder = forward, state.params, state.model_state
+            elif isinstance(teacher, MovingAverage):
+                average = state.averages[blueprint.name_of(teacher)]
+                encoder = forward, join(average, frozen), state.model_state
+            else:
+                encoder = blueprint.frozen_encoder(teacher, frozen_teachers, mesh)
+            return jax.lax.stop_gradient(
+                _encode(*encoder, teacher.view(batch), needs, mesh, accumulate)
+            )
+
+        own_state = state.objective_state
+        aux = {
+            leaf.name: leaf.objective.prepare(
+                own_state.get(leaf.name, {}),
+                dataclasses.replace(leaf.own(context), encode=encode),
+            )
+            for leaf in parts
+        }
+        model = Model(
+            lambda moving, *rest: forward(join(moving, frozen), state.model_state, *rest),
+            lambda moving, key: heads(join(moving, frozen), state.model_state, key),
         )
         loss_and_grads = _whole_batch if accumulate == 1 else _accumulated(mesh, accumulate)
-        loss, grads, metrics, model_state = loss_and_grads(
-            lambda moving, *rest: forward(join(moving, frozen), state.model_state, *rest),
-            objective,
-            engine,
-            moving,
-            batch,
-            key,
+        loss, grads, metrics, model_state, results = loss_and_grads(
+            model, parts, moving, context, aux, key
         )
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = blueprint.transform.update(grads, state.opt_state, moving)
         moving = optax.apply_updates(moving, updates)
         average = ema.update(state.ema, moving, state.step) if ema else state.ema
-
+        params = join(moving, frozen)
+        advanced = {
+            leaf.name: leaf.objective.advance(
+                own_state[leaf.name], results.get(leaf.name, {}), leaf.own(context, aux)
+            )
+            for leaf in parts
+            if leaf.name in own_state
+        }
         proposed = dataclasses.replace(
             state,
-            params=join(moving, frozen),
+            params=params,
             model_state=model_state,
             opt_state=opt_state,
             ema=average,
-            objective_state=objective_state,
+            objective_state=advanced,
+            averages={
+                name: teacher.follow(state.averages[name], moving)
+                for name, teacher in blueprint.averages.items()
+            },
         )
         # What the optimizer's own counter says: skipped steps do not advance the schedule.
         applied = state.step - state.bad_steps
@@ -124,155 +183,212 @@ def make_step(
     return step
 
 
-def _whole_batch(forward, objective, engine, moving, batch, key):
-    def loss_fn(moving):
-        encoded, model_state = forward(moving, batch, key, objective.needs)
-        loss, metrics = _compare(objective, encoded, batch, engine)
-        return loss, (metrics, model_state)
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The model as a function of the parameters that move.
 
-    (loss, (metrics, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(moving)
-    return loss, grads, metrics, model_state
+    Attributes:
+      forward: (moving, batch, key, needs) -> (Encoded, model state).
+      heads: (moving, key) -> what `Context.head` is, as keywords.
+    """
+
+    forward: Callable[..., tuple[Encoded, Any]]
+    heads: Callable[..., dict[str, Any]]
+
+
+def _whole_batch(model, parts, moving, context, aux, key):
+    needs = union(leaf.objective.needs | leaf.objective.fuse_needs for leaf in parts)
+
+    def loss_fn(moving):
+        encoded, model_state = model.forward(moving, context.batch, key, needs)
+        seen = dataclasses.replace(context, **model.heads(moving, key))
+        outcomes = [
+            leaf.objective(encoded, leaf.own(seen if _alone(leaf) else context, aux))
+            for leaf in parts
+        ]
+        loss, metrics, results = add_up(parts, context, outcomes)
+        return loss, (metrics | _facts(encoded), model_state, results)
+
+    (loss, (metrics, model_state, results)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        moving
+    )
+    return loss, grads, metrics, model_state, results
 
 
 def _accumulated(mesh: Mesh, k: int):
-    def loss_and_grads(forward, objective, engine, moving, batch, key):
-        coupled, local = objective.split()
-        totals = local.totals(batch)
-        micro = jax.tree.map(lambda x: _to_micro(x, mesh, k), batch)
-        keys = jax.random.split(key, k)
+    def loss_and_grads(model, parts, moving, context, aux, key):
+        coupled = [p for p in parts if not _alone(p)]
+        alone = [p for p in parts if _alone(p)]
+        totals = {p.name: p.objective.totals(p.own(context, aux)) for p in alone}
+        first_needs = union(p.objective.needs for p in parts if p not in alone or _chooses(p))
+        second_needs = first_needs | union(
+            p.objective.needs | p.objective.fuse_needs for p in alone
+        )
+
+        def cut(tree):
+            return jax.tree.map(lambda x: _to_micro(x, mesh, k), tree)
+
+        def whole(tree):
+            return jax.tree.map(lambda x: _from_micro(x, mesh, k), tree)
+
+        micro, keys = cut(context.batch), jax.random.split(key, k)
+        aux_rows = {p.name: cut(aux[p.name].rows) for p in alone}
 
         def first_pass():
-            """The coupled part of the loss, its metrics, and its cotangents for each micro-batch."""
+            """The coupled part of the loss, its metrics and results, cotangents by micro-batch, chosen rows."""
 
             def embed(_, inputs):
-                return None, forward(moving, *inputs, coupled.needs)[0]
+                return None, model.forward(moving, *inputs, first_needs)[0]
 
             def loss_fn(encoded):
-                return _compare(coupled, encoded, batch, engine)
+                outcomes = [p.objective(encoded, p.own(context, aux)) for p in coupled]
+                loss, metrics, results = add_up(coupled, context, outcomes)
+                return loss, (metrics | _facts(encoded), results)
 
             _, stacked = jax.lax.scan(embed, None, (micro, keys))
-            full = _join_micro(stacked, mesh, k)
-            (loss, metrics), cotangent = jax.value_and_grad(loss_fn, has_aux=True)(full)
-            return loss, metrics, _split_cotangent(cotangent, mesh, k)
+            full = Encoded(whole(stacked.rows), jax.tree.map(lambda x: x[0], stacked.shared))
+            (loss, (metrics, results)), cotangent = jax.value_and_grad(loss_fn, has_aux=True)(full)
+            still = jax.lax.stop_gradient(full)
+            chosen = {
+                p.name: {
+                    name: cut(_inputs_at(context, name, index))
+                    for name, index in p.objective.choose(still, p.own(context, aux)).items()
+                }
+                for p in alone
+                if _chooses(p)
+            }
+            # Scale and bias belong to the batch: each micro-batch passes on the k-th part.
+            shared = jax.tree.map(
+                lambda g: jnp.broadcast_to(g / k, (k, *g.shape)), cotangent.shared
+            )
+            return loss, metrics, results, Encoded(cut(cotangent.rows), shared), chosen
 
-        def second_pass(cotangents):
-            """The per-example part of the loss, its metrics, all gradients, and the model's new state."""
+        def second_pass(cotangents, chosen):
+            """The per-example part of the loss, its metrics and results, all gradients, the model's new state."""
 
             def backward(grads, inputs):
-                batch_i, key_i, cotangent_i = inputs
+                batch_i, key_i, cotangent_i, aux_i, chosen_i = inputs
 
                 def outputs(moving):
-                    encoded, model_state = forward(moving, batch_i, key_i, objective.needs)
-                    loss, metrics = local.local(encoded, batch_i, totals, engine)
-                    return (_only(encoded, cotangent_i), loss), (metrics, model_state)
+                    encoded, model_state = model.forward(moving, batch_i, key_i, second_needs)
+                    seen = dataclasses.replace(context, batch=batch_i, **model.heads(moving, key_i))
 
-                (_, loss), vjp, (metrics, model_state) = jax.vjp(outputs, moving, has_aux=True)
+                    def outcome(p: Leaf):
+                        own = p.own(seen, {p.name: Aux(aux_i[p.name], aux[p.name].shared)})
+                        if own.key is not None:
+                            own = dataclasses.replace(
+                                own, key=jax.random.fold_in(own.key, jax.random.bits(key_i))
+                            )
+                        if not isinstance(p.objective, Chosen):
+                            return p.objective.local(encoded, own, totals[p.name])
+                        beside = {
+                            name: model.forward(
+                                moving, inputs, key_i, needs_of(p.objective, name, inputs)
+                            )[0]
+                            for name, inputs in chosen_i[p.name].items()
+                        }
+                        return p.objective.fuse(encoded, beside, own, totals[p.name])
+
+                    loss, metrics, results = add_up(alone, context, [outcome(p) for p in alone])
+                    return (_only(encoded, cotangent_i), loss), (metrics, model_state, results)
+
+                (_, loss), vjp, (metrics, model_state, results) = jax.vjp(
+                    outputs, moving, has_aux=True
+                )
                 (grads_i,) = vjp((cotangent_i, jnp.ones_like(loss)))
-                return jax.tree.map(jnp.add, grads, grads_i), (loss, metrics, model_state)
+                return (
+                    jax.tree.map(jnp.add, grads, grads_i),
+                    (loss, metrics, model_state, results),
+                )
 
             zeros = jax.tree.map(jnp.zeros_like, moving)
-            grads, parts = jax.lax.scan(backward, zeros, (micro, keys, cotangents))
-            losses, metrics, model_states = parts
-            model_state = jax.tree.map(lambda x: x.mean(0), model_states)
-            return losses.sum(), jax.tree.map(lambda x: x.sum(0), metrics), grads, model_state
+            inputs = micro, keys, cotangents, aux_rows, chosen
+            grads, (losses, metrics, states, results) = jax.lax.scan(backward, zeros, inputs)
+            metrics = jax.tree.map(lambda x: x.sum(0), metrics)
+            return losses.sum(), metrics, whole(results), grads, jax.tree.map(_joined, states)
 
-        loss, metrics, cotangents = first_pass() if coupled is not None else (0.0, {}, None)
-        local_loss, local_metrics, grads, model_state = second_pass(cotangents)
-        return loss + local_loss, grads, metrics | local_metrics, model_state
+        if first_needs:
+            loss, metrics, results, cotangents, chosen = first_pass()
+        else:
+            loss, metrics, results, cotangents, chosen = 0.0, {}, {}, None, {}
+        local_loss, local_metrics, local_results, grads, model_state = second_pass(
+            cotangents, chosen
+        )
+        return (
+            loss + local_loss,
+            grads,
+            metrics | local_metrics,
+            model_state,
+            results | local_results,
+        )
 
     return loss_and_grads
 
 
-def _compare(objective: Objective, encoded: Encoded, batch: Batch, engine: PairEngine):
-    """Loss and metrics, the model's scale and bias among them."""
-    if encoded.text is None and objective.split()[0] is not None:
-        raise ClipjaxError(
-            f"{type(objective).__name__} compares images with texts, and this model only captions: it has no "
-            "embeddings of texts. Give the model a text tower, or take Caption alone as the objective"
-        )
-    loss, metrics = objective(encoded, batch, engine)
-    scalars = {name: getattr(encoded, name) for name in ("logit_scale", "logit_bias")}
-    scalars = {name: x for name, x in scalars.items() if x is not None}
-    return loss, metrics | broken_rows(encoded) | scalars
+def _facts(encoded: Encoded) -> Metrics:
+    """Scale and bias, and how many embeddings are broken."""
+    scalars = {name: x for name, x in encoded.shared.items() if x.ndim == 0}
+    return broken_rows(encoded) | scalars
 
 
-def _check_offer(blueprint: Blueprint, objective: Objective) -> None:
-    """Refuses an objective that needs what the model does not offer."""
-    module = blueprint.module(blueprint.abstract.params, blueprint.abstract.model_state)
-    offered = inspect.signature(module.__call__).parameters
-    for need in sorted(objective.needs - offered.keys()):
-        if not any(p.kind is p.VAR_KEYWORD for p in offered.values()):
-            raise ClipjaxError(
-                f"the objective needs {need}, which {type(module).__name__} does not offer (its __call__ takes "
-                f"no {need!r}): choose a model that does, such as CoCa, or another objective"
-            )
+def _alone(leaf: Leaf) -> bool:
+    """Whether it sees one example at a time, and so may be taken a micro-batch at a time."""
+    return isinstance(leaf.objective, PerExample | Chosen)
 
 
-def _encode(forward, params, model_state, batch, mesh, accumulate) -> Encoded:
+def _chooses(leaf: Leaf) -> bool:
+    return isinstance(leaf.objective, Chosen)
+
+
+def _inputs_at(context: Context, name: str, index: jax.Array) -> Batch:
+    """One input of the batch at the chosen places."""
+    return context.engine.rows_at({name: field(context.batch, name)}, index)
+
+
+def _joined(x: jax.Array) -> jax.Array:
+    """Micro-batches' model state as one: the mean of what was measured, the last of what was counted."""
+    return x.mean(0) if jnp.issubdtype(x.dtype, jnp.inexact) else x[-1]
+
+
+def _encode(forward, params, model_state, batch, needs, mesh, accumulate) -> Encoded:
     """Embeddings in inference mode, a micro-batch at a time."""
     if accumulate == 1:
-        return forward(params, model_state, batch, None)[0]
+        return forward(params, model_state, batch, None, needs)[0]
     micro = jax.tree.map(lambda x: _to_micro(x, mesh, accumulate), batch)
     _, stacked = jax.lax.scan(
-        lambda _, b: (None, forward(params, model_state, b, None)[0]), None, micro
+        lambda _, b: (None, forward(params, model_state, b, None, needs)[0]), None, micro
     )
-    return _join_micro(stacked, mesh, accumulate)
+    rows = jax.tree.map(lambda x: _from_micro(x, mesh, accumulate), stacked.rows)
+    return Encoded(rows, jax.tree.map(lambda x: x[0], stacked.shared))
 
 
 def _to_micro(x: jax.Array, mesh: Mesh, k: int) -> jax.Array:
     """[B, ...] -> [k, B/k, ...]; every device keeps its own rows, so nothing travels."""
-    shards = batch_shards(mesh)
-    rest = x.shape[1:]
-    x = x.reshape(shards, k, -1, *rest).swapaxes(0, 1).reshape(k, -1, *rest)
+    x = rearrange(x, "(shard k row) ... -> k (shard row) ...", shard=batch_shards(mesh), k=k)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, BATCH_AXES)))
 
 
 def _from_micro(x: jax.Array, mesh: Mesh, k: int) -> jax.Array:
     """The inverse of `_to_micro`."""
-    shards = batch_shards(mesh)
-    rest = x.shape[2:]
-    x = x.reshape(k, shards, -1, *rest).swapaxes(0, 1).reshape(-1, *rest)
+    x = rearrange(x, "k (shard row) ... -> (shard k row) ...", shard=batch_shards(mesh), k=k)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
 
 
-def _join_micro(stacked: Encoded, mesh: Mesh, k: int) -> Encoded:
-    """Micro-batches' outputs as one: rows are joined, what belongs to the batch is the same in all."""
-    return _map_fields(lambda x: _from_micro(x, mesh, k), lambda x: x[0], stacked)
-
-
-def _split_cotangent(cotangent: Encoded, mesh: Mesh, k: int) -> Encoded:
-    """For each micro-batch its rows, and the k-th part of the one cotangent of scale and bias."""
-    return _map_fields(
-        lambda g: _to_micro(g, mesh, k),
-        lambda g: jnp.broadcast_to(g / k, (k, *g.shape)),
-        cotangent,
-    )
-
-
-def _map_fields(rows: Callable, shared: Callable, encoded: Encoded) -> Encoded:
-    fields = {f.name: getattr(encoded, f.name) for f in dataclasses.fields(encoded)}
-    return dataclasses.replace(
-        encoded,
-        **{
-            name: (shared if name in SHARED else rows)(x)
-            for name, x in fields.items()
-            if x is not None
-        },
-    )
-
-
 def _only(encoded: Encoded, like: Encoded | None) -> Encoded | None:
-    """`encoded` without the fields that `like` has not; None for None."""
+    """`encoded` without what `like` has not; None for None."""
     if like is None:
         return None
-    names = [f.name for f in dataclasses.fields(like) if getattr(like, f.name) is None]
-    without: dict[str, Any] = dict.fromkeys(names)
-    return dataclasses.replace(encoded, **without)
-
-
-def jit_step(step: Step, blueprint: Blueprint) -> Step:
-    """`step` compiled with the state's layout fixed and its buffers donated."""
-    layout = blueprint.shardings
-    return jax.jit(
-        step, in_shardings=(layout, None), out_shardings=(layout, None), donate_argnums=0
+    return Encoded(
+        {name: encoded.rows[name] for name in like.rows},
+        {name: encoded.shared[name] for name in like.shared},
     )
+
+
+def jit_step(step: Step, blueprint: Blueprint) -> Any:
+    """`step` compiled with the state's layout fixed and its buffers donated.
+
+    Takes (state, batch), and as a third argument the weights of frozen teachers where the objective has any.
+    """
+    layout = blueprint.shardings
+    inputs = (layout, None, None) if blueprint.frozen else (layout, None)
+    return jax.jit(step, in_shardings=inputs, out_shardings=(layout, None), donate_argnums=0)

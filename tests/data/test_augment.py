@@ -191,3 +191,30 @@ def test_no_caption_is_none():
     assert CaptionChoice(("zh",))(RECORD, rng()) is None
     assert CaptionChoice()({"captions": ("  ", "")}, rng()) is None
     assert CaptionChoice(("en",))({"captions": ("cat",)}, rng()) is None  # language not known
+
+
+@pytest.mark.parametrize("shape", [(1, 30), (40, 3), (16, 400), (300, 20)])
+@pytest.mark.parametrize("half_pixel", ["even", "down"])
+def test_the_middle_of_a_strip_is_what_resizing_all_of_it_gives(shape, half_pixel, monkeypatch):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    crop = Resize("crop", half_pixel=half_pixel)
+    middle, moved = crop.mapped(image, 24)
+    monkeypatch.setattr("clipjax.data.augment.LONGEST", 1e9)
+    whole, moved_whole = crop.mapped(image, 24)
+    assert middle.shape == (24, 24, 3)
+    # Of noise: Pillow may take the axes in another order, and rounds between them.
+    difference = np.abs(middle.astype(int) - whole)
+    assert difference.max() <= 16 and difference.mean() < 1
+    np.testing.assert_array_equal(moved, moved_whole)
+
+
+def test_a_strip_of_any_length_takes_bounded_memory():
+    import tracemalloc
+
+    for shape in ((1, 1_000_000), (1_000_000, 1)):
+        image = np.full((*shape, 3), 7, np.uint8)
+        tracemalloc.start()
+        assert (Resize("crop")(image, 224) == 7).all()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 20e6

@@ -62,7 +62,7 @@ def test_jsonl_with_lists_and_nulls(root):
     ]
     (root / "t.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
     found = read(ImageFolder(str(root), "t.jsonl"))
-    assert [r["captions"] for r in found] == [("x", "y"), ("",)]
+    assert [r["captions"] for r in found] == [("x", "y"), ()]
     assert decode(found[1]["image"])[0, 0, 0] == 50  # an absolute path
 
 
@@ -155,3 +155,83 @@ def test_a_table_reads_nothing_outside_of_its_folder(root, tmp_path_factory, pat
     opened = ImageFolder(str(root), "t.jsonl").open()
     with pytest.raises(UnreadableRecord, match="leads out of the folder"):
         opened[0]
+
+
+def table(folder, name, text, **fields):
+    (folder / name).write_text(text, encoding="utf-8")
+    return ImageFolder(str(folder), name, **fields)
+
+
+def test_in_a_tsv_a_quote_is_text(root):
+    rows = ["image\tcaption", 'a.png\t"a cat', "b.png\ta dog", 'c.png\t"Stop" sign']
+    found = read(table(root, "t.tsv", "\n".join(rows)))
+    assert [r["captions"] for r in found] == [('"a cat',), ("a dog",), ('"Stop" sign',)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.csv", "image,caption\na.png,a cat, asleep\n", r"line 2, has 3 fields for 2 columns"),
+        ("t.tsv", "image\tcaption\na.png\tx\ty\n", r"line 2, has 3 fields for 2 columns"),
+        ("t.csv", 'image,caption\na.png,ok\nb.png,"a" cat\n', r"line 3, cannot be read"),
+        ("t.csv", 'image,caption\na.png,"open\nb.png,x\n', r"line 2, cannot be read"),
+        ("t.csv", "image,caption,caption\na.png,x,y\n", "two columns called 'caption'"),
+        ("t.csv", "image,caption\n ,x\n", "line 2, names no picture"),
+        ("t.jsonl", '{"image": null, "caption": "x"}', "line 1, names no picture"),
+        ("t.jsonl", '{"image": "a.png", "caption": {"en": "x"}}', "line 1: 'caption' is dict"),
+        ("t.jsonl", '{"image": "a.png", "caption": ["a", ["b"]]}', "line 1: 'caption' is list"),
+    ],
+)
+def test_rows_that_are_none_are_refused_by_line(root, name, text, message):
+    with pytest.raises(ClipjaxError, match=message):
+        table(root, name, text).open()
+
+
+def test_values_that_are_no_text_are_no_captions(root):
+    rows = ['[null, "x"]', "NaN", "7", '"\\ud83d\\ude00 \\ud83d"']
+    lines = [f'{{"image": "{i}.png", "caption": {row}}}' for i, row in enumerate(rows)]
+    found = read(table(root, "t.jsonl", "\n".join(lines)))
+    assert [r["captions"] for r in found] == [("x",), (), ("7",), ("\U0001f600 \ufffd",)]
+
+
+def test_a_long_text_and_an_absent_label(root):
+    text = f"image,caption,label\na.png,{'x' * 140_000},cat\nb.png,y,\nc.png,z, \n"
+    opened = table(root, "t.csv", text, label_column="label").open()
+    assert len(opened[0]["captions"][0]) == 140_000
+    assert opened.class_names == ("cat",)
+    assert [opened[i]["label"] for i in range(3)] == [0, -1, -1]
+
+
+def test_folders_that_are_no_classes_and_classes_without_pictures(tmp_path, caplog):
+    for name in ("dog", "hot_dog", "empty", ".ipynb_checkpoints", "__MACOSX"):
+        (tmp_path / name).mkdir()
+    for name in ("dog/a.png", "hot_dog/._b.png", "hot_dog/b.JFIF", ".ipynb_checkpoints/a.png"):
+        Image.new("RGB", (2, 2)).save(tmp_path / name, "png")
+    opened = ClassFolder(str(tmp_path)).open()
+    assert opened.class_names == ("dog", "empty", "hot_dog")
+    assert [(r["key"], r["label"], r["captions"]) for r in opened] == [
+        ("dog/a.png", 0, ("dog",)),
+        ("hot_dog/b.JFIF", 2, ("hot dog",)),
+    ]
+    assert "the class 'empty'" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "jfif", "jpe", "avif", "jp2", "ppm", "webp", "tif"])
+def test_every_format_that_is_decoded_is_found(tmp_path, suffix):
+    kind = {"jfif": "jpeg", "jpe": "jpeg", "jp2": "jpeg2000", "jpg": "jpeg", "tif": "tiff"}
+    Image.new("RGB", (8, 8)).save(tmp_path / f"a.{suffix}", kind.get(suffix, suffix))
+    (record,) = read(PictureFolder(str(tmp_path)))
+    assert decode(record["image"]).shape == (8, 8, 3)
+
+
+def test_class_names_are_spoken_with_spaces(tmp_path):
+    from clipjax.evals import ZeroShot
+    from clipjax.evals.zeroshot import _by_label
+
+    for name in ("hot_dog", "snow_leopard"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (2, 2)).save(tmp_path / name / "a.png")
+    source = ClassFolder(str(tmp_path))
+    assert source.open().class_names == ("hot_dog", "snow_leopard")  # as other folders are matched
+    found = _by_label(ZeroShot(source=source), load_eval(source, 8))
+    assert found[""].names == ("hot dog", "snow leopard")

@@ -91,6 +91,21 @@ def bomb(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
+def test_deep_gray_keeps_its_tone():
+    shares = np.tile(np.linspace(0, 1, 64), (4, 1))
+    expected = np.round(shares * 255)
+    deep = (shares * 65535).astype(np.int64)
+    for image in (
+        encoded(Image.fromarray(deep.astype(np.int32)), "tiff"),
+        encoded(Image.fromarray(shares.astype(np.float32)), "tiff"),
+        Image.fromarray((shares * 255).astype(np.float32)),
+        Image.fromarray(deep.astype(np.int32)),
+        b"P5 64 4 65535\n" + deep.astype(">u2").tobytes(),
+        b"P5 64 4 1023\n" + (shares * 1023).astype(">u2").tobytes(),
+    ):
+        assert np.abs(decode(image).mean(2) - expected).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import gc
 import logging
 import threading
@@ -160,10 +161,11 @@ def test_rows_hold_picture_caption_and_id_of_one_record():
         assert text in (f"number {i}", f"zahl {i}")
 
 
-def test_a_source_smaller_than_the_batch():
+def test_a_source_smaller_than_the_batch(caplog):
     loader = data(source=Toy(n=3), batch_size=16).build(TOKENIZER, seed=0)
     ids = np.concatenate([loader.batch(step)["id"] for step in range(3)])
     assert np.bincount(ids).tolist() == [16, 16, 16]
+    assert "3 records and batches of 16" in caplog.text
 
 
 def test_large_ids_keep_equality():
@@ -280,8 +282,59 @@ def test_the_work_ahead_is_bounded():
     batches = data(source=Counting(), prefetch=3).build(TOKENIZER, 0).iterate()
     next(batches)
     time.sleep(0.2)
-    assert 8 <= len(touched) <= 3 * 8  # the batch taken, and two of the three ahead were started
+    assert 8 <= len(touched) <= 4 * 8  # the batch taken, and three ahead
     batches.close()
+
+
+def test_one_batch_ahead_is_made_while_the_last_one_is_used():
+    batches = data(source=Toy(delay=0.02), prefetch=1, num_threads=1).build(TOKENIZER, 0).iterate()
+    next(batches)
+    time.sleep(0.6)  # 8 records take 0.16 s at least
+    start = time.monotonic()
+    next(batches)
+    assert time.monotonic() - start < 0.1
+    batches.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Unsteady(Toy):
+    """Reading record i fails `fails(i)` times with an I/O error before it goes well."""
+
+    fails: int = 2
+    hopeless: tuple[int, ...] = ()
+
+    def open(self):
+        tries = {}
+
+        class Opened(OpenToy):
+            def __getitem__(opened, i):
+                tries[i] = tries.get(i, 0) + 1
+                if i in self.hopeless or tries[i] <= self.fails:
+                    raise OSError(errno.EIO, "Input/output error")
+                return super().__getitem__(i)
+
+        return Opened(self)
+
+
+def test_reading_that_fails_is_tried_again_and_then_skipped(monkeypatch, caplog):
+    monkeypatch.setattr("clipjax.data.reading.PAUSES", (0.0, 0.0))
+    config = data(source=Unsteady(fails=2), max_error_rate=0)
+    assert_equal(config.build(TOKENIZER, 1).batch(0), data().build(TOKENIZER, 1).batch(0))
+    config = data(source=Unsteady(fails=0, hopeless=(3,), bad=(5,)), max_error_rate=1.0)
+    loader = config.build(TOKENIZER, 1)
+    for step in range(3):
+        assert 3 not in loader.batch(step)["id"]
+    assert 0 < loader.unreachable < loader.skipped
+    assert "record 3: reading failed 3 times ([Errno 5] Input/output error)" in caplog.text
+
+
+def test_only_the_first_bad_records_are_named(caplog):
+    source = Toy(n=200, bad=tuple(range(0, 200, 2)))
+    loader = data(source=source, max_error_rate=1.0, batch_size=100).build(TOKENIZER, 0)
+    loader.batch(0)
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == 21 and messages[-1].startswith("skipped 20 records so far")
+    assert loader.skipped > 20
 
 
 @pytest.mark.parametrize(

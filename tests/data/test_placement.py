@@ -37,10 +37,16 @@ for name, (grid, expected) in cases.items():
     for key, array in arrays.items():
         found = multihost_utils.process_allgather(array, tiled=True)
         np.testing.assert_array_equal(found, whole[key], err_msg=name)
+# A mesh along a torus may deal the devices of two processes in turn: their rows do not lie together then.
+mesh = Mesh(devices.T.reshape(1, 4, 1), ("group", "data", "tensor"))
+assert process_rows(mesh) == (process, 2)
+mine = {k: v[process * 4 : process * 4 + 4] for k, v in whole.items()}
+found = multihost_utils.process_allgather(to_global(mine, mesh)["id"], tiled=True)
+assert found.tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
 try:
-    process_rows(Mesh(devices.T.reshape(1, 4, 1), ("group", "data", "tensor")))
+    process_rows(Mesh(devices.ravel()[[0, 1, 2]].reshape(1, 3, 1), ("group", "data", "tensor")))
 except ClipjaxError as error:
-    assert "not one contiguous run" in str(error)
+    assert "overlap or are of different sizes" in str(error)
     print("all good")
 """
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from clipjax.batch import Encoded
 from clipjax.data import Resize, Source
 
 
@@ -108,9 +107,8 @@ class Linear(nnx.Module):
         x = self.text[...][text].mean(1)
         return x / jnp.linalg.norm(x, axis=1, keepdims=True)
 
-    def __call__(self, batch, key=None):
-        encoded = self.encode_image(batch["image"]), self.encode_text(batch["text"])
-        return Encoded(*encoded, jnp.float32(1.0))
+    def shared(self):
+        return {"logit_scale": jnp.float32(1.0)}
 
 
 @pytest.fixture

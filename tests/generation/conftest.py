@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from clipjax.batch import Encoded
 from clipjax.generation import SpecialTokens
 
 PAD, BOS, EOS = 0, 1, 2
@@ -33,9 +32,8 @@ class Scribe(nnx.Module):
     def encode_text(self, text, key=None):
         return _unit(self.embedding[...][text].mean(1))
 
-    def __call__(self, batch, key=None):
-        encoded = self.encode_image(batch["image"]), self.encode_text(batch["text"])
-        return Encoded(*encoded, jnp.float32(1.0))
+    def shared(self):
+        return {"logit_scale": jnp.float32(1.0)}
 
     def caption_memory(self, image):
         x = image[:, :4, :4].reshape(len(image), -1) / 64.0 - 2.0

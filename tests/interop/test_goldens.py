@@ -9,6 +9,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from clipjax import ClipjaxError
+from clipjax.batch import PAIR
 from clipjax.interop import export_weights, import_weights
 from clipjax.interop.convert import FAMILIES
 from clipjax.interop.family import Description
@@ -45,20 +46,22 @@ def imported(request, golden, tmp_path_factory):
 def outputs(pretrained, images, texts):
     graphdef, _, _ = abstract(lambda: pretrained.model.build(nnx.Rngs(0)))
 
-    captions = {"captions": True} if isinstance(pretrained.model, CoCa) else {}
+    captions = isinstance(pretrained.model, CoCa)
+    needs = PAIR | {"captions"} if captions else PAIR
 
     # Compiled once and run once: the least optimization takes the least time.
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def run(params, state, image, text):
-        return merge(graphdef, params, state)({"image": image, "text": text}, **captions)
+        return merge(graphdef, params, state)({"image": image, "text": text}, needs=needs)
 
     encoded = run(pretrained.params, pretrained.model_state, images, texts)
+    found = {}
     if captions:
-        words = np.asarray(encoded.caption_features @ encoded.caption_head)
-        captions["captions"] = np.concatenate([row[: 9 - i, :8] for i, row in enumerate(words)])
-    logits = encoded.logit_scale * encoded.image @ encoded.text.T
+        words = np.asarray(encoded["captions"] @ encoded.shared["caption_head"])
+        found["captions"] = np.concatenate([row[: 9 - i, :8] for i, row in enumerate(words)])
+    logits = encoded.logit_scale * encoded["image"] @ encoded["text"].T
     logits += 0 if encoded.logit_bias is None else encoded.logit_bias
-    return {"image": encoded.image, "text": encoded.text, "logits": logits} | captions
+    return {"image": encoded["image"], "text": encoded["text"], "logits": logits} | found
 
 
 def test_outputs_are_the_reference_librarys(imported):

@@ -10,10 +10,11 @@ import pytest
 from fast import jit
 from flax import nnx
 
+from clipjax.batch import PAIR, SpecialTokens
 from clipjax.bench.program import work
 from clipjax.errors import ClipjaxError
 from clipjax.models import CaptionDecoder, CoCa, Poolers
-from clipjax.objectives import Caption, PairEngine, Softmax
+from clipjax.objectives import Caption, Context, Softmax
 from clipjax.params import abstract, count, map_with_path, merge
 from clipjax.towers import TextTransformer, Tower, ViT
 
@@ -59,6 +60,8 @@ LAYOUTS = {
     "cappa": CAPPA,
 }  # fmt: skip
 
+CAPTIONS = PAIR | {"captions"}
+
 
 def make_batch(n=3):
     rng = np.random.default_rng(0)
@@ -86,8 +89,8 @@ def built(config):
 
     @jit
     def encode(batch, key=None):
-        encoded = merge(graphdef, params, {})(batch, key=key, captions=True)
-        return dataclasses.replace(encoded, caption_head=None)
+        needs = CAPTIONS if config.contrasts else CAPTIONS - {"text"}
+        return merge(graphdef, params, {})(batch, key=key, needs=needs).rows
 
     def method(name):
         return jit(lambda *inputs: getattr(merge(graphdef, params, {}), name)(*inputs))
@@ -163,22 +166,22 @@ def test_no_position_sees_the_future(models, name):
         changed = batch["text"].copy()
         changed[:, t] = (changed[:, t] + 20) % 50 + 3
         after = encode(batch | {"text": changed})
-        moved = np.abs(after.caption_features - before.caption_features).max((0, 2))
+        moved = np.abs(after["captions"] - before["captions"]).max((0, 2))
         assert (moved[:t] < 1e-6).all()
         assert (moved[t:6] > 1e-4).all()
         # The text's embedding (the class token's, in CoCa) sees every token.
-        assert np.abs(after.text - before.text).max() > 1e-3
-        np.testing.assert_array_equal(after.image, before.image)
+        assert np.abs(after["text"] - before["text"]).max() > 1e-3
+        np.testing.assert_array_equal(after["image"], before["image"])
 
 
 def test_the_class_token_is_seen_by_none():
     graphdef, params = drawn(tiny())
-    encode = jit(lambda params, batch: merge(graphdef, params, {})(batch, captions=True))
+    encode = jit(lambda params, batch: merge(graphdef, params, {})(batch, needs=CAPTIONS))
     before = encode(params, make_batch())
     params["text"]["class_token"] = params["text"]["class_token"][::-1]
     after = encode(params, make_batch())
-    np.testing.assert_array_equal(after.caption_features, before.caption_features)
-    assert np.abs(after.text - before.text).max() > 1e-2
+    np.testing.assert_array_equal(after["captions"], before["captions"])
+    assert np.abs(after["text"] - before["text"]).max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["coca", "mammut", "separate"])
@@ -186,8 +189,8 @@ def test_captions_see_the_image_and_texts_do_not(models, name):
     encode = models[name][0]
     batch = make_batch()
     before, after = encode(batch), encode(batch | {"image": 255 - batch["image"]})
-    np.testing.assert_array_equal(after.text, before.text)
-    assert (np.abs(after.caption_features - before.caption_features).max((0, 2)) > 1e-4).all()
+    np.testing.assert_array_equal(after["text"], before["text"])
+    assert (np.abs(after["captions"] - before["captions"]).max((0, 2)) > 1e-4).all()
 
 
 @pytest.mark.parametrize("name", ["coca", "openclip", "separate", "mammut", "cappa"])
@@ -197,10 +200,10 @@ def test_padding_changes_nothing(models, name):
     batch = make_batch()
     short = encode(batch | {"text": batch["text"][:, :6]})
     long = encode(batch)
-    if short.text is not None:
-        np.testing.assert_allclose(short.text, long.text, atol=1e-6)
-    kept = long.caption_features[:, :5]
-    np.testing.assert_allclose(short.caption_features, kept, atol=1e-6 * np.abs(kept).max() + 1e-6)
+    if "text" in short:
+        np.testing.assert_allclose(short["text"], long["text"], atol=1e-6)
+    kept = long["captions"][:, :5]
+    np.testing.assert_allclose(short["captions"], kept, atol=1e-6 * np.abs(kept).max() + 1e-6)
 
 
 def test_embeddings_are_the_same_with_and_without_captions():
@@ -214,15 +217,15 @@ def test_embeddings_are_the_same_with_and_without_captions():
     graphdef, params = drawn(model)
     key = jax.random.key(1)
     with_captions, without = (
-        jit(lambda p, b, k, c=c: merge(graphdef, p, {})(b, key=k, captions=c))
-        for c in (True, False)
+        jit(lambda p, b, k, c=c: merge(graphdef, p, {})(b, key=k, needs=c))
+        for c in (CAPTIONS, PAIR)
     )
     both, one = (f(params, make_batch(), key) for f in (with_captions, without))
     other = with_captions(params, make_batch(), jax.random.key(2))
-    np.testing.assert_allclose(both.image, one.image, atol=1e-6)
-    np.testing.assert_allclose(both.text, one.text, atol=1e-6)
-    assert one.caption_features is None
-    assert np.abs(both.caption_features - other.caption_features).max() > 1e-2
+    np.testing.assert_allclose(both["image"], one["image"], atol=1e-6)
+    np.testing.assert_allclose(both["text"], one["text"], atol=1e-6)
+    assert "captions" not in one.rows
+    assert np.abs(both["captions"] - other["captions"]).max() > 1e-2
 
 
 def test_parallel_prediction_is_blind_to_the_caption(models):
@@ -233,10 +236,10 @@ def test_parallel_prediction_is_blind_to_the_caption(models):
     other = batch | {"text": batch["text"][::-1].copy() * 0 + 5}
     key = jax.random.key(0)
     a, b = encode(batch, key), encode(other, key)
-    np.testing.assert_array_equal(a.caption_features, b.caption_features)
-    assert np.abs(np.diff(a.caption_features, axis=1)).max() > 1e-3  # positions tell them apart
+    np.testing.assert_array_equal(a["captions"], b["captions"])
+    assert np.abs(np.diff(a["captions"], axis=1)).max() > 1e-3  # positions tell them apart
     causal = encode(batch), encode(other)
-    assert np.abs(causal[0].caption_features - causal[1].caption_features).max() > 1e-2
+    assert np.abs(causal[0]["captions"] - causal[1]["captions"]).max() > 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,8 +263,8 @@ class FlatModule(nnx.Module):
 def test_any_image_tower():
     encode, _ = built(tiny(image=Flat()))
     encoded = encode(make_batch())
-    np.testing.assert_allclose(np.linalg.norm(encoded.image, axis=1), 1.0, rtol=1e-5)
-    assert encoded.caption_features.shape == (3, LENGTH - 1, 16)
+    np.testing.assert_allclose(np.linalg.norm(encoded["image"], axis=1), 1.0, rtol=1e-5)
+    assert encoded["captions"].shape == (3, LENGTH - 1, 16)
 
 
 @pytest.mark.parametrize(
@@ -298,8 +301,9 @@ def test_captions_cost_what_their_layers_cost():
     def flops(objective):
         def loss(params, batch):
             module = merge(graphdef, params, {})
-            encoded = module(batch, captions="captions" in objective.needs)
-            return objective(encoded, batch, PairEngine())[0]
+            encoded = module(batch, needs=objective.needs)
+            context = Context(batch=batch, tokens=SpecialTokens(bos=1, eos=2, pad=0))
+            return objective(encoded, context)[0]
 
         return work(jit(jax.grad(loss)).lower(params, batch).compile()).matmul_flops
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from clipjax.batch import SpecialTokens
 from clipjax.cli import main
 from clipjax.config import load_config
 from clipjax.mesh import MeshShape
@@ -32,7 +33,8 @@ def test_the_pod_recipe_is_drawn_without_allocating():
     assert total == pytest.approx(4 * 798e6, rel=0.01)
     assert local == pytest.approx(total / 4, rel=0.01)  # FSDP within a group of 4
     engine = PairEngine(mesh, run.exchange, run.pair_chunk, run.pair_dtype)
-    step = make_step(blueprint, run.objective, engine, mesh, run.accumulate)
+    tokens = SpecialTokens(bos=1, eos=2, pad=0)
+    step = make_step(blueprint, run.objective, engine, mesh, run.accumulate, tokens=tokens)
     batch = {
         "image": jax.ShapeDtypeStruct((run.data.batch_size, 288, 288, 3), jnp.uint8),
         "text": jax.ShapeDtypeStruct((run.data.batch_size, 76), jnp.int32),

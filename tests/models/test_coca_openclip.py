@@ -8,11 +8,14 @@ import pytest
 from fast import jit
 from flax import nnx
 
+from clipjax.batch import PAIR
 from clipjax.models import CaptionDecoder, CoCa, Poolers
 from clipjax.params import abstract, merge, paths
 from clipjax.towers import TextTransformer, ViT
 
 GOLDENS = Path(__file__).parent / "goldens" / "coca.npz"
+
+CAPTIONS = PAIR | {"captions"}
 
 
 def block(theirs):
@@ -165,10 +168,10 @@ def test_agrees_with_openclip(goldens, case):
     assert not sources, f"weights left behind: {sorted(sources)}"
 
     encoded = jit(lambda params, image, text: merge(graphdef, params, {})(
-        {"image": image, "text": text}, captions=True))(params, goldens["image"], goldens["text"])  # fmt: skip
-    np.testing.assert_allclose(encoded.image, goldens[f"{case}/image_features"], atol=1e-4)
-    np.testing.assert_allclose(encoded.text, goldens[f"{case}/text_features"], atol=1e-4)
-    logits = np.asarray(encoded.caption_features) @ np.asarray(encoded.caption_head)
+        {"image": image, "text": text}, needs=CAPTIONS))(params, goldens["image"], goldens["text"])  # fmt: skip
+    np.testing.assert_allclose(encoded["image"], goldens[f"{case}/image_features"], atol=1e-4)
+    np.testing.assert_allclose(encoded["text"], goldens[f"{case}/text_features"], atol=1e-4)
+    logits = np.asarray(encoded["captions"]) @ np.asarray(encoded.shared["caption_head"])
     counts = goldens["text"][:, 1:] != 0  # what follows the end is nobody's prediction
     expected = goldens[f"{case}/logits"]
     np.testing.assert_allclose(logits[counts], expected[counts], atol=1e-4 * np.abs(expected).max())

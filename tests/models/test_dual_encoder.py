@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from clipjax.batch import PAIR
 from clipjax.errors import ClipjaxError
 from clipjax.models import DualEncoder
 from clipjax.models.scale import clamp_max
@@ -52,23 +53,26 @@ def test_embeddings_are_projected_unit_vectors(encode):
     config = dataclasses.replace(
         CONFIG, text_projection="affine", text=dataclasses.replace(CONFIG.text, pool="mean")
     )
-    params, encoded = encode(config, tokens=True)
-    assert encoded.image.shape == encoded.text.shape == (3, 6)
-    pooled = np.asarray(encoded.image_tokens, np.float64).mean(1)  # pool="mean" of the tokens
+    params, encoded = encode(config, needs=PAIR | {"image_tokens", "text_tokens", "image_pooled"})
+    assert encoded["image"].shape == encoded["text"].shape == (3, 6)
+    tokens = {name: encoded[f"{name}_tokens"] for name in ("image", "text")}
+    pooled = np.asarray(tokens["image"]["values"], np.float64).mean(1)  # pool="mean" of the tokens
+    np.testing.assert_allclose(encoded["image_pooled"], pooled, atol=1e-6)
     expected = pooled @ np.asarray(params["image_projection"]["kernel"], np.float64)
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    np.testing.assert_allclose(encoded.image, expected, atol=1e-5)
+    np.testing.assert_allclose(encoded["image"], expected, atol=1e-5)
     assert set(params["image_projection"]) == {"kernel"}
     assert set(params["text_projection"]) == {"kernel", "bias"}
-    assert encoded.text_tokens.shape == (3, 6, 8)
-    np.testing.assert_allclose(np.linalg.norm(encoded.text, axis=1), 1, rtol=1e-6)
+    assert tokens["text"]["values"].shape == (3, 6, 8)
+    np.testing.assert_array_equal(tokens["text"]["mask"], np.asarray(BATCH["text"]) != 0)
+    np.testing.assert_allclose(np.linalg.norm(encoded["text"], axis=1), 1, rtol=1e-6)
     assert float(encoded.logit_scale) == pytest.approx(1 / 0.07)
     assert float(encoded.logit_bias) == -10.0
 
 
 def test_tokens_and_bias_are_there_only_when_asked_for(encode):
     _, encoded = encode(dataclasses.replace(CONFIG, logit_bias_init=None))
-    assert encoded.image_tokens is encoded.text_tokens is encoded.logit_bias is None
+    assert set(encoded.rows) == {"image", "text"} and encoded.logit_bias is None
 
 
 def test_embeddings_are_float32_whatever_the_towers_compute_in(encode):
@@ -77,8 +81,8 @@ def test_embeddings_are_float32_whatever_the_towers_compute_in(encode):
         for side in ("image", "text")
     }
     _, encoded = encode(dataclasses.replace(CONFIG, **half))
-    assert encoded.image.dtype == encoded.text.dtype == jnp.float32
-    np.testing.assert_allclose(np.linalg.norm(encoded.image, axis=1), 1, rtol=1e-6)
+    assert encoded["image"].dtype == encoded["text"].dtype == jnp.float32
+    np.testing.assert_allclose(np.linalg.norm(encoded["image"], axis=1), 1, rtol=1e-6)
 
 
 def test_towers_draw_from_different_keys(encode):
@@ -142,10 +146,10 @@ def test_the_clamp_lets_the_scale_come_back(x, cotangent, expected):
 def test_the_scale_is_limited():
     module = dataclasses.replace(CONFIG, logit_scale_max=20.0).build(nnx.Rngs(0))
     module.logit_scale[...] = jnp.log(50.0)
-    assert float(module.scale()) == pytest.approx(20.0)
+    assert float(module.shared()["logit_scale"]) == pytest.approx(20.0)
     free = dataclasses.replace(CONFIG, logit_scale_max=None).build(nnx.Rngs(0))
     free.logit_scale[...] = jnp.log(500.0)
-    assert float(free.scale()) == pytest.approx(500.0, rel=1e-5)
+    assert float(free.shared()["logit_scale"]) == pytest.approx(500.0, rel=1e-5)
     assert float(free.logit_scale[...]) == pytest.approx(math.log(500))
 
 

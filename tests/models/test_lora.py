@@ -31,7 +31,7 @@ def batch():
 
 def similarities(module, batch):
     encoded = module(batch)
-    return np.asarray(encoded.logit_scale * encoded.image @ encoded.text.T)
+    return np.asarray(encoded.logit_scale * encoded["image"] @ encoded["text"].T)
 
 
 def with_random_b(seed=1):
@@ -83,7 +83,7 @@ def test_gradients_reach_a_and_b(batch):
 
     def loss(factors):
         module = merge(graphdef, params | {"lora": factors}, rest)
-        return jnp.sum(module(batch).image[:, 0])
+        return jnp.sum(module(batch)["image"][:, 0])
 
     grads = jax.grad(loss)(params["lora"])
     for name, g in paths(grads):

@@ -91,7 +91,11 @@ def one_step(
         if not states:
             base = blueprint.init()
         layouts[name] = blueprint.shardings
-        states[name] = dataclasses.replace(base, objective_state=objective.init_state(base.params))
+        kept = blueprint.abstract.objective_state, blueprint.abstract.averages
+        extra = blueprint.init() if jax.tree.leaves(kept) else base
+        states[name] = dataclasses.replace(
+            base, objective_state=extra.objective_state, averages=extra.averages
+        )
         steps[name] = make_step(blueprint, objective, engine, mesh, accumulate)
 
     def run(states, batch):

@@ -25,7 +25,7 @@ def results():
 
 
 if __name__ == "__main__":
-    from clipjax.mesh import start_processes
+    from clipjax.processes import start_processes
 
     start_processes()
     import jax

@@ -16,6 +16,7 @@ from clipjax.objectives import (
     Decoupled,
     DecoupledSoftmax,
     Grouped,
+    MovingAverage,
     MultiPositive,
     Sigmoid,
     Softmax,
@@ -24,14 +25,14 @@ from clipjax.objectives import (
 )
 
 OBJECTIVES = {
-    "smoothed": Softmax(0.2, image_weight=0.75),
+    "smoothed": Softmax(label_smoothing=0.2, image_weight=0.75),
     "sigmoid": Sigmoid(positives_by_id=True),
     "dclw": Decoupled(sigma=0.5),
     "multi": MultiPositive(),
     "xmc": DecoupledSoftmax(),
     "cwcl": Weighted(),
-    "cwcl sharp": Weighted("text", sharpness=4.0),
-    "albef": SoftTarget(momentum=0.9),
+    "cwcl sharp": Weighted(locked="text", sharpness=4.0),
+    "albef": SoftTarget(teacher=MovingAverage(0.9)),
 }
 
 

@@ -1,6 +1,5 @@
 """Caption and EISL against closed forms and dense float64; which tokens count; what is never whole."""
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -9,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipjax.batch import Encoded
+from clipjax.batch import Encoded, SpecialTokens
 from clipjax.bench.program import temporary_bytes
 from clipjax.errors import ClipjaxError
 from clipjax.mesh import MeshShape
-from clipjax.objectives import EISL, Caption, PairEngine
+from clipjax.objectives import EISL, Caption, Context, PairEngine
 from clipjax.objectives.vocabulary import word_stats
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -33,13 +32,17 @@ def data(seed=0):
 
 
 def encoded(features, head):
-    zero = jnp.zeros((len(features), 2))
-    return Encoded(zero, zero, jnp.ones(()), caption_features=features, caption_head=head)
+    return Encoded({"captions": features}, {"caption_head": head})
+
+
+def context(text, engine=None, pad=0, eos=2):
+    tokens = SpecialTokens(bos=1, eos=eos, pad=pad)
+    return Context(engine or PairEngine(), {"text": text}, tokens=tokens)
 
 
 def value_and_grads(objective, features, head, text, engine=None):
     def loss(features, head):
-        out = objective(encoded(features, head), {"text": text}, engine or PairEngine())
+        out = objective(encoded(features, head), context(text, engine))
         return out
 
     value = jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
@@ -112,6 +115,13 @@ def test_two_words_by_hand():
     objective = Caption(pad_is_end=True)
     loss, *_ = value_and_grads(objective, features, head, np.array([[0, 1, 0, 0]]))
     assert float(loss) == pytest.approx((np.log(4 / 3) + np.log(4)) / 2, rel=1e-6)
+    # A tokenizer that pads with its end-of-text token says so by itself, whatever the token is.
+    text = jnp.array([[5, 0, 1, 1, 1]])
+    counts = Caption().counts(context(text, pad=1, eos=1))
+    np.testing.assert_array_equal(counts, [[True, True, False, False]])
+    np.testing.assert_array_equal(
+        Caption().counts(context(text, pad=1)), [[True, False, False, False]]
+    )
 
 
 @pytest.mark.parametrize("objective", [Caption(), EISL(orders=(1, 2))])
@@ -119,10 +129,8 @@ def test_tokens_weigh_the_same_however_they_are_split(objective):
     """With the totals of the whole batch, parts add up; a mean of parts' means would not."""
     features, head, text = data()
     whole, *_ = value_and_grads(objective, features, head, text)
-    totals, engine = objective.totals({"text": text}), PairEngine()
-    local = jit(
-        lambda x, text: objective.local(encoded(x, head), {"text": text}, totals, engine)[0]
-    )
+    totals = objective.totals(context(text))
+    local = jit(lambda x, text: objective.local(encoded(x, head), context(text), totals)[0])
     parts = [local(features[rows], text[rows]) for rows in (slice(0, 1), slice(1, 4))]
     assert float(sum(parts)) == pytest.approx(float(whole), rel=1e-6)
 
@@ -166,7 +174,7 @@ def test_logits_are_never_whole():
     )
 
     def chunked(features, head, text):
-        return Caption()(encoded(features, head), {"text": text}, PairEngine())[0]
+        return Caption()(encoded(features, head), context(text))[0]
 
     def plain(features, head, text):
         log_p = jax.nn.log_softmax(features @ head)
@@ -247,9 +255,12 @@ def test_eisl_forgives_a_shift():
         (lambda: EISL(temperature=0.0), "temperature=0.0 must be above 0"),
         (lambda: value_and_grads(EISL(orders=(9,)), *data()), "all longer than the 7 tokens"),
         (
-            lambda: Caption()(dataclasses.replace(encoded(*data()[:2]), caption_head=None),
-                              {"text": data()[2]}, PairEngine()),
-            "needs a model that returns `caption_features`",
+            lambda: Caption()(Encoded({"image": 0}), context(data()[2])),
+            "needs a model that returns `captions`",
+        ),
+        (
+            lambda: Caption()(encoded(*data()[:2]), Context(batch={"text": data()[2]})),
+            "which token is padding",
         ),
     ],
 )  # fmt: skip

@@ -8,7 +8,7 @@ from clipjax.batch import Encoded
 from clipjax.bench.program import work
 from clipjax.bench.simulated import measure
 from clipjax.mesh import MeshShape, batch_sharding, replicated
-from clipjax.objectives import Grouped, PairEngine, Softmax, Weighted
+from clipjax.objectives import Context, Grouped, PairEngine, Softmax, Weighted
 
 ROWS, WIDTH = 8 * 1024, 768
 HELD = 2 * 4 * ROWS * WIDTH  # the gathered modality and its gradient, bytes
@@ -48,7 +48,8 @@ def compiled(objective, engine, rows, width, **batch):
     split, whole = batch_sharding(engine.mesh), replicated(engine.mesh)
     step = jax.jit(
         jax.value_and_grad(
-            lambda x, y, s, batch: objective(Encoded(x, y, s), batch, engine)[0], (0, 1, 2)
+            lambda x, y, s, batch: objective(Encoded.pair(x, y, s), Context(engine, batch))[0],
+            (0, 1, 2),
         ),
         in_shardings=(split, split, whole, split),
         out_shardings=(whole, (split, split, whole)),

@@ -29,6 +29,7 @@ from clipjax.objectives import (
 
 sys.path.insert(0, str(Path(__file__).parent))
 import oracles
+from alone import evaluate
 from fast import jit
 
 ROWS = 24
@@ -37,7 +38,7 @@ ROWS = 24
 OBJECTIVES = {
     "softmax": (Softmax(), oracles.softmax, {}),
     "smoothed": (
-        Softmax(0.2, image_weight=0.75),
+        Softmax(label_smoothing=0.2, image_weight=0.75),
         oracles.softmax,
         {"smoothing": 0.2, "weight": 0.75},
     ),
@@ -47,13 +48,13 @@ OBJECTIVES = {
     "dclw": (Decoupled(sigma=0.5), oracles.decoupled, {"sigma": 0.5}),
     "multi": (MultiPositive(), oracles.multi_positive, {}),
     "xmc": (DecoupledSoftmax(), oracles.decoupled_softmax, {}),
-    "cwcl": (Weighted(), oracles.weighted, {}),
+    "cwcl": (Weighted(teacher="teacher_image"), oracles.weighted, {}),
     "cwcl sharp": (
-        Weighted("text", sharpness=4.0, locked_weight=0.75),
+        Weighted(locked="text", teacher="teacher_text", sharpness=4.0, locked_weight=0.75),
         oracles.weighted,
         {"sharpness": 4.0, "locked": "text", "weight": 0.75},
     ),
-    "albef": (SoftTarget(alpha=0.4, momentum=None), oracles.soft_target, {"alpha": 0.4}),
+    "albef": (SoftTarget(alpha=0.4, teacher=None), oracles.soft_target, {"alpha": 0.4}),
 }
 
 
@@ -93,7 +94,7 @@ def compiled(name, engine):
     """
 
     def loss(encoded, batch):
-        return OBJECTIVES[name][0](Encoded(**encoded), batch, engine)[0]
+        return evaluate(OBJECTIVES[name][0], Encoded.pair(**encoded), batch, engine)[0]
 
     return jit(jax.value_and_grad(loss))
 

@@ -13,23 +13,26 @@ from clipjax.batch import Encoded
 from clipjax.errors import ClipjaxError
 from clipjax.mesh import MeshShape
 from clipjax.objectives import (
+    Context,
     Decoupled,
     DecoupledSoftmax,
     Diagnostics,
     Grouped,
+    MovingAverage,
     MultiPositive,
     Objective,
     PairEngine,
+    Ramp,
     Sigmoid,
     Softmax,
     SoftTarget,
-    Sum,
     Weighted,
     pairs,
 )
 from clipjax.objectives.diagnostics import broken_rows
 
 sys.path.insert(0, str(Path(__file__).parent))
+from alone import evaluate
 from fast import jit
 
 ENGINE = PairEngine(chunk=5)
@@ -47,16 +50,16 @@ def random_pair(n=N, width=12, seed=0):
 
 
 def orthonormal(scale=SCALE, bias=None):
-    return Encoded(jnp.eye(N), jnp.eye(N), jnp.float32(scale), bias)
+    return Encoded.pair(jnp.eye(N), jnp.eye(N), jnp.float32(scale), bias)
 
 
 def value(objective, encoded, batch=None, engine=ENGINE):
-    return float(jit(lambda e, b: objective(e, b, engine)[0])(encoded, batch or {}))
+    return float(jit(lambda e, b: evaluate(objective, e, b, engine)[0])(encoded, batch or {}))
 
 
 def grads(objective, x, y, scale, batch=None):
     def loss(x, y, scale):
-        return objective(Encoded(x, y, scale), batch or {}, ENGINE)[0]
+        return evaluate(objective, Encoded.pair(x, y, scale), batch)[0]
 
     return jit(jax.grad(loss, (0, 1, 2)))(x, y, jnp.float32(scale))
 
@@ -81,9 +84,9 @@ def test_smoothed_loss_is_least_at_a_finite_scale():
     smoothing = 0.1
     best = np.log(1 + N * (1 - smoothing) / smoothing)
     eye = jnp.eye(N)
-    assert abs(grads(Softmax(smoothing), eye, eye, best)[2]) < 1e-6
-    assert grads(Softmax(smoothing), eye, eye, best + 0.5)[2] > 1e-3
-    assert grads(Softmax(smoothing), eye, eye, best - 0.5)[2] < -1e-3
+    assert abs(grads(Softmax(label_smoothing=smoothing), eye, eye, best)[2]) < 1e-6
+    assert grads(Softmax(label_smoothing=smoothing), eye, eye, best + 0.5)[2] > 1e-3
+    assert grads(Softmax(label_smoothing=smoothing), eye, eye, best - 0.5)[2] < -1e-3
 
 
 def test_a_solved_batch_keeps_its_digits():
@@ -111,7 +114,7 @@ def test_rows_without_any_negative_are_guarded(objective):
     batch = {"id": jnp.zeros(N, jnp.int32)}
 
     def loss(x, y, s):
-        return objective(Encoded(x, y, s), batch, ENGINE)[0]
+        return evaluate(objective, Encoded.pair(x, y, s), batch)[0]
 
     value, gradients = jit(jax.value_and_grad(loss, (0, 1, 2)))(x, y, jnp.float32(5.0))
     if isinstance(objective, DecoupledSoftmax):  # nothing to push away: solved
@@ -130,8 +133,8 @@ def test_decoupled_softmax_lets_a_strong_positive_be():
     x = jnp.eye(4)
     y = jnp.eye(4)
     batch = {"id": jnp.array([0, 0, 2, 3])}
-    d_plain = grads(MultiPositive(1.0), x, y, 20.0, batch)[0][0]
-    d_decoupled = grads(DecoupledSoftmax(1.0), x, y, 20.0, batch)[0][0]
+    d_plain = grads(MultiPositive(image_weight=1.0), x, y, 20.0, batch)[0][0]
+    d_decoupled = grads(DecoupledSoftmax(image_weight=1.0), x, y, 20.0, batch)[0][0]
     # gradient of row 0 with respect to its own logit, over scale / N
     assert float(d_plain[0]) * 4 / 20 == pytest.approx(0.5, abs=1e-3)
     assert abs(float(d_decoupled[0])) * 4 / 20 < 1e-6
@@ -140,15 +143,23 @@ def test_decoupled_softmax_lets_a_strong_positive_be():
 def test_equal_teachers_make_weighted_targets_uniform():
     x, y = random_pair()
     batch = {"teacher_image": jnp.tile(jnp.eye(3)[:1], (N, 1))}
-    weighted = value(Weighted(locked_weight=1.0), Encoded(x, y, jnp.float32(5.0)), batch)
-    uniform = value(Softmax(label_smoothing=1.0, image_weight=1.0), Encoded(x, y, jnp.float32(5.0)))
+    weighted = value(
+        Weighted(teacher="teacher_image", locked_weight=1.0),
+        Encoded.pair(x, y, jnp.float32(5.0)),
+        batch,
+    )
+    uniform = value(
+        Softmax(label_smoothing=1.0, image_weight=1.0), Encoded.pair(x, y, jnp.float32(5.0))
+    )
     assert weighted == pytest.approx(uniform, rel=1e-6)
 
 
 def test_weighted_sends_no_gradient_through_its_weights():
     x, y = random_pair()
     implicit = grads(Weighted(sharpness=2.0), x, y, 5.0)
-    explicit = grads(Weighted(sharpness=2.0), x, y, 5.0, {"teacher_image": x})
+    explicit = grads(
+        Weighted(teacher="teacher_image", sharpness=2.0), x, y, 5.0, {"teacher_image": x}
+    )
     for a, b in zip(implicit, explicit, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-7)
 
@@ -156,10 +167,10 @@ def test_weighted_sends_no_gradient_through_its_weights():
 def test_soft_target_with_the_student_as_teacher():
     x, y = random_pair()
     batch = {"teacher_image": x, "teacher_text": y}
-    zero = grads(SoftTarget(alpha=1.0, momentum=None), x, y, 5.0, batch)
+    zero = grads(SoftTarget(alpha=1.0, teacher=None), x, y, 5.0, batch)
     assert all(float(jnp.abs(g).max()) < 1e-6 for g in zero)
-    hard = grads(SoftTarget(alpha=0.0, momentum=None), x, y, 5.0, batch)
-    mixed = grads(SoftTarget(alpha=0.4, momentum=None), x, y, 5.0, batch)
+    hard = grads(SoftTarget(alpha=0.0, teacher=None), x, y, 5.0, batch)
+    mixed = grads(SoftTarget(alpha=0.4, teacher=None), x, y, 5.0, batch)
     for a, b in zip(mixed, hard, strict=True):
         np.testing.assert_allclose(a, 0.6 * b, atol=1e-6)
     # keys carry no gradient: the image's is that of the image-to-text direction alone
@@ -167,28 +178,30 @@ def test_soft_target_with_the_student_as_teacher():
     np.testing.assert_allclose(hard[0], 0.5 * 5.0 * logits @ y / N, atol=1e-6)
 
 
-def test_soft_target_teacher_is_a_moving_average_with_a_ramp():
-    objective = SoftTarget(alpha=0.4, ramp_steps=4, momentum=0.9)
-    params = {"w": jnp.float32(1.0)}
-    state = objective.init_state(params)
+def test_soft_target_asks_its_teacher_and_ramps_its_share():
+    objective = SoftTarget(alpha=0.4, ramp_steps=4, teacher=MovingAverage(0.9))
     x, y = random_pair()
-    new = {"w": jnp.float32(2.0)}
-    shares = []
-    for _ in range(6):
-        state, batch = objective.prepare(
-            state, new, {}, lambda p, b: Encoded(p["w"] * x, y, jnp.float32(1.0))
-        )
-        shares.append(float(batch["teacher_share"][0]))
-    average = 0.9**6 * 1.0 + (1 - 0.9**6) * 2.0
-    assert float(state["params"]["w"]) == pytest.approx(average, rel=1e-6)
-    np.testing.assert_allclose(batch["teacher_image"], average * x, rtol=1e-6)
+
+    def encode(teacher, needs):
+        assert teacher == MovingAverage(0.9) and needs == {"image", "text"}
+        return Encoded.pair(2 * x, y, jnp.float32(1.0))
+
+    made = [objective.prepare({}, Context(step=step, encode=encode)) for step in range(6)]
+    np.testing.assert_array_equal(made[0].rows["image"], 2 * x)
+    shares = [float(aux.shared["share"]) for aux in made]
     np.testing.assert_allclose(shares, [0, 0.1, 0.2, 0.3, 0.4, 0.4], atol=1e-7)
-    assert batch["teacher_share"].shape == (N,)
-    assert int(state["step"]) == 6
+
+
+def test_a_moving_average_follows():
+    average = MovingAverage(0.9)
+    weights = {"w": jnp.float32(1.0)}
+    for _ in range(6):
+        weights = average.follow(weights, {"w": jnp.float32(2.0)})
+    assert float(weights["w"]) == pytest.approx(0.9**6 * 1.0 + (1 - 0.9**6) * 2.0, rel=1e-6)
 
 
 def test_diagnostics_on_known_embeddings():
-    diagnose = jit(lambda e: Diagnostics()(e, {}, ENGINE))
+    diagnose = jit(lambda e: Diagnostics()(e, Context(ENGINE)))
     loss, metrics = diagnose(orthonormal(scale=50.0))
     assert float(loss) == 0
     expected = {"alignment": 0, "modality_gap": 0, "temperature": 0.02}
@@ -197,7 +210,7 @@ def test_diagnostics_on_known_embeddings():
 
     poles = jnp.array([[1.0, 0.0], [-1.0, 0.0]])
     east = jnp.array([[1.0, 0.0], [1.0, 0.0]])
-    _, metrics = diagnose(Encoded(poles, east, jnp.float32(1.0)))
+    _, metrics = diagnose(Encoded.pair(poles, east, jnp.float32(1.0)))
     assert float(metrics["uniformity/image"]) == pytest.approx(-8, abs=1e-5)
     assert float(metrics["uniformity/text"]) == pytest.approx(0, abs=1e-5)
     assert float(metrics["alignment"]) == pytest.approx(2, abs=1e-5)
@@ -206,31 +219,82 @@ def test_diagnostics_on_known_embeddings():
 
 def test_objectives_add_and_scale():
     x, y = random_pair()
-    encoded = Encoded(x, y, jnp.float32(5.0), jnp.float32(-2.0))
+    encoded = Encoded.pair(x, y, jnp.float32(5.0), jnp.float32(-2.0))
     objective = Softmax() + 0.5 * Sigmoid() + Diagnostics()
-    total, metrics = jit(lambda e: objective(e, {}, ENGINE))(encoded)
+    total, metrics, _ = jit(lambda e: objective(e, Context(ENGINE)))(encoded)
     parts = value(Softmax(), encoded) + 0.5 * value(Sigmoid(), encoded)
     assert float(total) == pytest.approx(parts, rel=1e-6)
     assert {"loss/softmax", "loss/sigmoid", "alignment"} <= set(metrics)
 
 
-def test_sum_carries_the_state_of_its_terms():
-    objective = Softmax() + SoftTarget(momentum=0.5)
-    assert isinstance(objective, Sum)
-    params = {"w": jnp.float32(1.0)}
-    state = objective.init_state(params)
+def soft_targets(momentum, alpha):
+    return SoftTarget(alpha=alpha, teacher=MovingAverage(momentum))
+
+
+def encode_by(teacher, needs):
+    """Another teacher for each decay."""
+    rng = np.random.default_rng(int(100 * getattr(teacher, "decay", 0)))
+    rows = {n: jnp.float32(unit(rng.normal(size=(N, 12)))) for n in sorted(needs)}
+    return Encoded(rows, {})
+
+
+SUMMANDS = {
+    "two soft targets": (soft_targets(0.0, 0.1), soft_targets(0.9, 0.9)),
+    "a teacher of one's own beside a locked tower": (
+        Weighted(sharpness=4.0),
+        soft_targets(0.9, 0.4),
+    ),
+    "two of a class": (Softmax(), Softmax(label_smoothing=0.3)),
+    "a sum in a sum": (Softmax() + 0.5 * Decoupled(), MultiPositive() + soft_targets(0.5, 0.2)),
+}
+
+
+@pytest.mark.parametrize("name", SUMMANDS)
+def test_a_sum_is_the_sum_of_what_its_terms_give_alone(name):
+    a, b = SUMMANDS[name]
     x, y = random_pair()
-    state, batch = objective.prepare(
-        state, params, {}, lambda p, b: Encoded(x, y, jnp.float32(1.0))
+    batch = {"id": jnp.arange(N) // 2}
+
+    def loss(objective):
+        def f(x, y, s):
+            encoded = Encoded.pair(x, y, s)
+            return evaluate(objective, encoded, batch, encode=encode_by)[0]
+
+        return jit(jax.value_and_grad(f, (0, 1, 2)))(x, y, jnp.float32(5.0))
+
+    whole = loss(a + Ramp(0.5, 0.5) * b)
+    for got, one, other in zip(*map(jax.tree.leaves, (whole, loss(a), loss(b))), strict=True):
+        np.testing.assert_allclose(got, one + 0.5 * other, rtol=2e-6, atol=2e-6)
+
+
+def test_metrics_that_two_terms_call_alike_bear_the_term_s_name():
+    x, y = random_pair()
+    two = Softmax() + Softmax(label_smoothing=0.1) + Diagnostics()
+    _, metrics, _ = evaluate(two, Encoded.pair(x, y, jnp.float32(5.0)))
+    assert {"softmax_0/accuracy/image_to_text", "softmax_1/accuracy/image_to_text"} <= set(metrics)
+    assert {"loss/softmax_0", "loss/softmax_1", "loss/diagnostics", "alignment"} <= set(metrics)
+
+
+def test_weights_follow_the_step():
+    ramp = Ramp(1.0, 3.0, steps=4, start=2)
+    assert [float(ramp.at(s)) for s in (0, 2, 3, 6, 9)] == [1.0, 1.0, 1.5, 3.0, 3.0]
+    cosine = Ramp(0.0, 1.0, steps=4, shape="cosine")
+    np.testing.assert_allclose(
+        [cosine.at(s) for s in range(5)], [0, 0.5 - 0.5**1.5, 0.5, 0.5 + 0.5**1.5, 1], atol=1e-6
     )
-    assert int(state["softtarget"]["step"]) == 1
-    assert "teacher_text" in batch
+    encoded = Encoded.pair(*random_pair(), jnp.float32(5.0))
+    alone = float(evaluate(Softmax(), encoded)[0])
+    for step, weight in ((0, 1.0), (3, 1.5), (9, 3.0)):
+        objective = 2.0 * (ramp * Softmax())
+        assert float(evaluate(objective, encoded, step=step)[0]) == pytest.approx(
+            2 * weight * alone
+        )
 
 
 def test_in_batch_accuracy():
     x = jnp.eye(4)
     y = jnp.eye(4)[jnp.array([0, 1, 3, 2])]  # two pairs are crossed
-    _, metrics = Softmax()(Encoded(x, y, jnp.float32(1.0)), {}, ENGINE)
+    _, metrics = Softmax()(Encoded.pair(x, y, jnp.float32(1.0)), Context(ENGINE))
     assert float(metrics["accuracy/image_to_text"]) == 0.5
     assert float(metrics["accuracy/text_to_image"]) == 0.5
 
@@ -241,23 +305,23 @@ def test_in_batch_accuracy():
         (MultiPositive(), "MultiPositive needs `id`"),
         (DecoupledSoftmax(), "DecoupledSoftmax needs `id`"),
         (Sigmoid(), "needs a model with a logit_bias"),
-        (SoftTarget(momentum=None), "needs `teacher_image`"),
+        (SoftTarget(teacher=None), "SoftTarget: the batch has no `teacher_image`"),
     ],
 )
 def test_what_an_objective_lacks_is_named(objective, missing):
     with pytest.raises(ClipjaxError, match=missing):
-        objective(orthonormal(), {}, ENGINE)
+        evaluate(objective, orthonormal())
 
 
 def test_sigmoid_by_id_needs_ids():
     with pytest.raises(ClipjaxError, match="positives_by_id"):
-        Sigmoid(positives_by_id=True)(orthonormal(bias=-1.0), {}, ENGINE)
+        Sigmoid(positives_by_id=True)(orthonormal(bias=-1.0), Context(ENGINE))
 
 
 def test_decoupled_needs_a_negative():
-    one = Encoded(jnp.eye(1), jnp.eye(1), jnp.float32(1.0))
+    one = Encoded.pair(jnp.eye(1), jnp.eye(1), jnp.float32(1.0))
     with pytest.raises(ClipjaxError, match="at least two rows"):
-        Decoupled()(one, {}, ENGINE)
+        Decoupled()(one, Context(ENGINE))
 
 
 @pytest.mark.parametrize(
@@ -279,7 +343,9 @@ def test_bad_fields_are_refused(make):
 
 def test_broken_embeddings_are_counted_by_name():
     x, y = random_pair()
-    counts = broken_rows(Encoded(x.at[3, 0].set(jnp.nan).at[5].set(jnp.inf), y, jnp.float32(1.0)))
+    counts = broken_rows(
+        Encoded.pair(x.at[3, 0].set(jnp.nan).at[5].set(jnp.inf), y, jnp.float32(1.0))
+    )
     assert {k: int(v) for k, v in counts.items()} == {
         "broken_rows/image": 2,
         "broken_rows/text": 0,
@@ -298,7 +364,7 @@ def test_the_objective_that_the_documentation_writes():
     }
     exec(text.split("```python\n")[1].split("```")[0], names)
     x, y = random_pair()
-    ours = value(names["Margin"](0.3), Encoded(x, y, jnp.float32(1.0)))
+    ours = value(names["Margin"](0.3), Encoded.pair(x, y, jnp.float32(1.0)))
     cosine = np.float64(x) @ np.float64(y).T
     over = np.maximum(0.3 + cosine - np.diag(cosine)[:, None], 0)
     assert ours == pytest.approx((over.sum() - 0.3 * N) / N, rel=1e-5)

@@ -15,6 +15,7 @@ from clipjax.mesh import MeshShape
 from clipjax.objectives import (
     AllGather,
     Auto,
+    Context,
     Grouped,
     Hierarchical,
     PairEngine,
@@ -129,7 +130,7 @@ def test_no_worse_than_dense_jax_in_float32(spread, scale):
         return 0.5 * (rows.mean() + cols.mean())
 
     def ours(x, y, s):
-        return Softmax()(Encoded(x, y, s), {}, PairEngine(chunk=24))[0]
+        return Softmax()(Encoded.pair(x, y, s), Context(PairEngine(chunk=24)))[0]
 
     errors = {}
     for name, f in (("dense", dense), ("ours", ours)):
@@ -153,7 +154,7 @@ def test_bfloat16_operands_accumulate_in_float32():
 
     def f(x, y):
         return Softmax()(
-            Encoded(x, y, jnp.float32(c["s"])), {}, PairEngine(chunk=16, dtype="bfloat16")
+            Encoded.pair(x, y, jnp.float32(c["s"])), Context(PairEngine(chunk=16, dtype="bfloat16"))
         )[0]
 
     value, grads = jit(jax.value_and_grad(f, (0, 1)))(x, y)
@@ -169,16 +170,16 @@ def test_broken_embeddings_show_in_the_loss(objective, broken):
     x, y = embeddings()
     bias = jnp.float32(-1.0)
     for encoded in (
-        Encoded(x.at[3, 0].set(broken), y, jnp.float32(5.0), bias),
-        Encoded(x, y.at[3, 0].set(broken), jnp.float32(5.0), bias),
+        Encoded.pair(x.at[3, 0].set(broken), y, jnp.float32(5.0), bias),
+        Encoded.pair(x, y.at[3, 0].set(broken), jnp.float32(5.0), bias),
     ):
-        loss = jit(lambda e: objective(e, {}, PairEngine(chunk=5))[0])(encoded)
+        loss = jit(lambda e: objective(e, Context(PairEngine(chunk=5)))[0])(encoded)
         assert not np.isfinite(float(loss))
 
 
 def test_a_batch_of_one_has_no_negatives_and_no_gradient():
     def f(x):
-        return Softmax()(Encoded(x, x, jnp.float32(5.0)), {}, PairEngine())[0]
+        return Softmax()(Encoded.pair(x, x, jnp.float32(5.0)), Context(PairEngine()))[0]
 
     value, grad = jit(jax.value_and_grad(f))(jnp.eye(1, 4))
     assert float(value) == 0
@@ -200,7 +201,7 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused():
     x, y = embeddings(12)
     engine = PairEngine(MeshShape().build())
     with pytest.raises(ClipjaxError, match="12 rows cannot be split over 8 devices"):
-        Softmax()(Encoded(x, y, jnp.float32(5.0)), {}, engine)
+        Softmax()(Encoded.pair(x, y, jnp.float32(5.0)), Context(engine))
 
 
 def test_a_group_size_that_does_not_divide_the_devices_is_refused():
@@ -231,7 +232,9 @@ def test_auto_equals_what_it_picks():
 
     def loss(exchange):
         engine = PairEngine(mesh, exchange)
-        return float(jit(lambda *e: Softmax()(Encoded(*e), {}, engine)[0])(x, y, jnp.float32(5.0)))
+        return float(
+            jit(lambda *e: Softmax()(Encoded.pair(*e), Context(engine))[0])(x, y, jnp.float32(5.0))
+        )
 
     losses = [loss(exchange) for exchange in (Auto(), Auto(memory_gb=1e-9), AllGather())]
     np.testing.assert_allclose(losses, losses[-1:] * 3, rtol=1e-6)

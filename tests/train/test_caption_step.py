@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clipjax.batch import SpecialTokens
 from clipjax.data.placement import to_global
 from clipjax.errors import ClipjaxError
 from clipjax.mesh import MeshShape
@@ -54,11 +55,14 @@ MODEL = CoCa(
 class Tilt(PerExample):
     """A user's per-example objective: the mean first number of the images' embeddings."""
 
-    def local(self, encoded, batch, totals, engine):
-        value = jnp.sum(encoded.image[:, 0]) / totals["examples"]
+    needs = frozenset({"image"})
+
+    def local(self, encoded, context, totals):
+        value = jnp.sum(encoded["image"][:, 0]) / totals["examples"]
         return value, {"tilt": value}
 
 
+TOKENS = SpecialTokens(bos=1, eos=2, pad=0)
 COCA = Softmax() * 1.0 + Caption(chunk=24) * 2.0 + Tilt() * 0.5
 PLAIN = SGD(lr=LR, momentum=0.0, weight_decay=0.0, clip_norm=None, schedule=Constant())
 
@@ -94,7 +98,9 @@ def one_step(
     mesh = shape.build(jax.devices()[:devices])
     blueprint = draw(model, objective, mesh, fsdp)
     step = jit(
-        make_step(blueprint, objective, PairEngine(mesh, exchange), mesh, accumulate),
+        make_step(
+            blueprint, objective, PairEngine(mesh, exchange), mesh, accumulate, tokens=TOKENS
+        ),
         in_shardings=(blueprint.shardings, None),
         out_shardings=(blueprint.shardings, None),
     )
@@ -167,17 +173,18 @@ def test_accumulation_replays_dropout():
     def loss(params):
         module = merge(blueprint.graphdef, params, {})
         parts = [
-            module({n: v[i * 8 : i * 8 + 8] for n, v in batch.items()}, key=keys[i], captions=True)
+            module(
+                {n: v[i * 8 : i * 8 + 8] for n, v in batch.items()}, key=keys[i], needs=COCA.needs
+            )
             for i in range(k)
         ]
         image, text, features = (
-            jnp.concatenate([getattr(p, n) for p in parts])
-            for n in ("image", "text", "caption_features")
+            jnp.concatenate([p[n] for p in parts]) for n in ("image", "text", "captions")
         )
         table = parts[0].logit_scale * image @ text.T
         rows, cols = jax.nn.log_softmax(table, 1), jax.nn.log_softmax(table, 0)
         contrast = -0.5 * (jnp.diagonal(rows) + jnp.diagonal(cols)).mean()
-        words = jax.nn.log_softmax(features @ parts[0].caption_head)
+        words = jax.nn.log_softmax(features @ parts[0].shared["caption_head"])
         nll = -jnp.take_along_axis(words, batch["text"][:, 1:, None], -1)[..., 0]
         counts = batch["text"][:, 1:] != 0
         return contrast + 2 * (nll * counts).sum() / counts.sum() + 0.5 * image[:, 0].mean()
@@ -193,17 +200,17 @@ def test_the_first_pass_holds_no_caption_features():
     asked = []
 
     class Spy:
-        def __call__(self, *args, **needs):
+        def __call__(self, *args, needs, **_):
             asked.append(needs)
             raise StopIteration
 
     mesh = MeshShape().build(jax.devices()[:1])
     blueprint = draw(MODEL, COCA, mesh)
-    step = make_step(blueprint, COCA, PairEngine(mesh), mesh, accumulate=2)
+    step = make_step(blueprint, COCA, PairEngine(mesh), mesh, accumulate=2, tokens=TOKENS)
     object.__setattr__(blueprint, "module", lambda *_: Spy())
     with pytest.raises(StopIteration):
         jax.eval_shape(step, blueprint.abstract, to_global(make_batch(), mesh))
-    assert [sorted(a) for a in asked] == [["key"]]
+    assert asked == [{"image", "text"}]
 
 
 def test_models_that_do_not_fit_are_refused():
@@ -211,8 +218,9 @@ def test_models_that_do_not_fit_are_refused():
     dual = DualEncoder(
         image=MODEL.image, text=dataclasses.replace(MODEL.text, pool="eos"), embed_dim=16
     )
-    with pytest.raises(ClipjaxError, match="needs captions, which DualEncoderModule does not"):
-        make_step(draw(dual, COCA, mesh), COCA, PairEngine(mesh), mesh)
+    step = make_step(draw(dual, COCA, mesh), COCA, PairEngine(mesh), mesh, tokens=TOKENS)
+    with pytest.raises(ClipjaxError, match="'captions' is asked for"):
+        jax.eval_shape(step, draw(dual, COCA, mesh).abstract, make_batch())
     captioner = CoCa(
         image=MODEL.image,
         text=None,
@@ -220,7 +228,7 @@ def test_models_that_do_not_fit_are_refused():
         decoder=dataclasses.replace(MODEL.decoder, parallel=0.75),
         poolers=None,
     )
-    with pytest.raises(ClipjaxError, match="Sum compares images with texts.*only captions"):
+    with pytest.raises(ClipjaxError, match="no text embeddings: it only captions"):
         one_step(model=captioner)
     metrics, grads, _ = one_step(Caption(), captioner, accumulate=2)
     assert np.isfinite(metrics["loss"])

@@ -61,13 +61,6 @@ def test_two_processes_stop_together_go_on_and_end_as_one_would(
     assert read_metrics(workdir, figure).keys() == read_metrics(clipjax.workdir, figure).keys()
 
 
-def test_the_coordinator_needs_all_three_variables(clipjax, monkeypatch, capsys):
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
-    assert clipjax("train") == 2
-    assert "JAX_NUM_PROCESSES" in capsys.readouterr().err
-    assert not clipjax.workdir.exists()
-
-
 @pytest.mark.parametrize("script", ["local.sh", "slurm.sbatch", "tpu_vm.sh"])
 def test_launchers_are_valid_shell(script):
     subprocess.run(["bash", "-n", str(LAUNCH / script)], check=True)
