@@ -241,13 +241,18 @@ def _policy(config: Checkpointing):
 
 def latest_step(run_folder: Path) -> int | None:
     """Step of the newest complete checkpoint in a run's folder, or None; one process alone may ask."""
+    return max(complete_steps(run_folder), default=None)
+
+
+def complete_steps(run_folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a run's folder, ascending, as they are at this moment."""
     folder = Path(run_folder) / FOLDER
     if not folder.is_dir():
-        return None
+        return []
     complete = [
         p for p in folder.iterdir() if p.name.isdigit() and ocp.utils.is_checkpoint_finalized(p)
     ]
-    return max((int(p.name) for p in complete), default=None)
+    return sorted(int(p.name) for p in complete)
 
 
 def _one_line(error: Exception) -> str:

@@ -14,6 +14,27 @@ from clipjax.errors import ClipjaxError
 TABLES = ("captions.csv", "captions.tsv", "captions.jsonl")
 
 
+_OF_TARS = {"image_key": "image_keys", "caption_key": "caption_keys", "label_key": "label_key"}
+_OF_TABLES = {
+    "image_key": "image_column",
+    "caption_key": "caption_columns",
+    "label_key": "label_column",
+}
+
+
+def _renamed(given: dict[str, Any], name: str, fields: dict[str, str]) -> dict[str, Any]:
+    """The keys that the user gave as the fields that a source of this kind has for them."""
+    for key in given:
+        if key not in fields:
+            known = f"only {', '.join(fields)}" if fields else "none"
+            raise ClipjaxError(f"{key}: {name!r} has no such thing to name ({known})")
+    # Several captions or suffixes come with commas between them.
+    return {
+        fields[key]: tuple(value.split(",")) if fields[key].endswith("s") else value
+        for key, value in given.items()
+    }
+
+
 def named_source(name: str, default_split: str = "test", **fields: str | None) -> Source:
     """The source that a name on the command line means.
 
@@ -23,22 +44,20 @@ def named_source(name: str, default_split: str = "test", **fields: str | None) -
         folder per class; the path or pattern of WebDataset's .tar files.
       default_split: of a TFDS data set without one.
       **fields: of `Tfds` (`data_dir`, `label_key`, `caption_key`, `language_key`, `image_key`); None leaves the
-        default.
+        default. Of tars and tables, the keys name suffixes and columns.
 
     Raises:
-      ClipjaxError: fields are given that are for TFDS alone.
+      ClipjaxError: there is nothing of that name, or fields are given that it does not have.
     """
     given: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
     path = Path(name).expanduser()
     if name.endswith(".tar") or path.is_dir():
-        if given:
-            raise ClipjaxError(
-                f"{', '.join(given)}: for TFDS data sets only, and {name!r} is a path"
-            )
         if name.endswith(".tar"):
-            return WebDataset(name)
+            return WebDataset(name, **_renamed(given, name, _OF_TARS))
         table = next((table for table in TABLES if (path / table).is_file()), None)
-        return ImageFolder(str(path), table) if table else ClassFolder(str(path))
+        if table:
+            return ImageFolder(str(path), table, **_renamed(given, name, _OF_TABLES))
+        return ClassFolder(str(path), **_renamed(given, name, {}))
     if path.is_absolute() or name.startswith("."):
         raise ClipjaxError(f"there is no folder {name!r}")
     if path.exists():
