@@ -48,7 +48,9 @@ class Run(Component):
     exchange: Exchange = AllGather()
     """How embeddings reach the other devices for the objective."""
     pair_chunk: int | None = None
-    """Rows and columns of a tile of similarities, at most; None chooses."""
+    """Rows and columns of a tile of similarities, at most; None chooses by `pair_tile_mb`."""
+    pair_tile_mb: float | None = None
+    """Size of the largest array that a tile of similarities makes, in MB; None chooses by the kind of device."""
     pair_dtype: str = "float32"
     """Operands of the similarities, float32 or bfloat16; they accumulate in float32."""
     accumulate: int = 1

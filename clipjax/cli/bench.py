@@ -9,6 +9,7 @@ from clipjax.errors import ClipjaxError, did_you_mean
 BENCHES = {
     "caption": ("clipjax.bench.caption", "CaptionBench"),
     "compile": ("clipjax.bench.compile", "CompileBench"),
+    "data": ("clipjax.bench.data", "DataBench"),
     "generate": ("clipjax.bench.generate", "GenerateBench"),
     "loss": ("clipjax.bench.loss", "LossBench"),
     "memory": ("clipjax.bench.memory", "MemoryBench"),

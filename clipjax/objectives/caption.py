@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,58 @@ from clipjax.batch import Encoded, field
 from clipjax.errors import ClipjaxError
 from clipjax.objectives.base import Context, PerExample
 from clipjax.objectives.contrast import check_share
-from clipjax.objectives.vocabulary import WordStats, word_stats
+from clipjax.objectives.pairs import LogSumExp, Max, PairEngine, Sum, Table
+from clipjax.objectives.products import How, dot
+
+
+class WordStats(NamedTuple):
+    """What a caption loss needs of the logits over the vocabulary, per position: float32 [B, T]."""
+
+    log_sum: jax.Array
+    """log sum exp of the logits."""
+    target: jax.Array
+    """The logit of the right word."""
+    mean: jax.Array
+    """The mean logit."""
+    top: jax.Array
+    """The largest logit; has no gradient."""
+
+
+def word_stats(
+    features: jax.Array, head: jax.Array, targets: jax.Array, engine: PairEngine
+) -> WordStats:
+    """Reduces the logits `features @ head` over the vocabulary; they never exist as a whole.
+
+    Rows are the positions of all captions, columns the words. Products take operands in the
+    features' dtype and accumulate in float32; so does the gradient of the head.
+
+    Args:
+      features: [B, T, D], split as the batch is.
+      head: [D, V]; devices along `tensor` share the words where they divide V.
+      targets: int32 [B, T], the right words.
+      engine: has the mesh and the size of a tile of logits.
+    """
+    how = How(str(features.dtype), engine.platform, axis=0)
+
+    def tile(row, col, shared):
+        logits = dot(how, row["features"], col["words"])
+        return {
+            "log_sum": LogSumExp(logits),
+            "target": Sum(logits, row["target"][:, None] == col["index"]),
+            "sum": Sum(logits),
+            "top": Max(logits),
+        }, {}
+
+    positions = {
+        "features": features.reshape(-1, features.shape[-1]),
+        "target": targets.reshape(-1),
+    }
+    rows, _ = dataclasses.replace(engine, dtype=how.dtype).reduce(
+        tile, positions, Table({"words": head}, axis=-1)
+    )
+    stats = {name: value.reshape(targets.shape) for name, value in rows.items()}
+    mean = stats["sum"] / head.shape[1]
+    return WordStats(stats["log_sum"], stats["target"], mean, stats["top"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +76,7 @@ class Captioning(PerExample):
     """A row's first padding token is its end-of-text token, and predicted (SigLIP's tokenizer). None: if
     the tokenizer pads with its end-of-text token."""
     chunk: int = 2048
-    """Words of the vocabulary at a time: logits are [B, L, chunk] at most."""
+    """Words of the vocabulary, and positions, at a time: logits are [chunk, chunk] at most."""
 
     def __post_init__(self):
         if self.chunk < 1:
@@ -65,8 +117,7 @@ class Captioning(PerExample):
             encoded["captions"],
             encoded.shared["caption_head"],
             context.batch["text"][:, 1:],
-            chunk=self.chunk,
-            mesh=context.engine.mesh,
+            dataclasses.replace(context.engine, chunk=self.chunk),
         )
 
 

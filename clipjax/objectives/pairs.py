@@ -129,7 +129,8 @@ class PairEngine:
 
     def dot(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """Similarities a @ b.T [R, C] in float32, of operands in the engine's dtype."""
-        return products.dot(self.dtype, self.platform, a, b)
+        precision = lax.Precision.HIGHEST if self.dtype == "float32" else None
+        return products.dot(products.How(self.dtype, self.platform, precision), a, b)
 
     def reduce(
         self, tile: Tile, rows: Side, cols: Columns | Sequence[Columns], shared: Any = None

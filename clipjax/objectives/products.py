@@ -3,40 +3,54 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def dot(dtype: str, platform: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """a @ b.T [R, C] in float32, of operands in `dtype`; `platform` of the devices it runs on."""
-    return _contract(dtype, a, b, 1, 1)
+class How(NamedTuple):
+    """A product's operands and where it runs."""
+
+    dtype: str
+    """Of the operands; sums are float32."""
+    platform: str
+    """The kind of device: "cpu", "gpu", "tpu"."""
+    precision: lax.Precision | None = None
+    """Of float32 operands; None takes the device's own choice."""
+    axis: int = 1
+    """The axis of the second operand that is summed over."""
 
 
-def _forward(dtype, platform, a, b):
-    return dot(dtype, platform, a, b), (a, b)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def dot(how: How, a: jax.Array, b: jax.Array) -> jax.Array:
+    """a @ b.T [R, C] for b [C, D], or a @ b for b [D, C] if `how.axis` is 0; float32."""
+    return _contract(how, a, b, 1, how.axis)
 
 
-def _backward(dtype, platform, residuals, d):
+def _forward(how, a, b):
+    return dot(how, a, b), (a, b)
+
+
+def _backward(how, residuals, d):
     # The cotangent is narrowed too: all three products run at the operands' speed.
     a, b = residuals
-    if platform == "cpu":  # d.T @ a is a quarter faster with d.T laid out first
-        return _contract(dtype, d, b, 1, 0), _contract(
-            dtype, lax.optimization_barrier(d.T), a, 1, 0
-        )
-    return _contract(dtype, d, b, 1, 0), _contract(dtype, d, a, 0, 0)
+    d_a = _contract(how, d, b, 1, 1 - how.axis)
+    first, second = (d, a) if how.axis == 1 else (a, d)
+    if how.platform == "cpu":  # a quarter faster with the transpose laid out first
+        return d_a, _contract(how, lax.optimization_barrier(first.T), second, 1, 0)
+    return d_a, _contract(how, first, second, 0, 0)
 
 
 dot.defvjp(_forward, _backward)
 
 
-def _contract(dtype, a, b, a_axis, b_axis):
+def _contract(how, a, b, a_axis, b_axis):
     return lax.dot_general(
-        a.astype(dtype),
-        b.astype(dtype),
+        a.astype(how.dtype),
+        b.astype(how.dtype),
         (((a_axis,), (b_axis,)), ((), ())),
-        precision=lax.Precision.HIGHEST if dtype == "float32" else None,
+        precision=how.precision,
         preferred_element_type=jnp.float32,
     )

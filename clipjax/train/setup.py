@@ -136,7 +136,7 @@ def setup(run: Run, workdir: Path) -> Session:
         run.data.spec(),
     )
     log.info(run.sharding.describe(blueprint.abstract, blueprint.shardings, mesh))
-    engine = PairEngine(mesh, run.exchange, run.pair_chunk, run.pair_dtype)
+    engine = PairEngine(mesh, run.exchange, run.pair_chunk, run.pair_dtype, run.pair_tile_mb)
     log.info(engine.describe(run.data.batch_size, getattr(run.model, "embed_dim", 0)))
     step = make_step(
         blueprint,

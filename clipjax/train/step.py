@@ -283,7 +283,7 @@ def _accumulated(mesh: Mesh, k: int):
                             return p.objective.local(encoded, own, totals[p.name])
                         beside = {
                             name: model.forward(
-                                moving, inputs, key_i, needs_of(p.objective, name, inputs)
+                                moving, inputs, key_i, needs_of(p.objective, name, context.batch)
                             )[0]
                             for name, inputs in chosen_i[p.name].items()
                         }
