@@ -235,5 +235,8 @@ def wants_training(task: str) -> bool:
 
 def is_by_folder(dataset: str) -> bool:
     """Whether a data set is a folder with one folder a class."""
-    path = Path(dataset).expanduser()
-    return path.is_dir() and not any(path.glob("captions.*"))
+    if not Path(dataset).expanduser().is_dir():
+        return False
+    from clipjax.data import ClassFolder, found_source
+
+    return isinstance(found_source(dataset, captions=True), ClassFolder)

@@ -11,12 +11,13 @@ from clipjax.data import EvalSet, Source
 from clipjax.errors import ClipjaxError, RunFailed
 from clipjax.evals import metrics
 from clipjax.evals.base import Evaluator, Runner, require_at_least
+from clipjax.evals.embed import Output
 from clipjax.predictor import Predictor
 
 
 @dataclasses.dataclass(frozen=True)
 class Labeled:
-    """Features [n, E] float32 of unit norm, and their labels [n] int in [0, C)."""
+    """Features [n, E] float32, and their labels [n] int in [0, C)."""
 
     x: np.ndarray
     y: np.ndarray
@@ -30,10 +31,17 @@ class FeatureEvaluator(Evaluator):
     """Split to learn from."""
     source: Source
     """Split to judge by."""
+    features: Output = "embedding"
+    """What to learn from: the embeddings, of unit norm, or what the image tower makes before any
+    projection ("pooled"), as it is: what CLIP's linear probes and DINO's neighbors are taken on."""
     limit: int | None = None
     """Most records of each split to use; None: all."""
 
     def __post_init__(self):
+        if self.features not in ("embedding", "pooled"):
+            raise ClipjaxError(
+                f"{self.name}: features={self.features!r}: choose embedding or pooled"
+            )
         require_at_least(self, 1, "limit")
 
     def measure(
@@ -73,7 +81,7 @@ class FeatureRunner(Runner):
 
     def _labeled(self, predictor: Predictor, data: EvalSet, labels: np.ndarray) -> Labeled:
         rows = np.flatnonzero(labels >= 0)
-        x = self.once.images(predictor, data, rows)
+        x = self.once.images(predictor, data, rows, self.evaluator.features)
         seen = ~data.images.unreadable[rows]
         if not np.isfinite(x[seen]).all():
             raise RunFailed("image embeddings are not finite: the model has diverged")

@@ -44,13 +44,19 @@ class KNN(FeatureEvaluator):
     def measure(
         self, train: Labeled, test: Labeled, classes: int, mesh: Mesh | None
     ) -> dict[str, float]:
-        index, score = nearest(test.x, train.x, self.k, mesh)
+        index, score = nearest(_unit(test.x), _unit(train.x), self.k, mesh)
         # From the nearest neighbor down: a common factor changes no vote, and nothing overflows.
         weight = np.exp((score - score[:, :1]) / self.temperature)
         voted = train.y[index]
         weighted = accuracies(votes(voted, weight, classes), test.y)
         plain = accuracies(votes(voted, np.ones_like(weight), classes), test.y)
         return weighted | {f"plain/{key}": value for key, value in plain.items()}
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    """Rows of unit norm, as embeddings are already."""
+    norm = np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
+    return np.where(np.abs(norm - 1) < 1e-5, x, x / np.maximum(norm, 1e-12)).astype(np.float32)
 
 
 def votes(label: np.ndarray, weight: np.ndarray, classes: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from clipjax.data import EvalSet, Source, load_eval
-from clipjax.evals.embed import embed_images
+from clipjax.evals.embed import Output, embed_images
 from clipjax.predictor import Predictor
 
 
@@ -23,7 +23,7 @@ class Once:
     def __init__(self) -> None:
         self._splits: list[tuple[Any, EvalSet]] = []
         self._owner: weakref.ref[Predictor] | None = None
-        self._images: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # embeddings, which are made
+        self._images: dict[Any, tuple[np.ndarray, np.ndarray]] = {}  # embeddings, which are made
         self._places: dict[bytes, int] = {}  # a text's row in the table
         self._table: np.ndarray | None = None
 
@@ -38,7 +38,11 @@ class Once:
         return data
 
     def images(
-        self, predictor: Predictor, data: EvalSet, rows: np.ndarray | None = None
+        self,
+        predictor: Predictor,
+        data: EvalSet,
+        rows: np.ndarray | None = None,
+        output: Output = "embedding",
     ) -> np.ndarray:
         """Embeddings of a split's pictures; see `embed_images`.
 
@@ -46,22 +50,23 @@ class Once:
           predictor: the model.
           data: from `split`.
           rows: [k] int, which pictures, ascending; None: all.
+          output: as for `embed_images`.
 
         Returns:
-          float32 [k, E], unit norm.
+          float32 [k, E], unit norm; of "pooled" [k, D], as they are.
 
         Raises:
           RunFailed: none of them decodes.
         """
         self._belong_to(predictor)
         rows = np.arange(len(data)) if rows is None else np.asarray(rows)
-        known = self._images.get(id(data.images))
+        known = self._images.get((id(data.images), output))
         missing = rows if known is None else rows[~known[1][rows]]
         if known is None or len(missing):
-            fresh = embed_images(predictor, data.images, missing)
+            fresh = embed_images(predictor, data.images, missing, output)
             if known is None:
                 table = np.zeros((len(data), fresh.shape[1]), np.float32)
-                known = self._images[id(data.images)] = table, np.zeros(len(data), bool)
+                known = self._images[id(data.images), output] = table, np.zeros(len(data), bool)
             known[0][missing], known[1][missing] = fresh, True
         return known[0] if len(rows) == len(data) else known[0][rows]
 

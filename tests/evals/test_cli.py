@@ -149,6 +149,8 @@ def test_probes(evaluate, world, monkeypatch):
     assert -2 <= found["linear_probe/log10_C"] <= 7.5
     fixed = evaluate("one", *where, "--task", "linear_probe", "--log10-c", 2)
     assert fixed["linear_probe/log10_C"] == 2.0
+    pooled = evaluate("one", *where, "--task", "knn", "--k", 3, "--features", "pooled")
+    assert pooled["knn/top1"] == 1.0
     near = evaluate("one", *where, "--task", "knn", "--k", 3, "--temperature", 0.2)
     assert near["knn/top1"] == 1.0 and near["knn/plain/top1"] == 1.0
     embedded = []

@@ -24,6 +24,7 @@ from clipjax.interop.resample import resample_positions, with_context_length, wi
 from clipjax.interop.tokens import renumbered, tokenizer_files
 from clipjax.models import DualEncoder, Lora
 from clipjax.params import abstract, map_with_path, paths
+from clipjax.start import StartFrom
 from clipjax.towers import TextTransformer, ViT
 
 CAPTIONS = ["a red apple", "two green apples on a table", "ÉTÉ à la plage", "x"]
@@ -346,6 +347,36 @@ def test_another_image_size_on_request(name, size, golden, tmp_path, capsys):
         with_image_size(resized, size + 1)
     back = with_image_size(resized, size)
     assert same_params(back, resized)
+
+
+def test_a_model_of_ones_own_at_another_size(ours, tmp_path, capsys):
+    """From the command line as in Python, and refused where there is nothing to choose."""
+    ours.save(tmp_path / "model")
+    out = ["--out", tmp_path / "larger", "--image_size", 32]
+    code, said = run(capsys, "import", tmp_path / "model", *out)
+    assert code == 0, said.err
+    larger = clipjax.open_pretrained(tmp_path / "larger")
+    assert larger.image_size == 32 and same_params(larger, with_image_size(ours, 32))
+    other = ["--out", tmp_path / "x", "--family", "openai"]
+    code, said = run(capsys, "import", tmp_path / "model", *other)
+    assert code == 2 and "is clipjax's own" in said.err
+
+
+def test_a_run_starts_at_another_size(ours):
+    wanted = dataclasses.replace(
+        OURS,
+        image=dataclasses.replace(OURS.image, image_size=32),
+        text=dataclasses.replace(OURS.text, context_length=8),
+    )
+    _, params, state = abstract(lambda: wanted.build(nnx.Rngs(0)))
+    start = StartFrom("somewhere")
+    with pytest.raises(ClipjaxError, match="positions' has shape"):
+        start.leaves(params, state, lambda path: ours)
+    leaves, _ = StartFrom("somewhere", resample=True).leaves(params, state, lambda path: ours)
+    larger = with_context_length(with_image_size(ours, 32), 8)
+    assert leaves.keys() == dict(paths(larger.params)).keys()
+    for name, leaf in paths(larger.params):
+        np.testing.assert_array_equal(leaves[name], leaf)
 
 
 def test_a_shorter_context_on_request(golden, tmp_path, capsys):
