@@ -156,8 +156,8 @@ def test_probes(evaluate, world, monkeypatch):
     embedded = []
     monkeypatch.setattr(
         "clipjax.evals.once.embed_images",
-        lambda predictor, images, rows: (
-            embedded.append(rows) or embed_images(predictor, images, rows)
+        lambda predictor, images, rows, output: (
+            embedded.append(rows) or embed_images(predictor, images, rows, output)
         ),
     )
     few = evaluate(
