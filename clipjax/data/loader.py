@@ -12,6 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import logging
 import os
@@ -24,7 +25,7 @@ import numpy as np
 from clipjax.component import Component
 from clipjax.data.augment import Augmentation, CaptionChoice, Resize
 from clipjax.data.fields import Draws, Example, Field, Image, Spec, Text, entry
-from clipjax.data.order import Order, Runs, Shuffled, Stream, Streamed, edges_of
+from clipjax.data.order import Order, Plan, Runs, Shuffled, Stream, Streamed, edges_of
 from clipjax.data.reading import Unreachable, retried
 from clipjax.data.sources import RandomAccess, Source, UnreadableRecord
 from clipjax.data.tokenizers import BPE, Tokenizer, TokenizerModel
@@ -76,6 +77,8 @@ class Data(Component):
     """Whether each epoch has a new random order."""
     stream: Stream | None = None
     """Read runs of neighboring records from end to end, in place of single ones from all over."""
+    plan: Plan | None = None
+    """Which records make up a batch; None: any."""
     cache: bool = False
     """Keep decoded pictures in memory, at full size; for small data sets. Without, a JPEG whose first
     augmentation crops it is decoded only as large as the crop needs."""
@@ -96,6 +99,10 @@ class Data(Component):
             raise ClipjaxError(f"Data: max_error_rate={self.max_error_rate} must be in [0, 1]")
         if self.cache and self.stream is not None:
             raise ClipjaxError("Data: cache keeps what a stream reads once; drop one of them")
+        if self.plan is not None and self.stream is not None:
+            raise ClipjaxError(
+                "Data: plan and stream both say which record comes; drop one of them"
+            )
         names = [field.name for field in self.fields]
         for name in names:
             if not name.isidentifier() or name in OWN or names.count(name) > 1:
@@ -206,8 +213,28 @@ class Loader:
         self._named: set[str] = set()
         self.seen = self.skipped = self.unreachable = 0
 
+    def fingerprint(self) -> str | None:
+        """What tells these data from others that are as many: of the keys and captions of a few records.
+
+        A source whose opened records have a `fingerprint` (of all its files, say) is believed. None where a
+        record cannot be read just now.
+        """
+        if known := getattr(self._records, "fingerprint", None):
+            return str(known)
+        digest = hashlib.sha256(str(self.num_examples).encode())
+        for index in sorted({i * (self.num_examples - 1) // 7 for i in range(8)}):
+            try:
+                record = self._records[index]
+            except (OSError, UnreadableRecord):
+                return None
+            digest.update(repr((record.get("key"), record.get("captions"))).encode())
+        return digest.hexdigest()[:16]
+
     def _ordered(self, process_count: int) -> tuple[Order, Runs | None]:
         data, stream = self._data, self._data.stream
+        if data.plan is not None:
+            order = data.plan.open(self._records, data.batch_size, self._seed, data.shuffle)
+            return order, None
         if stream is None:
             return Shuffled(self.num_examples, self._seed, data.shuffle), None
         if stream.lanes % process_count:
@@ -235,12 +262,16 @@ class Loader:
         self._account(failures)
         return rows
 
-    def iterate(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
+    def iterate(self, start_step: int = 0, shift: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """The batches of `start_step`, `start_step + 1`, ... without end, made ahead by threads.
+
+        Batch k begins at position k * B + `shift` (`Scale.shift`).
 
         Close the iterator (or let it be collected) to stop the threads. An error that `batch` would
         raise is raised at the batch it belongs to.
         """
+        if isinstance(self._order, Streamed):
+            self._order.go_on(shift)
         pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="clipjax-data")
         readers = (
             ThreadPoolExecutor(READERS, thread_name_prefix="clipjax-data-read")
@@ -254,7 +285,7 @@ class Loader:
                 # The one that is asked for, and `prefetch` that are made while it is used.
                 while len(ahead) < self._data.prefetch + 1:
                     self._read_ahead(step, readers)
-                    ahead.append(self._submit(pool, step))
+                    ahead.append(self._submit(pool, step, shift))
                     step += 1
                 rows, parts = ahead.popleft()
                 self._account([failure for part in parts for failure in part.result()])
@@ -270,8 +301,8 @@ class Loader:
             assert isinstance(self._order, Streamed)
             self._runs.want(self._order.runs(step, self._first_row, self._rows), readers)
 
-    def _submit(self, pool: ThreadPoolExecutor, step: int) -> tuple[dict, list[Future]]:
-        rows, positions = self._empty_rows(), self._positions(step)
+    def _submit(self, pool: ThreadPoolExecutor, step: int, shift: int) -> tuple[dict, list[Future]]:
+        rows, positions = self._empty_rows(), self._positions(step, shift)
         edges = np.linspace(0, self._rows, min(self._num_threads, self._rows) + 1, dtype=int)
         parts = [slice(*ends) for ends in itertools.pairwise(edges)]
         return rows, [
@@ -279,10 +310,10 @@ class Loader:
             for part in parts
         ]
 
-    def _positions(self, step: int) -> list[int]:
+    def _positions(self, step: int, shift: int = 0) -> list[int]:
         if step < 0:
             raise ClipjaxError(f"step={step} must be >= 0")
-        first = step * self._data.batch_size + self._first_row
+        first = step * self._data.batch_size + shift + self._first_row
         return list(range(first, first + self._rows))
 
     def _empty_rows(self) -> dict[str, np.ndarray]:

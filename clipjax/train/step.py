@@ -41,7 +41,7 @@ from clipjax.objectives.base import (
 from clipjax.objectives.diagnostics import broken_rows
 from clipjax.objectives.pairs import PairEngine
 from clipjax.objectives.teachers import Itself, MovingAverage
-from clipjax.optim import Ema
+from clipjax.optim import Ema, SpikeGuard
 from clipjax.params import join, select, split
 from clipjax.train.state import Blueprint, TrainState
 
@@ -68,10 +68,12 @@ def make_step(
     accumulate: int = 1,
     ema: Ema | None = None,
     tokens: SpecialTokens | None = None,
+    spikes: SpikeGuard | None = None,
 ) -> Step:
     """The step function.
 
     Args:
+      spikes: skips steps that are finite and yet out of proportion.
       tokens: of the run's tokenizer, for objectives that read tokens.
 
     Returns:
@@ -138,11 +140,29 @@ def make_step(
             model, parts, moving, context, aux, key
         )
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        updates, opt_state = blueprint.transform.update(grads, state.opt_state, moving)
-        moving = optax.apply_updates(moving, updates)
-        average = ema.update(state.ema, moving, state.step) if ema else state.ema
-        params = join(moving, frozen)
+        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        guard = state.guard
+        if spikes is not None:
+            spike, guard = spikes.check(guard, loss, grad_norm)
+            good &= ~spike
+
+        def move(_):
+            updates, opt_state = blueprint.transform.update(grads, state.opt_state, moving)
+            moved = optax.apply_updates(moving, updates)
+            averages = {
+                name: teacher.follow(state.averages[name], moved)
+                for name, teacher in blueprint.averages.items()
+            }
+            if ema is None:
+                return moved, opt_state, averages, state.ema, state.ema_state
+            ema_state = ema.update(state.ema_state, model_state, state.step)
+            return moved, opt_state, averages, ema.update(state.ema, moved, state.step), ema_state
+
+        def stay(_):
+            return moving, state.opt_state, state.averages, state.ema, state.ema_state
+
+        # A condition, since to select between old and new holds a second copy of all of it.
+        moving, opt_state, averages, average, ema_state = jax.lax.cond(good, move, stay, None)
         advanced = {
             leaf.name: leaf.objective.advance(
                 own_state[leaf.name], results.get(leaf.name, {}), leaf.own(context, aux)
@@ -150,17 +170,10 @@ def make_step(
             for leaf in parts
             if leaf.name in own_state
         }
-        proposed = dataclasses.replace(
-            state,
-            params=params,
-            model_state=model_state,
-            opt_state=opt_state,
-            ema=average,
-            objective_state=advanced,
-            averages={
-                name: teacher.follow(state.averages[name], moving)
-                for name, teacher in blueprint.averages.items()
-            },
+        model_state, advanced = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old),
+            (model_state, advanced),
+            (state.model_state, own_state),
         )
         # What the optimizer's own counter says: skipped steps do not advance the schedule.
         applied = state.step - state.bad_steps
@@ -170,10 +183,19 @@ def make_step(
             "grad_norm": grad_norm,
             "lr": blueprint.learning_rate(applied),
         }
-        bad = 1 - finite.astype(jnp.int32)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, state)
+        if spikes is not None:
+            metrics["spikes"] = guard["spikes"]
+        bad = 1 - good.astype(jnp.int32)
         state = dataclasses.replace(
-            kept,
+            state,
+            params=join(moving, frozen),
+            model_state=model_state,
+            opt_state=opt_state,
+            ema=average,
+            ema_state=ema_state,
+            averages=averages,
+            objective_state=advanced,
+            guard=guard,
             step=state.step + 1,
             bad_steps=state.bad_steps + bad,
             bad_streak=(state.bad_streak + 1) * bad,
@@ -202,10 +224,7 @@ def _whole_batch(model, parts, moving, context, aux, key):
     def loss_fn(moving):
         encoded, model_state = model.forward(moving, context.batch, key, needs)
         seen = dataclasses.replace(context, **model.heads(moving, key))
-        outcomes = [
-            leaf.objective(encoded, leaf.own(seen if _alone(leaf) else context, aux))
-            for leaf in parts
-        ]
+        outcomes = [leaf.objective(encoded, leaf.own(seen, aux)) for leaf in parts]
         loss, metrics, results = add_up(parts, context, outcomes)
         return loss, (metrics | _facts(encoded), model_state, results)
 
@@ -235,19 +254,23 @@ def _accumulated(mesh: Mesh, k: int):
         aux_rows = {p.name: cut(aux[p.name].rows) for p in alone}
 
         def first_pass():
-            """The coupled part of the loss, its metrics and results, cotangents by micro-batch, chosen rows."""
+            """The coupled part of the loss, its metrics and results, chosen rows; cotangents by micro-batch,
+            and the gradient that comes of heads which the objectives call themselves."""
 
             def embed(_, inputs):
                 return None, model.forward(moving, *inputs, first_needs)[0]
 
-            def loss_fn(encoded):
-                outcomes = [p.objective(encoded, p.own(context, aux)) for p in coupled]
+            def loss_fn(encoded, moving):
+                seen = dataclasses.replace(context, **model.heads(moving, key))
+                outcomes = [p.objective(encoded, p.own(seen, aux)) for p in coupled]
                 loss, metrics, results = add_up(coupled, context, outcomes)
                 return loss, (metrics | _facts(encoded), results)
 
             _, stacked = jax.lax.scan(embed, None, (micro, keys))
             full = Encoded(whole(stacked.rows), jax.tree.map(lambda x: x[0], stacked.shared))
-            (loss, (metrics, results)), cotangent = jax.value_and_grad(loss_fn, has_aux=True)(full)
+            (loss, (metrics, results)), (cotangent, grads) = jax.value_and_grad(
+                loss_fn, argnums=(0, 1), has_aux=True
+            )(full, moving)
             still = jax.lax.stop_gradient(full)
             chosen = {
                 p.name: {
@@ -261,9 +284,10 @@ def _accumulated(mesh: Mesh, k: int):
             shared = jax.tree.map(
                 lambda g: jnp.broadcast_to(g / k, (k, *g.shape)), cotangent.shared
             )
-            return loss, metrics, results, Encoded(cut(cotangent.rows), shared), chosen
+            cotangents = Encoded(cut(cotangent.rows), shared)
+            return loss, metrics, results, cotangents, grads, chosen
 
-        def second_pass(cotangents, chosen):
+        def second_pass(cotangents, grads, chosen):
             """The per-example part of the loss, its metrics and results, all gradients, the model's new state."""
 
             def backward(grads, inputs):
@@ -301,18 +325,18 @@ def _accumulated(mesh: Mesh, k: int):
                     (loss, metrics, model_state, results),
                 )
 
-            zeros = jax.tree.map(jnp.zeros_like, moving)
             inputs = micro, keys, cotangents, aux_rows, chosen
-            grads, (losses, metrics, states, results) = jax.lax.scan(backward, zeros, inputs)
+            grads, (losses, metrics, states, results) = jax.lax.scan(backward, grads, inputs)
             metrics = jax.tree.map(lambda x: x.sum(0), metrics)
             return losses.sum(), metrics, whole(results), grads, jax.tree.map(_joined, states)
 
         if first_needs:
-            loss, metrics, results, cotangents, chosen = first_pass()
+            loss, metrics, results, cotangents, grads, chosen = first_pass()
         else:
             loss, metrics, results, cotangents, chosen = 0.0, {}, {}, None, {}
+            grads = jax.tree.map(jnp.zeros_like, moving)
         local_loss, local_metrics, local_results, grads, model_state = second_pass(
-            cotangents, chosen
+            cotangents, grads, chosen
         )
         return (
             loss + local_loss,
