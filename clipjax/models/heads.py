@@ -79,7 +79,7 @@ class MlpHeadModule(nnx.Module):
         edges = (width, *config.widths)
         self.layers = nnx.List(layers.Linear(a, b, rngs) for a, b in itertools.pairwise(edges))
         self.norms = nnx.List(
-            layers.Norm("layer", b, 1e-5) for b in config.widths[:-1] if config.norm == "layer"
+            layers.Norm("layernorm", b, 1e-5) for b in config.widths[:-1] if config.norm == "layer"
         )
 
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
