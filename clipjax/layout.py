@@ -10,6 +10,8 @@ without one the functions return what they are given.
 from __future__ import annotations
 
 import contextlib
+import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -46,6 +48,28 @@ def gathered(weight: jax.Array) -> jax.Array:
     split table would make every device hold the embeddings of the whole batch.
     """
     return weight if _mesh() is None else jax.lax.with_sharding_constraint(weight, PartitionSpec())
+
+
+def platform() -> str | None:
+    """Of the devices that the program is traced for: cpu, gpu or tpu; None where no mesh says."""
+    device = getattr(_mesh(), "abstract_device", None)
+    return None if device is None else device.platform
+
+
+def per_shard(f: Callable[..., jax.Array], rows: int, heads: int) -> Callable[..., jax.Array]:
+    """`f`, from arrays [B, N, D] to one of them, as each device runs it on its own rows and heads.
+
+    For kernels that the compiler cannot split. An axis that does not divide is left whole.
+    """
+    mesh = _mesh()
+    free = set() if mesh is None else set(mesh.axis_names) - set(mesh.manual_axes)
+    if not free:
+        return f
+    batch = tuple(axis for axis in BATCH_AXES if axis in free)
+    shards = math.prod(mesh.shape[axis] for axis in batch)
+    tensor = "tensor" in free and heads % mesh.shape["tensor"] == 0
+    spec = PartitionSpec(batch if rows % shards == 0 else None, None, "tensor" if tensor else None)
+    return jax.shard_map(f, in_specs=spec, out_specs=spec, axis_names=free, check_vma=False)
 
 
 def _mesh() -> Any:

@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from clipjax.component import Component
 from clipjax.errors import ClipjaxError
+from clipjax.mesh import BATCH_AXES
 
 log = logging.getLogger(__name__)
 AnyMesh = Mesh | AbstractMesh
@@ -74,6 +75,8 @@ class Sharding(Component):
 
         def leaf_sharding(path, leaf):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
+            if name.startswith("objective_state/") and "/rows/" in name:
+                return _as_the_batch(name, leaf.shape, mesh)
             return self._leaf(name, leaf.shape, rule_of(name, leaf.shape), mesh, whole)
 
         shardings = jax.tree_util.tree_map_with_path(leaf_sharding, tree)
@@ -235,6 +238,17 @@ def finer(mesh: AnyMesh) -> AnyMesh:
     if isinstance(mesh, AbstractMesh):
         return AbstractMesh(tuple(sizes), tuple(names), axis_types=types)
     return Mesh(mesh.devices.reshape(sizes), tuple(names), axis_types=types)
+
+
+def _as_the_batch(name: str, shape: tuple[int, ...], mesh: AnyMesh) -> NamedSharding:
+    """What an objective keeps under `rows` (a queue, a table over the data set) is split as a batch is."""
+    shards = mesh.shape["group"] * mesh.shape["data"]
+    if shape[0] % shards:
+        raise ClipjaxError(
+            f"{name} has {shape[0]} rows, which {shards} devices (mesh group x data) do not divide: choose a "
+            f"multiple of {shards} (of a Queue: its size)"
+        )
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def _size(shape: tuple[int, ...]) -> int:

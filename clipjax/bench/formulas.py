@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from clipjax.mesh import BATCH_AXES
+from clipjax.objectives.pairs import LogSumExp, PairEngine, Sum
 
 
 def dense_softmax(image: jax.Array, text: jax.Array, scale: jax.Array) -> jax.Array:
@@ -49,3 +50,26 @@ def gathered_softmax(mesh: Mesh):
         local, mesh=mesh, in_specs=(split, split, P()), out_specs=split, check_vma=False
     )
     return lambda image, text, scale: rows(image, text, scale).mean()
+
+
+def late_interaction(
+    engine: PairEngine, image: jax.Array, text: jax.Array, scale: jax.Array
+) -> jax.Array:
+    """FILIP's contrast (arXiv 2111.07783) of tokens [N, L, E] and [N, M, E], on the engine: tiles of tokens.
+
+    Every token of one side meets its most similar token of the other; a pair's similarity is the
+    mean of those, and each direction has its own.
+    """
+
+    def tile(row, col, scale):
+        a, b = row["image"], col["text"]
+        tokens = engine.dot(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
+        tokens = scale * tokens.reshape(*a.shape[:2], *b.shape[:2])
+        other = row["index"][:, None] != col["index"]
+        return (
+            {"all": LogSumExp(tokens.max(3).mean(1)), "own": Sum(tokens.max(3).mean(1), ~other)},
+            {"all": LogSumExp(tokens.max(1).mean(2)), "own": Sum(tokens.max(1).mean(2), ~other)},
+        )
+
+    rows, cols = engine.reduce(tile, {"image": image}, {"text": text}, scale)
+    return 0.5 * (jnp.mean(rows["all"] - rows["own"]) + jnp.mean(cols["all"] - cols["own"]))

@@ -9,7 +9,7 @@ import sys
 from typing import Any, Literal
 
 from clipjax.bench.contestant import command, contest
-from clipjax.bench.simulated import CASES, compile_for
+from clipjax.bench.simulated import CASES, LATE, TOKENS, compile_for
 from clipjax.component import Component
 from clipjax.errors import ClipjaxError
 
@@ -42,7 +42,7 @@ class LossBench(Component):
     local_width: int = 768
     """Embedding width of the compiled comparison."""
     large: bool = False
-    """Also compile a batch of 1,048,576 x 512 for 64 devices."""
+    """Also compile for 64 devices a batch of 1,048,576 x 512, and one of 65,536 x 64 tokens x 256."""
     json: bool = False
     """End with one JSON object on the last line."""
 
@@ -63,6 +63,8 @@ class LossBench(Component):
         if self.large:
             large = compile_for(64, 2**20, 512, [*EXCHANGES])
             results["large_temp_bytes"] = {name: row["temp"] for name, row in large.items()}
+            late = compile_for(64, 2**16, TOKENS * 256, [*LATE])
+            results["late_temp_bytes"] = {name: row["temp"] for name, row in late.items()}
         self._print(single, compiled, results)
         if self.json:
             print(json.dumps(results))
@@ -134,6 +136,8 @@ class LossBench(Component):
             console.print(part)
         for name, size in results.get("large_temp_bytes", {}).items():
             console.print(f"1048576 x 512 on 64 devices, {name}: {size / 1e6:.0f} MB temporary")
+        for name, size in results.get("late_temp_bytes", {}).items():
+            console.print(f"65536 x 64 x 256 on 64 devices, {name}: {size / 1e6:.0f} MB temporary")
 
 
 _MEANINGS = {

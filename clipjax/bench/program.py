@@ -27,6 +27,12 @@ _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 
 
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_INTEGER = re.compile(r"(\d+)\)")
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+
 @dataclasses.dataclass
 class Work:
     """Per device: bytes sent by kind of collective, and floating-point operations of products."""
@@ -55,15 +61,50 @@ def work(compiled: Any, devices: int = 1) -> Work:
         if name not in counted:
             counted[name] = total = Work()
             shapes = {i[0]: i[1] for i in computations[name]}
+            channels: set[str] = set()
             for _, shape, kind, rest in computations[name]:
                 total.add(_own(shape, kind, rest, shapes, devices))
                 called = _CALLED.findall(rest)
-                times = _times(kind, rest, [count(callee) for callee in called])
+                if kind == "fusion" and _again(called, computations, channels):
+                    continue
+                bound = _bound(rest, computations) if kind == "while" else None
+                times = _times(kind, rest, [count(callee) for callee in called], bound)
                 for callee in called:
                     total.add(count(callee), times)
         return counted[name]
 
     return count(entry)
+
+
+def _again(called: list[str], computations: dict[str, Any], channels: set[str]) -> bool:
+    """Whether all channels of a fusion have been met: TPUs start, use and end one transfer in several."""
+    found = {
+        channel
+        for callee in called
+        for _, _, kind, rest in computations[callee]
+        if kind in COLLECTIVES
+        for channel in _CHANNEL.findall(rest)
+    }
+    known = bool(found) and found <= channels
+    channels |= found
+    return known
+
+
+def _bound(rest: str, computations: dict[str, Any]) -> int | None:
+    """How often a loop that counts from 0 runs, from the constant that its condition compares with."""
+    for condition in _CONDITION.findall(rest):
+        body = computations[condition]
+        constants = {
+            name: int(found.group(1))
+            for name, _, kind, rest in body
+            if kind == "constant" and (found := _INTEGER.match(rest))
+        }
+        for _, _, kind, rest in body:
+            if kind == "compare" and "direction=LT" in rest:
+                limits = [constants[name] for name in _OPERAND.findall(rest) if name in constants]
+                if len(limits) == 1:
+                    return limits[0]
+    return None
 
 
 def temporary_bytes(compiled: Any) -> int:
@@ -94,13 +135,7 @@ def _own(shape: str, kind: str, rest: str, shapes: dict[str, str], devices: int)
         inner = math.prod(lhs_dims[a] for a in axes)
         return Work(matmul_flops=2.0 * math.prod(_dims(shape)) * inner)
     kind = kind.removesuffix("-start")
-    if kind not in (
-        "all-gather",
-        "reduce-scatter",
-        "all-reduce",
-        "all-to-all",
-        "collective-permute",
-    ):
+    if kind not in COLLECTIVES:
         return Work()
     size = sum(
         _BYTES[dtype] * math.prod(int(d) for d in dims.split(",") if d)
@@ -135,12 +170,14 @@ def _dims(shape: str) -> list[int]:
     return [int(d) for d in found.group(2).split(",") if d] if found else []
 
 
-def _times(kind: str, rest: str, called: list[Work]) -> int:
+def _times(kind: str, rest: str, called: list[Work], bound: int | None) -> int:
     """How often an instruction runs what it calls."""
     if kind != "while":
         return 1
     if found := _TRIPS.search(rest):
         return int(found.group(1))
+    if bound is not None:
+        return bound
     if any(w.matmul_flops or w.sent for w in called):
         raise ValueError(f"a loop of unknown length does countable work: {rest[:200]}")
     return 0

@@ -10,17 +10,36 @@ import json
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
-# name -> (exchange, groups out of 8, one tile for the whole block)
-CASES: dict[str, tuple[str, int, bool]] = {
-    "AllGather": ("AllGather", 1, False),
-    "AllGather, no recomputation": ("AllGather", 1, True),
-    "Ring": ("Ring", 1, False),
-    "Hierarchical": ("Hierarchical", 4, False),
-    "Grouped": ("Grouped", 2, False),
-    "OpenCLIP": ("", 1, False),
+TOKENS = 64  # of the late interaction: a row is so many vectors of width / TOKENS
+
+
+class Case(NamedTuple):
+    """One way to compute the loss."""
+
+    exchange: str
+    """Name of the engine's exchange; empty for OpenCLIP's pattern."""
+    group: int = 1
+    """Device groups, of 8."""
+    tensor: int = 1
+    """Devices that share one tensor-parallel layer."""
+    one_tile: bool = False
+    """One tile for the whole block: it need not be computed again."""
+    tokens: bool = False
+    """Token by token (FILIP), not one vector each."""
+
+
+CASES = {
+    "AllGather": Case("AllGather"),
+    "AllGather, no recomputation": Case("AllGather", one_tile=True),
+    "AllGather, tensor=2": Case("AllGather", tensor=2),
+    "Ring": Case("Ring"),
+    "Hierarchical": Case("Hierarchical", group=4),
+    "Grouped": Case("Grouped", group=2),
+    "OpenCLIP": Case(""),
 }
+LATE = {"late interaction": Case("Auto", tokens=True)}
 
 
 def compile_for(devices: int, rows: int, width: int, cases: list[str]) -> dict[str, dict[str, Any]]:
@@ -30,11 +49,11 @@ def compile_for(devices: int, rows: int, width: int, cases: list[str]) -> dict[s
       devices: simulated devices.
       rows: global batch.
       width: embedding width.
-      cases: names from `CASES`.
+      cases: names from `CASES` and `LATE`.
 
     Returns:
       case -> wire (units of one all-gather of one modality), sent (the same by collective), matmul
-      (units of 2 b N d), temp (bytes per device).
+      (units of 2 N N d for all devices together), temp (bytes per device).
     """
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     done = subprocess.run(
@@ -59,17 +78,20 @@ def measure(devices: int, rows: int, width: int, case: str) -> dict[str, Any]:
 
     from clipjax import objectives
     from clipjax.batch import Encoded
-    from clipjax.bench.formulas import gathered_softmax
+    from clipjax.bench.formulas import gathered_softmax, late_interaction
     from clipjax.bench.program import temporary_bytes, work
     from clipjax.mesh import MeshShape, batch_sharding, replicated
 
-    exchange, eighths, one_tile = CASES[case]
-    mesh = MeshShape(group=eighths * devices // 8 or 1).build(jax.devices()[:devices])
-    if exchange:
-        chunk = rows if one_tile else None
-        engine = objectives.PairEngine(mesh, getattr(objectives, exchange)(), chunk)
+    how = (CASES | LATE)[case]
+    shape = MeshShape(group=how.group * devices // 8 or 1, tensor=how.tensor)
+    mesh = shape.build(jax.devices()[:devices])
+    if how.exchange:
+        chunk = rows if how.one_tile else None
+        engine = objectives.PairEngine(mesh, getattr(objectives, how.exchange)(), chunk)
 
         def loss(image, text, scale):
+            if how.tokens:
+                return late_interaction(engine, image, text, scale)
             return objectives.Softmax()(
                 Encoded.pair(image, text, scale), objectives.Context(engine)
             )[0]
@@ -82,10 +104,12 @@ def measure(devices: int, rows: int, width: int, case: str) -> dict[str, Any]:
         in_shardings=(split, split, whole),
         out_shardings=(whole, (split, split, whole)),
     )
-    embedding = jax.ShapeDtypeStruct((rows, width), jnp.float32)
+    entry = (TOKENS, width // TOKENS) if how.tokens else (width,)
+    embedding = jax.ShapeDtypeStruct((rows, *entry), jnp.float32)
     compiled = step.lower(embedding, embedding, jax.ShapeDtypeStruct((), jnp.float32)).compile()
     counted = work(compiled, devices)
-    unit = (devices - 1) / devices * rows * width * 4
+    shards = devices // how.tensor
+    unit = (shards - 1) / shards * rows * width * 4
     return {
         "wire": sum(counted.sent.values()) / unit,
         "sent": {kind: size / unit for kind, size in sorted(counted.sent.items())},

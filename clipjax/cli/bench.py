@@ -9,10 +9,13 @@ from clipjax.errors import ClipjaxError, did_you_mean
 BENCHES = {
     "caption": ("clipjax.bench.caption", "CaptionBench"),
     "compile": ("clipjax.bench.compile", "CompileBench"),
+    "data": ("clipjax.bench.data", "DataBench"),
     "generate": ("clipjax.bench.generate", "GenerateBench"),
     "loss": ("clipjax.bench.loss", "LossBench"),
     "memory": ("clipjax.bench.memory", "MemoryBench"),
     "retrieval": ("clipjax.bench.retrieval", "RetrievalBench"),
+    "step": ("clipjax.bench.step", "StepBench"),
+    "survive": ("clipjax.bench.survive", "SurviveBench"),
 }
 """Name -> module and class: a dataclass whose fields are the options, with `run() -> None`."""
 

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from clipjax.embeddings.parquet import Texts
 
 KINDS = (
-    "a folder of pictures, a table of pictures with captions (.csv, .tsv, .jsonl), WebDataset tars "
-    '("data/{0000..0099}.tar"), tfds:NAME:SPLIT, or texts, one a line (.txt)'
+    "a folder of pictures, a table of pictures with captions (.csv, .tsv, .jsonl), Parquet files, a saved "
+    'Hugging Face data set, WebDataset tars ("data/{0000..0099}.tar"), tfds:NAME:SPLIT, or texts, one a '
+    "line (.txt)"
 )
 
 
@@ -79,7 +80,15 @@ def open_source(text: str) -> tuple[RandomAccess | Texts, str]:
     Raises:
       ClipjaxError: it is nothing that can be embedded.
     """
-    from clipjax.data import ImageFolder, PictureFolder, Tfds, WebDataset
+    from clipjax.data import (
+        ImageFolder,
+        Parquet,
+        PictureFolder,
+        SavedDataset,
+        Tfds,
+        WebDataset,
+        found_source,
+    )
     from clipjax.data.webdataset import expand
     from clipjax.embeddings.parquet import Texts
 
@@ -89,19 +98,21 @@ def open_source(text: str) -> tuple[RandomAccess | Texts, str]:
         if parts is None:
             raise ClipjaxError(f"{text!r}: write tfds:NAME:SPLIT, such as tfds:twemoji:test")
         return Tfds(parts[1], split=parts[2]).open(), text
-    if text.lower().endswith(".tar"):
-        tars = expand(text)
-        opened = WebDataset(text).open()
-        return opened, _mark(tars)
     path = Path(text).expanduser()
-    if path.is_dir():
-        pictures = PictureFolder(text).open()
-        files = [str(pictures[i]["image"]) for i in range(len(pictures))]
-        return pictures, _mark(files, path)
+    source = found_source(text, captions=False)
+    if source is not None:
+        opened = source.open()
+        if isinstance(source, PictureFolder):
+            files = [str(opened[i]["image"]) for i in range(len(opened))]
+            return opened, _mark(files, path)
+        if isinstance(source, ImageFolder):
+            return opened, _mark([os.path.join(source.root, source.table)])
+        if isinstance(source, SavedDataset):
+            return opened, _mark([str(f) for f in sorted(path.rglob("*.arrow"))], path)
+        assert isinstance(source, (Parquet, WebDataset))
+        return opened, _mark(expand(source.files if isinstance(source, Parquet) else source.shards))
     if not path.is_file():
         raise ClipjaxError(f"{text!r}: there is no such file or folder; SOURCE is {KINDS}")
-    if path.suffix in (".csv", ".tsv", ".jsonl"):
-        return ImageFolder(str(path.parent), path.name).open(), _mark([str(path)])
     if path.suffix != ".txt":
         raise ClipjaxError(f"{text!r}: SOURCE is {KINDS}")
     try:

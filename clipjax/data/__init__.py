@@ -10,11 +10,14 @@ from clipjax.data.augment import (
     Shift,
 )
 from clipjax.data.boxes import Boxes
+from clipjax.data.columns import Parquet, SavedDataset
 from clipjax.data.evalset import EvalSet, load_eval
 from clipjax.data.fields import Array, Example, Field, Image, Spec, Text, View
 from clipjax.data.folder import ClassFolder, ImageFolder, PictureFolder
+from clipjax.data.found import found_source
 from clipjax.data.images import decode
 from clipjax.data.loader import Data, Loader
+from clipjax.data.order import Stream
 from clipjax.data.sources import Mixture, RandomAccess, Record, Source, Tfds, UnreadableRecord
 from clipjax.data.tokenizers import (
     BPE,
@@ -47,15 +50,18 @@ __all__ = [
     "ImageFolder",
     "Loader",
     "Mixture",
+    "Parquet",
     "PictureFolder",
     "RandomAccess",
     "RandomResizedCrop",
     "Record",
     "Resize",
+    "SavedDataset",
     "SentencePiece",
     "Shift",
     "Source",
     "Spec",
+    "Stream",
     "Text",
     "Tfds",
     "Tokenizer",
@@ -65,6 +71,7 @@ __all__ = [
     "View",
     "WebDataset",
     "decode",
+    "found_source",
     "load_eval",
     "load_tokenizer",
 ]

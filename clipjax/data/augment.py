@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from clipjax.component import Component
-from clipjax.data.images import resize
+from clipjax.data.images import Jpeg, resize
 from clipjax.errors import ClipjaxError
 
 LONGEST = 8
@@ -50,6 +50,15 @@ class Augmentation(Component):
           is what an augmentation without this method says: boxes cannot follow it.
         """
         return self(image, size, rng), None
+
+    def window(
+        self, height: int, width: int, size: int, rng: np.random.Generator
+    ) -> tuple[float, float, float, float] | None:
+        """Of an augmentation that resizes one box of the picture to `size` and does nothing else, that
+        box, (left, top, right, bottom) in pixels, with the draws of a call. None, without a draw, for
+        any other. Where it stands first, a picture need not be decoded larger than this asks for.
+        """
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +135,9 @@ class RandomResizedCrop(Augmentation):
 
     def __call__(self, image, size, rng):
         return self.mapped(image, size, rng)[0]
+
+    def window(self, height, width, size, rng):
+        return self._box(height, width, rng)
 
     def mapped(self, image, size, rng):
         left, top, right, bottom = box = self._box(image.shape[0], image.shape[1], rng)
@@ -248,6 +260,38 @@ class ColorJitter(Augmentation):
 
     def mapped(self, image, size, rng):
         return self(image, size, rng), np.eye(3)
+
+
+def augmented_jpeg(
+    jpeg: Jpeg,
+    augmentations: Sequence[Augmentation],
+    resize_to: Resize,
+    size: int,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """`augmented` of a picture that is decoded no larger than its first augmentation asks for.
+
+    Returns:
+      As `augmented`; None, without a draw, where the first augmentation is no window, or the file is
+      damaged.
+    """
+    state = rng.bit_generator.state
+    box = augmentations[0].window(jpeg.height, jpeg.width, size, rng) if augmentations else None
+    if box is None:
+        return None
+    left, top, right, bottom = box
+    across, down = size / (right - left), size / (bottom - top)
+    least = (math.ceil(jpeg.height * down), math.ceil(jpeg.width * across))
+    # Between half and all of the size there is little to win and sharpness to lose.
+    pixels = jpeg.decode(least if max(across, down) <= 0.5 else None)
+    if pixels is None:
+        rng.bit_generator.state = state
+        return None
+    # Sizes are rounded up to whole pixels: the scale is the eighths that were asked for.
+    scale = round(8 * pixels.shape[0] / jpeg.height) / 8
+    image = resize(pixels, (size, size), (left * scale, top * scale, right * scale, bottom * scale))
+    image, rest = augmented(image, augmentations[1:], resize_to, size, rng)
+    return image, None if rest is None else rest @ _scaling(across, down) @ _shifting(-left, -top)
 
 
 def augmented(

@@ -7,15 +7,11 @@ and the position, and adding a field changes no other. A field of one's own is s
     class Brightness(Field):
         name: str = "brightness"
 
-        @property
-        def pictures(self):
-            return ("image",)
-
         def spec(self, data):
             return {self.name: Spec((), "float32")}
 
         def read(self, example):
-            return example.record["image"].mean()
+            return example.picture().mean()
 """
 
 from __future__ import annotations
@@ -25,14 +21,17 @@ import functools
 import hashlib
 import io
 import json
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from clipjax.component import Component
-from clipjax.data.augment import Augmentation, CaptionChoice, Shown, augmented
+from clipjax.data.augment import Augmentation, CaptionChoice, Shown, augmented, augmented_jpeg
 from clipjax.data.captions import at_path, encodable
+from clipjax.data.images import Jpeg, decode
+from clipjax.data.reading import read_file
 from clipjax.data.sources import RandomAccess, UnreadableRecord
 from clipjax.errors import ClipjaxError, did_you_mean
 
@@ -92,17 +91,24 @@ class Example:
     """What a field reads from.
 
     Attributes:
-      record: the record; the pictures that the field asks for (`Field.pictures`) are decoded in it,
-        uint8 [H, W, 3].
+      record: the record, as the source gave it.
       made: by field, what the fields that this one follows have read here: a `View` of an `Image`,
         a tuple of captions of a `Text`.
       draws: the position's generators.
     """
 
-    __slots__ = ("draws", "made", "name", "record")
+    __slots__ = ("_decoded", "draws", "made", "name", "record")
 
-    def __init__(self, name: str, record: dict[str, Any], made: dict[str, Any], draws: Draws):
+    def __init__(
+        self,
+        name: str,
+        record: Any,
+        made: dict[str, Any],
+        draws: Draws,
+        decoded: dict[str, np.ndarray],
+    ):
         self.name, self.record, self.made, self.draws = name, record, made, draws
+        self._decoded = decoded
 
     @property
     def key(self) -> str:
@@ -117,6 +123,16 @@ class Example:
         """
         return self.draws.rng(self.name)
 
+    def picture(self, key: str = "image") -> np.ndarray:
+        """A picture of the record, uint8 [H, W, 3]: decoded once, whatever asks for it.
+
+        Raises:
+          UnreadableRecord: it does not decode.
+        """
+        if key not in self._decoded:
+            self._decoded[key] = decode(entry(self.record, key), self.key)
+        return self._decoded[key]
+
 
 @dataclasses.dataclass(frozen=True)
 class Field(Component):
@@ -124,11 +140,6 @@ class Field(Component):
 
     name: str
     """Key in the batch."""
-
-    @property
-    def pictures(self) -> tuple[str, ...]:
-        """Entries of the record that `read` wants decoded."""
-        return ()
 
     @property
     def follows(self) -> tuple[str, ...]:
@@ -208,10 +219,6 @@ class Image(Field):
             raise ClipjaxError(f"Image({self.name!r}): size={self.size} must be >= 1")
 
     @property
-    def pictures(self):
-        return (self.key,)
-
-    @property
     def entries(self):
         return () if self.key == "image" else (self.key,)
 
@@ -230,13 +237,27 @@ class _OpenImage:
         self.name, self.key, self.size = field.name, field.key, field.size or data.image_size
         self.augment = data.augment if field.augment is None else field.augment
         self.resize = data.resize
+        # What is kept in memory is kept as it is, at full size.
+        self.reduced = not data.cache and any(
+            type(step).window is not Augmentation.window for step in self.augment[:1]
+        )
 
     def view(self, image: np.ndarray, rng: np.random.Generator) -> View:
         seen, moved = augmented(image, self.augment, self.resize, self.size, rng)
         return View(seen, image.shape[:2], moved)
 
     def read(self, example: Example) -> View:
-        return self.view(example.record[self.key], example.rng)
+        rng = example.rng
+        encoded = entry(example.record, self.key)
+        if self.reduced and not isinstance(encoded, np.ndarray):
+            if isinstance(encoded, (str, os.PathLike)):
+                encoded = read_file(encoded, example.key)
+            jpeg = Jpeg.of(encoded) if isinstance(encoded, bytes) else None
+            if jpeg is not None:
+                made = augmented_jpeg(jpeg, self.augment, self.resize, self.size, rng)
+                if made is not None:
+                    return View(made[0], (jpeg.height, jpeg.width), made[1])
+        return self.view(example.picture(self.key), rng)
 
     def write(self, values: Sequence[View], rows: dict[str, np.ndarray]) -> None:
         for row, view in zip(rows[self.name], values, strict=True):

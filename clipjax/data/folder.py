@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from clipjax.data.captions import as_texts
+from clipjax.data.reading import read_file
 from clipjax.data.sources import RandomAccess, Record, Source, UnreadableRecord
 from clipjax.errors import ClipjaxError, did_you_mean
 
@@ -135,10 +137,13 @@ class ClassFolder(Source):
 
 @dataclasses.dataclass(frozen=True)
 class PictureFolder(Source):
-    """All picture files in a folder and the folders in it, without captions."""
+    """All picture files in a folder and the folders in it."""
 
     root: str
     """Folder with the pictures."""
+    texts: bool = False
+    """Whether the .txt file beside a picture holds its caption (img2dataset's `files`); without, there
+    are no captions."""
 
     def open(self) -> RandomAccess:
         names, refused = find_pictures(self.root)
@@ -151,7 +156,8 @@ class PictureFolder(Source):
         images: dict[str, dict[str, Any]] = {
             name: {"captions": [], "languages": [], "label": None} for name in names
         }
-        return _OpenFolder(Path(self.root).expanduser(), images, labeled=False)
+        root = Path(self.root).expanduser()
+        return (_OpenPairs if self.texts else _OpenFolder)(root, images, labeled=False)
 
 
 def find_pictures(root: str | Path) -> tuple[list[str], list[str]]:
@@ -263,6 +269,21 @@ class _OpenFolder(Sequence):
         return [path for path, _ in self._images]
 
 
+class _OpenPairs(_OpenFolder):
+    """Pictures with a text file beside each; one without has no caption."""
+
+    def __getitem__(self, index):
+        record = super().__getitem__(index)
+        file = os.path.splitext(record["image"])[0] + ".txt"
+        if os.path.isfile(file) and stays_inside(self._real_root, file):
+            try:
+                text = read_file(file, record["key"]).decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise UnreadableRecord(f"{record['key']}: its text is not UTF-8") from error
+            record["captions"] = (text.strip(),)
+        return record
+
+
 def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row) for each row of a table."""
     if table.suffix not in (".csv", ".tsv", ".jsonl"):
@@ -281,10 +302,14 @@ def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _table_rows(table: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Of a .tsv, in which a quote is text and a line a row; or of a .csv, in which quotes may hold commas
     and line breaks, and must be used as the format says."""
+    lines = iter(lines)
+    first = next(lines, "")
+    lines = itertools.chain([first], lines)
     if table.suffix == ".tsv":
         reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-    else:
-        reader = csv.reader(lines, strict=True)
+    else:  # OpenCLIP's .csv has tabs
+        tabs = "\t" in first and "," not in first
+        reader = csv.reader(lines, delimiter="\t" if tabs else ",", strict=True)
     header: list[str] | None = None
     start = 0
     try:

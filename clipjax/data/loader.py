@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import copy
 import dataclasses
 import functools
+import hashlib
 import itertools
 import logging
 import os
@@ -25,7 +25,7 @@ import numpy as np
 from clipjax.component import Component
 from clipjax.data.augment import Augmentation, CaptionChoice, Resize
 from clipjax.data.fields import Draws, Example, Field, Image, Spec, Text, entry
-from clipjax.data.images import decode
+from clipjax.data.order import Order, Runs, Shuffled, Stream, Streamed, edges_of
 from clipjax.data.reading import Unreachable, retried
 from clipjax.data.sources import RandomAccess, Source, UnreadableRecord
 from clipjax.data.tokenizers import BPE, Tokenizer, TokenizerModel
@@ -39,6 +39,8 @@ MAX_REPLACEMENTS = 100
 """Positions tried in place of one whose record cannot be used."""
 CHUNK = 32
 """Examples read before their rows are written: texts are encoded together, pictures soon let go."""
+READERS = 8
+"""Threads that read runs of a stream."""
 NAMED = 20
 """Records that cannot be used and are named one by one; after that they are counted."""
 SPREAD = 1_000_000
@@ -73,8 +75,11 @@ class Data(Component):
     """Which of a picture's captions is shown."""
     shuffle: bool = True
     """Whether each epoch has a new random order."""
+    stream: Stream | None = None
+    """Read runs of neighboring records from end to end, in place of single ones from all over."""
     cache: bool = False
-    """Keep decoded pictures in memory; for small data sets."""
+    """Keep decoded pictures in memory, at full size; for small data sets. Without, a JPEG whose first
+    augmentation crops it is decoded only as large as the crop needs."""
     num_threads: int | None = None
     """Threads that decode and augment, per process; default: one per core. One is best for pictures
     below 100 pixels, where Python's own share of the work dominates."""
@@ -90,6 +95,8 @@ class Data(Component):
                 raise ClipjaxError(f"Data: {name}={value} must be >= 1")
         if not 0 <= self.max_error_rate <= 1:
             raise ClipjaxError(f"Data: max_error_rate={self.max_error_rate} must be in [0, 1]")
+        if self.cache and self.stream is not None:
+            raise ClipjaxError("Data: cache keeps what a stream reads once; drop one of them")
         names = [field.name for field in self.fields]
         for name in names:
             if not name.isidentifier() or name in OWN or names.count(name) > 1:
@@ -193,12 +200,42 @@ class Loader:
             )
         _check_entries(data, self._records)
         # What fails early is read first, and pictures before what follows them.
-        order = sorted(data.fields, key=lambda f: (bool(f.follows), bool(f.pictures)))
+        order = sorted(data.fields, key=lambda f: (bool(f.follows), isinstance(f, Image)))
         self._fields = [(field, field.open(data, tokenizer, self._records)) for field in order]
-        self._order = _global_order(self.num_examples, seed, data.shuffle)
+        self._order, self._runs = self._ordered(process_count)
         self._cached: dict[int, Any] = {}
         self._named: set[str] = set()
         self.seen = self.skipped = self.unreachable = 0
+
+    def fingerprint(self) -> str | None:
+        """What tells these data from others that are as many: of the keys and captions of a few records.
+
+        A source whose opened records have a `fingerprint` (of all its files, say) is believed. None where a
+        record cannot be read just now.
+        """
+        if known := getattr(self._records, "fingerprint", None):
+            return str(known)
+        digest = hashlib.sha256(str(self.num_examples).encode())
+        for index in sorted({i * (self.num_examples - 1) // 7 for i in range(8)}):
+            try:
+                record = self._records[index]
+            except (OSError, UnreadableRecord):
+                return None
+            digest.update(repr((record.get("key"), record.get("captions"))).encode())
+        return digest.hexdigest()[:16]
+
+    def _ordered(self, process_count: int) -> tuple[Order, Runs | None]:
+        data, stream = self._data, self._data.stream
+        if stream is None:
+            return Shuffled(self.num_examples, self._seed, data.shuffle), None
+        if stream.lanes % process_count:
+            raise ClipjaxError(
+                f"the {stream.lanes} lanes of Stream cannot be shared out evenly among the "
+                f"{process_count} processes that feed a batch; change lanes"
+            )
+        edges = edges_of(self._records, stream.run)
+        order = Streamed(stream, edges, data.batch_size, self._seed, data.shuffle)
+        return order, Runs(self._records, edges, data.prefetch + 2)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """This process's rows of the batch of one step.
@@ -211,33 +248,52 @@ class Loader:
           RunFailed: too many records cannot be used.
         """
         rows = self._empty_rows()
+        self._read_ahead(step, None)
         failures = self._fill(rows, self._positions(step))
         self._account(failures)
         return rows
 
-    def iterate(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
+    def iterate(self, start_step: int = 0, shift: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """The batches of `start_step`, `start_step + 1`, ... without end, made ahead by threads.
+
+        Batch k begins at position k * B + `shift` (`Scale.shift`).
 
         Close the iterator (or let it be collected) to stop the threads. An error that `batch` would
         raise is raised at the batch it belongs to.
         """
+        if isinstance(self._order, Streamed):
+            self._order.go_on(shift)
         pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="clipjax-data")
+        readers = (
+            ThreadPoolExecutor(READERS, thread_name_prefix="clipjax-data-read")
+            if self._data.stream
+            else None
+        )
         ahead: collections.deque[tuple[dict, list[Future]]] = collections.deque()
         step = start_step
         try:
             while True:
                 # The one that is asked for, and `prefetch` that are made while it is used.
                 while len(ahead) < self._data.prefetch + 1:
-                    ahead.append(self._submit(pool, step))
+                    self._read_ahead(step, readers)
+                    ahead.append(self._submit(pool, step, shift))
                     step += 1
                 rows, parts = ahead.popleft()
                 self._account([failure for part in parts for failure in part.result()])
                 yield rows
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            if readers is not None and self._runs is not None:
+                self._runs.close(readers)
+            pool.shutdown(wait=True)
 
-    def _submit(self, pool: ThreadPoolExecutor, step: int) -> tuple[dict, list[Future]]:
-        rows, positions = self._empty_rows(), self._positions(step)
+    def _read_ahead(self, step: int, readers: ThreadPoolExecutor | None) -> None:
+        if self._runs is not None:
+            assert isinstance(self._order, Streamed)
+            self._runs.want(self._order.runs(step, self._first_row, self._rows), readers)
+
+    def _submit(self, pool: ThreadPoolExecutor, step: int, shift: int) -> tuple[dict, list[Future]]:
+        rows, positions = self._empty_rows(), self._positions(step, shift)
         edges = np.linspace(0, self._rows, min(self._num_threads, self._rows) + 1, dtype=int)
         parts = [slice(*ends) for ends in itertools.pairwise(edges)]
         return rows, [
@@ -245,10 +301,10 @@ class Loader:
             for part in parts
         ]
 
-    def _positions(self, step: int) -> list[int]:
+    def _positions(self, step: int, shift: int = 0) -> list[int]:
         if step < 0:
             raise ClipjaxError(f"step={step} must be >= 0")
-        first = step * self._data.batch_size + self._first_row
+        first = step * self._data.batch_size + shift + self._first_row
         return list(range(first, first + self._rows))
 
     def _empty_rows(self) -> dict[str, np.ndarray]:
@@ -268,34 +324,34 @@ class Loader:
         return failures
 
     def _example(self, position: int, failures: list[UnreadableRecord]) -> dict[str, Any]:
-        """The example at a position, or its replacement if the record there cannot be used.
-
-        The replacement is what stands at the same place of the next epoch. Its neighbor would do as
-        well, but is in the same batch already, and two equal pairs are each other's negatives.
-        """
-        for epoch in range(MAX_REPLACEMENTS):
+        """The example at a position, or its replacement if the record there cannot be used."""
+        for attempt in range(MAX_REPLACEMENTS):
             try:
-                return self._example_at(position + epoch * self.num_examples)
+                return self._example_at(*self._order.at(position, attempt))
             except UnreadableRecord as failure:
                 failures.append(failure)
         raise RunFailed(f"{MAX_REPLACEMENTS} records in a row cannot be used; last: {failures[-1]}")
 
-    def _example_at(self, position: int) -> dict[str, Any]:
-        """What each field has read at a position, by its name, and what the loader adds."""
-        index = int(self._order[position])
+    def _example_at(self, index: int, position: int) -> dict[str, Any]:
+        """What each field has read of a record, by its name, and what the loader adds.
+
+        Args:
+          index: of the record.
+          position: decides the draws.
+        """
         record: Any = self._cached.get(index)
         if record is None:
-            read = functools.partial(self._records.__getitem__, index)
-            record = copy.copy(retried(read, f"record {index}"))
+            records = self._records if self._runs is None else self._runs
+            read = functools.partial(records.__getitem__, index)
+            record = retried(read, f"record {index}")
         draws = Draws(self._seed, position, record, self._data.captions)
         # The low 31 bits: ids may be hashes of 64 bits, and equal ones must stay equal.
         made: dict[str, Any] = {"id": record["id"] & 0x7FFFFFFF, "sample": index}
+        decoded: dict[str, np.ndarray] = {}
         for field, reader in self._fields:
-            for key in field.pictures:
-                record[key] = decode(entry(record, key), record["key"])
-            made[field.name] = reader.read(Example(field.name, record, made, draws))
-        if self._data.cache:
-            self._cached[index] = record
+            made[field.name] = reader.read(Example(field.name, record, made, draws, decoded))
+        if self._data.cache and index not in self._cached:
+            self._cached[index] = record | decoded
         return made
 
     def _account(self, failures: list[UnreadableRecord]) -> None:
@@ -320,16 +376,6 @@ def _cores() -> int:
     """Cores this process may use, which may be fewer than there are; not every system can tell."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def _global_order(num_examples: int, seed: int, shuffle: bool) -> Any:
-    """Grain's random access from a position to a record's index; a new shuffle each epoch."""
-    import grain
-
-    order = grain.MapDataset.range(num_examples)
-    if shuffle:
-        order = order.seed(seed).shuffle()
-    return order.repeat()
 
 
 def _check_entries(data: Data, records: RandomAccess) -> None:

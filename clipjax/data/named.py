@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
 
-from clipjax.data.folder import ClassFolder, ImageFolder
+from clipjax.data.columns import Columns
+from clipjax.data.folder import ImageFolder
+from clipjax.data.found import HOLDS, found_source
 from clipjax.data.sources import Source, Tfds
 from clipjax.data.webdataset import WebDataset
 from clipjax.errors import ClipjaxError
-
-TABLES = ("captions.csv", "captions.tsv", "captions.jsonl")
 
 
 def named_source(name: str, default_split: str = "test", **fields: str | None) -> Source:
@@ -19,31 +20,55 @@ def named_source(name: str, default_split: str = "test", **fields: str | None) -
 
     Args:
       name: `cifar10:test`, `my_data/my_config:1.0.0:validation` (a TFDS data set, its version if
-        wanted, its split); a folder with a table captions.csv, .tsv or .jsonl; a folder with one
-        folder per class; the path or pattern of WebDataset's .tar files.
+        wanted, its split); or a path, or a pattern of several (`found_source` says of what).
       default_split: of a TFDS data set without one.
       **fields: of `Tfds` (`data_dir`, `label_key`, `caption_key`, `language_key`, `image_key`); None leaves the
-        default.
+        default. `label_key`, `caption_key` and `image_key` also name columns, or extensions in tars.
 
     Raises:
       ClipjaxError: fields are given that are for TFDS alone.
     """
     given: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
     path = Path(name).expanduser()
-    if name.endswith(".tar") or path.is_dir():
-        if given:
-            raise ClipjaxError(
-                f"{', '.join(given)}: for TFDS data sets only, and {name!r} is a path"
-            )
-        if name.endswith(".tar"):
-            return WebDataset(name)
-        table = next((table for table in TABLES if (path / table).is_file()), None)
-        return ImageFolder(str(path), table) if table else ClassFolder(str(path))
+    found = found_source(name, captions=True)
+    if found is not None:
+        return _with_fields(found, name, given)
     if path.is_absolute() or name.startswith("."):
         raise ClipjaxError(f"there is no folder {name!r}")
-    *parts, last = name.split(":")
-    if not parts:
-        return Tfds(last, default_split, **given)
-    if re.fullmatch(r"\d+(\.\d+)*", last):
-        return Tfds(name, default_split, **given)
-    return Tfds(":".join(parts), last, **given)
+    if path.exists():
+        raise ClipjaxError(f"{name!r} is no file of data: give {HOLDS}, or a TFDS data set")
+    # A split may hold colons within brackets: test[:50%].
+    base, bracket, rest = name.partition("[")
+    *parts, last = base.split(":")
+    if not parts or re.fullmatch(r"\d+(\.\d+)*", last):
+        if bracket:
+            raise ClipjaxError(
+                f"{name!r}: name the split before its slice, as in {base}:test[{rest}"
+            )
+        return Tfds(base, default_split, **given)
+    return Tfds(":".join(parts), last + bracket + rest, **given)
+
+
+def _with_fields(found: Source, name: str, given: dict[str, Any]) -> Source:
+    """A source found at a path, with what the command says of its columns or extensions."""
+    image, caption = given.get("image_key"), given.get("caption_key")
+    if isinstance(found, WebDataset):
+        fields = {
+            "label_key": given.get("label_key"),
+            "image_keys": image and (image,),
+            "caption_keys": caption and (caption,),
+        }
+    elif isinstance(found, (ImageFolder, Columns)):
+        fields = {
+            "label_column": given.get("label_key"),
+            "image_column": image,
+            "caption_columns": caption and (caption,),
+        }
+    else:
+        fields = {}
+    known = {"label_key", "image_key", "caption_key"} if fields else set()
+    if left := sorted(set(given) - known):
+        raise ClipjaxError(
+            f"{', '.join(left)}: not for what is at {name!r}, a {type(found).__name__}"
+        )
+    return dataclasses.replace(found, **{k: v for k, v in fields.items() if v is not None})

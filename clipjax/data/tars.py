@@ -27,6 +27,8 @@ BLOCK = 512
 MAGIC = b"clipjax tars 1\n"
 MAX_HEADER = 1 << 20
 """Bytes of a long name or of a header's extension, at most."""
+DAMAGED = -1
+"""In place of how many samples of a tar have no picture."""
 SCANNERS = 16  # threads: on a network's disk a scan waits more than it computes
 MAX_PADDING = 1 << 20
 """Bytes of zeros at a tar's end, at most; usual are up to 10,240."""
@@ -282,11 +284,13 @@ def index_tars(
     states = [(stat.st_size, stat.st_mtime_ns) for stat in map(_stat, paths)]
     marks = [[path, *state] for path, state in zip(paths, states, strict=True)]
     old = _load(kept) if kept is not None else None
-    known = {} if old is None else {tuple(mark): i for i, mark in enumerate(old.marks)}
-    if old is not None and [known.get(tuple(mark)) for mark in marks] == list(
-        range(len(old.marks))
-    ):
-        return Index(paths, old.counts, old.places, sum(old.without))
+    known: dict[tuple, int] = {}
+    if old is not None:
+        # A damaged tar that was left out is looked at again by whoever does not leave it out.
+        rows = [i for i, n in enumerate(old.without) if skip_damaged or n != DAMAGED]
+        known = {tuple(old.marks[i]): i for i in rows}
+        if [known.get(tuple(mark)) for mark in marks] == list(range(len(old.marks))):
+            return Index(paths, old.counts, old.places, _total(old.without))
     missing = [path for path, mark in zip(paths, marks, strict=True) if tuple(mark) not in known]
     own = executor or concurrent.futures.ThreadPoolExecutor(min(SCANNERS, max(len(missing), 1)))
     try:
@@ -304,7 +308,7 @@ def index_tars(
                 if not skip_damaged:
                     raise
                 logger.warning("left out: %s", error)
-                found.append((Places(np.zeros(0, np.uint64), np.zeros(0, np.uint32)), 0))
+                found.append((Places(np.zeros(0, np.uint64), np.zeros(0, np.uint32)), DAMAGED))
     finally:
         if executor is None:
             own.shutdown(cancel_futures=True)
@@ -316,7 +320,11 @@ def index_tars(
         _save(kept, _Kept(marks, counts, without, places))
         loaded = _load(kept)
         places = loaded.places if loaded is not None else places
-    return Index(paths, counts, places, sum(without))
+    return Index(paths, counts, places, _total(without))
+
+
+def _total(without: list[int]) -> int:
+    return sum(n for n in without if n != DAMAGED)
 
 
 def kept_file(index_dir: str, shards: str, image_keys: tuple[str, ...]) -> Path:

@@ -15,15 +15,23 @@ import logging
 import os
 import re
 from collections.abc import Callable
-from typing import Any, Literal
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
 
 from clipjax.data.captions import as_texts, at_path, encodable
+from clipjax.data.order import edges_within
 from clipjax.data.reading import MAX_BYTES, Files
 from clipjax.data.sources import RandomAccess, Record, Source, UnreadableRecord
 from clipjax.data.tars import Index, index_tars, kept_file, members, stem_and_extension
 from clipjax.errors import ClipjaxError
 
 logger = logging.getLogger(__name__)
+
+READ_BYTES = 1 << 25
+"""Bytes of samples that are read at once from a stream, unless one alone is larger."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +74,17 @@ class WebDataset(Source):
     def open(self) -> RandomAccess:
         return _OpenTars(self, self.index())
 
-    def index(self, executor: Any = None) -> Index:
-        """Where the samples are, as `clipjax.data.tars.index_tars` finds it.
+    def index_file(self) -> Path | None:
+        """The file in `index_dir` that keeps where the samples are."""
+        if self.index_dir is None:
+            return None
+        return kept_file(self.index_dir, self.shards, self.image_keys)
+
+    def index(self, executor: Executor | None = None) -> Index:
+        """Where the samples are.
+
+        Args:
+          executor: what scans the tars; None is threads.
 
         Raises:
           ClipjaxError: a tar is not there, or cannot be used.
@@ -78,12 +95,8 @@ class WebDataset(Source):
         for path in paths:
             if not os.path.isfile(path):
                 raise ClipjaxError(f"WebDataset: there is no file {path!r}")
-        kept = (
-            kept_file(self.index_dir, self.shards, self.image_keys)
-            if self.index_dir is not None
-            else None
-        )
-        index = index_tars(paths, self.image_keys, kept, self.damaged == "skip", executor)
+        skip = self.damaged == "skip"
+        index = index_tars(paths, self.image_keys, self.index_file(), skip, executor)
         if not len(index):
             raise ClipjaxError(
                 f"WebDataset: no sample in {self.shards!r} has a picture "
@@ -106,14 +119,56 @@ class _OpenTars:
         if not 0 <= index < len(self):
             raise IndexError(index)
         path, offset, size = self._index[index]
-        shard = os.path.basename(path)
+        name = f"{os.path.basename(path)}: the sample at byte {offset:,}"
         if size > MAX_BYTES:
-            raise UnreadableRecord(
-                f"{shard}: the sample at byte {offset:,} has {size:,} bytes, above {MAX_BYTES:,}"
-            )
-        content = self._files.read(path, offset, size, f"{shard}: the sample at byte {offset:,}")
-        stem, files = _files(lambda at, n: content[at : at + n], size, path)
-        return self._record(index, f"{shard}:{stem}", files)
+            raise UnreadableRecord(f"{name} has {size:,} bytes, above {MAX_BYTES:,}")
+        return self._parsed(index, path, self._files.read(path, offset, size, name))
+
+    def runs(self, size: int) -> np.ndarray:
+        """Edges of runs of at most `size` samples of one tar."""
+        starts = [0, *self._index.ends[:-1].tolist()]
+        return edges_within(starts, len(self), size)
+
+    def read_run(self, first: int, stop: int) -> list[Record | UnreadableRecord]:
+        """The samples from `first` to `stop`, which are in one tar, in a few large reads."""
+        found: list[Record | UnreadableRecord] = []
+        path, begin, _ = self._index[first]
+        while first < stop:
+            after = first + 1
+            while after < stop and self._end(after) - begin <= READ_BYTES:
+                after += 1
+            if self._end(after - 1) - begin > MAX_BYTES:
+                found.append(_attempt(self, first))
+            else:
+                found += self._read_together(first, after, path, begin)
+            first = after
+            begin = self._index[first][1] if first < stop else begin
+        return found
+
+    def _read_together(
+        self, first: int, stop: int, path: str, begin: int
+    ) -> list[Record | UnreadableRecord]:
+        name = f"{os.path.basename(path)}: the samples from byte {begin:,} on"
+        try:
+            content = self._files.read(path, begin, self._end(stop - 1) - begin, name)
+        except UnreadableRecord:  # one by one: what can be read of them counts
+            return [_attempt(self, index) for index in range(first, stop)]
+        found: list[Record | UnreadableRecord] = []
+        for index in range(first, stop):
+            offset = self._index[index][1] - begin
+            try:
+                found.append(self._parsed(index, path, content[offset : self._end(index) - begin]))
+            except UnreadableRecord as failure:
+                found.append(failure)
+        return found
+
+    def _end(self, index: int) -> int:
+        _, offset, size = self._index[index]
+        return offset + size
+
+    def _parsed(self, index: int, path: str, content: bytes) -> Record:
+        stem, files = _files(lambda at, n: content[at : at + n], len(content), path)
+        return self._record(index, f"{os.path.basename(path)}:{stem}", files)
 
     def facts(self, index: int) -> Record:
         """The record without its picture, of which nothing is read."""
@@ -156,6 +211,13 @@ class _OpenTars:
             record["label"] = _label(files.get(config.label_key), key)
         others = {e: content for e, content in files.items() if e not in config.image_keys}
         return others | record  # type: ignore[return-value]
+
+
+def _attempt(records: RandomAccess, index: int) -> Record | UnreadableRecord:
+    try:
+        return records[index]
+    except UnreadableRecord as failure:
+        return failure
 
 
 def expand(pattern: str) -> list[str]:

@@ -45,8 +45,28 @@ def count(jaxpr: Any) -> float:
         if name == "cond":  # one branch runs
             total += max(inner, default=0.0)
         else:
-            total += params.get("length", 1) * sum(inner) if name == "scan" else sum(inner)
+            total += _times(name, params) * sum(inner)
+        total += _cudnn(name, shapes)
     return total
+
+
+def _times(name: str, params: dict[str, Any]) -> int:
+    """How often what an equation calls is run, on all devices together."""
+    if name == "scan":
+        return params["length"]
+    if name == "shard_map":
+        return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid)
+    return 1
+
+
+def _cudnn(name: str, shapes: list[tuple[int, ...]]) -> float:
+    """Products of cuDNN's attention, of q [B, N, heads, D] and k [B, M, heads, D]: 2, and 5 backward."""
+    if not name.startswith("dot_product_attention_") or not name.endswith("_wrapper"):
+        return 0.0
+    products = 5 if "_bwd_" in name else 2
+    return products * 2 * math.prod(shapes[0]) * shapes[1][1]
 
 
 def _inner(params: dict[str, Any]) -> list[Any]:

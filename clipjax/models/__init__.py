@@ -8,6 +8,7 @@ from clipjax.models.coca import Poolers as Poolers
 from clipjax.models.dual_encoder import DualEncoder as DualEncoder
 from clipjax.models.dual_encoder import Encoder as Encoder
 from clipjax.models.dual_encoder import MultiEncoder as MultiEncoder
+from clipjax.models.fusion import FusionEncoder as FusionEncoder
 from clipjax.models.heads import Head as Head
 from clipjax.models.heads import Headed as Headed
 from clipjax.models.heads import MlpHead as MlpHead

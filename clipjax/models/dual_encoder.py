@@ -179,9 +179,9 @@ class Head(nnx.Module):
         self.fc1 = layers.Linear(width, 4 * width, rngs)
         self.fc2 = layers.Linear(4 * width, embed_dim, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., E]."""
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+    def __call__(self, x: jax.Array, dtype: layers.Dtype = None) -> jax.Array:
+        """[..., D] -> [..., E]; in `dtype` if it is given, as `Linear`."""
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False), dtype)
 
 
 def _projection(
@@ -206,7 +206,7 @@ def _projection(
 
 
 def to_unit(pooled: jax.Array, projection: layers.Linear | Head | None) -> jax.Array:
-    """Projects and normalizes; in float32 after the projection."""
-    x = pooled if projection is None else projection(pooled)
+    """Projects and normalizes; in float32 from the sums of the projection on."""
+    x = pooled if projection is None else projection(pooled, jnp.float32)
     x = batch_first(x.astype(jnp.float32))
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))

@@ -16,6 +16,8 @@ from clipjax.objectives.caption import Caption
 from clipjax.objectives.decoupled import Decoupled
 from clipjax.objectives.diagnostics import Diagnostics
 from clipjax.objectives.eisl import EISL
+from clipjax.objectives.matching import Matching
+from clipjax.objectives.memory import Queue, Table
 from clipjax.objectives.multi_positive import DecoupledSoftmax, MultiPositive
 from clipjax.objectives.pairs import AllGather, Auto, Grouped, Hierarchical, PairEngine, Ring
 from clipjax.objectives.ramp import Ramp
@@ -40,12 +42,14 @@ __all__ = [
     "Grouped",
     "Hierarchical",
     "Itself",
+    "Matching",
     "MovingAverage",
     "MultiPositive",
     "Objective",
     "PairEngine",
     "Pairwise",
     "PerExample",
+    "Queue",
     "Ramp",
     "Ring",
     "Setting",
@@ -54,6 +58,7 @@ __all__ = [
     "Softmax",
     "SpecialTokens",
     "Sum",
+    "Table",
     "Teacher",
     "Term",
     "Weighted",

@@ -49,6 +49,11 @@ def both_directions(first: jax.Array, second: jax.Array, first_weight: float) ->
     return first_weight * jnp.mean(first) + (1 - first_weight) * jnp.mean(second)
 
 
+def unit(x: jax.Array) -> jax.Array:
+    """Vectors [..., E] scaled to unit norm."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
+
+
 def batch_ids(batch: Batch, objective: str) -> jax.Array:
     """`batch["id"]`, or a refusal that names the objective that needs it."""
     return field(batch, "id", f"{objective} needs `id` to know positives")

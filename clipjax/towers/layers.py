@@ -30,10 +30,14 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (d_in, d_out)))
         self.bias = nnx.Param(jnp.zeros(d_out)) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D_in] -> [..., D_out], computed in the dtype of `x`."""
-        y = x @ self.kernel[...].astype(x.dtype)
-        return batch_first(y if self.bias is None else y + self.bias[...].astype(x.dtype))
+    def __call__(self, x: jax.Array, dtype: Dtype = None) -> jax.Array:
+        """[..., D_in] -> [..., D_out]: the factors in the dtype of `x`, the result in it or `dtype`.
+
+        With dtype=float32 the sums of a bfloat16 product are not rounded: for what is normalized.
+        """
+        dtype = x.dtype if dtype is None else dtype
+        y = jnp.matmul(x, self.kernel[...].astype(x.dtype), preferred_element_type=dtype)
+        return batch_first(y if self.bias is None else y + self.bias[...].astype(dtype))
 
 
 class Norm(nnx.Module):
@@ -46,19 +50,58 @@ class Norm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D] in the dtype of `x`."""
-        y = x.astype(jnp.float32)
-        if self.bias is not None:
-            y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps) * self.scale[...]
-        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+        bias = None if self.bias is None else self.bias[...]
+        return _norm(x, self.scale[...], bias, self.eps)
 
+
+# Left to automatic differentiation, a norm keeps three float32 arrays as large as its input for the
+# backward pass, and exact GELU four. What follows keeps the input alone.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _norm(x, scale, bias, eps):
+    return _norm_forward(x, scale, bias, eps)[0]
+
+
+def _norm_forward(x, scale, bias, eps):
+    y = x.astype(jnp.float32)
+    mean = y.mean(-1, keepdims=True) if bias is not None else None
+    y = y if mean is None else y - mean
+    rate = jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
+    y = y * rate * scale
+    return (y if bias is None else y + bias).astype(x.dtype), (x, scale, mean, rate)
+
+
+def _norm_backward(eps, kept, g):
+    x, scale, mean, rate = kept
+    y = x.astype(jnp.float32)
+    y = (y if mean is None else y - mean) * rate
+    g = g.astype(jnp.float32)
+    rows = tuple(range(g.ndim - 1))
+    dy = g * scale
+    dx = dy - y * (dy * y).mean(-1, keepdims=True)
+    if mean is not None:
+        dx = dx - dy.mean(-1, keepdims=True)
+    dbias = None if mean is None else g.sum(rows)
+    return (dx * rate).astype(x.dtype), (g * y).sum(rows), dbias
+
+
+_norm.defvjp(_norm_forward, _norm_backward)
 
 NORMS = ("layernorm", "rmsnorm")
 
+
+def _keeping_input(f: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """An elementwise function whose backward pass starts from its input."""
+    lean = jax.custom_vjp(f)
+    lean.defvjp(lambda x: (f(x), x), lambda x, g: jax.vjp(f, x)[1](g))
+    return lean
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": _keeping_input(functools.partial(jax.nn.gelu, approximate=False)),
+    "gelu_tanh": _keeping_input(functools.partial(jax.nn.gelu, approximate=True)),
+    "quick_gelu": _keeping_input(lambda x: x * jax.nn.sigmoid(1.702 * x)),
 }
 """GELU (arXiv:1606.08415): exact (erf), its tanh approximation, and its sigmoid approximation,
 which OpenAI's CLIP was trained with."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,11 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from clipjax.component import Component
 from clipjax.towers import layers
+from clipjax.towers.attention import KINDS, attend, attention
 from clipjax.towers.base import (
     Tower,
     require,
@@ -20,9 +23,9 @@ from clipjax.towers.base import (
     require_positive,
     require_rate,
 )
+from clipjax.towers.remat import check_remat, rematerialized
 
 DTYPES = ("float32", "bfloat16")
-REMAT = ("none", "activation", "dots", "full")
 
 Cache = dict[str, jax.Array]
 """Keys and values of the positions up to now, every leaf [layers, B, ...]."""
@@ -50,6 +53,9 @@ class Transformer(Component):
     """Whether the query, key and value projections have a bias."""
     eps: float = 1e-5
     """Added to the variance by every norm."""
+    attention: str = "auto"
+    """auto (what suits the devices), xla (plain, keeps scores for the backward pass), lean (makes them
+    again), cudnn (NVIDIA, bfloat16) or splash (TPU); the last two are lean where there is a mask."""
     dtype: str = "float32"
     """Compute dtype, float32 or bfloat16; parameters, norms and softmax stay float32."""
     scan: bool = True
@@ -57,7 +63,10 @@ class Transformer(Component):
     scan_unroll: int = 1
     """Blocks in one turn of the loop."""
     remat: str = "none"
-    """Recomputed in the backward pass: none, activation, dots (all but matrix products), full."""
+    """Recomputed in the backward pass: none, lean (norms and activations), activation, dots (all but
+    matrix products), full; or what is kept instead, by name: "q,k,v,hidden"."""
+    offload: str = ""
+    """Of what is kept, the names that wait for the backward pass in the host's memory: "hidden"."""
 
     def __post_init__(self) -> None:
         require_positive(self, "width", "heads", "scan_unroll")
@@ -73,7 +82,8 @@ class Transformer(Component):
         require_choice(self, "norm", layers.NORMS)
         require_choice(self, "activation", layers.ACTIVATIONS)
         require_choice(self, "dtype", DTYPES)
-        require_choice(self, "remat", REMAT)
+        require_choice(self, "attention", KINDS)
+        check_remat(self)
         require_rate(self, "dropout")
         require(self.eps > 0, f"{name}.eps={self.eps!r} must be above 0")
 
@@ -106,7 +116,7 @@ class Attention(nnx.Module):
     ):
         width, std, bias = config.width, config.width**-0.5, config.qkv_bias
         d_in = width if memory_width is None else memory_width
-        self.heads = config.heads
+        self.heads, self.kind = config.heads, config.attention
         self.q = layers.Linear(width, width, rngs, bias=bias, std=std)
         self.k = layers.Linear(d_in, width, rngs, bias=bias, std=d_in**-0.5)
         self.v = layers.Linear(d_in, width, rngs, bias=bias, std=d_in**-0.5)
@@ -119,31 +129,28 @@ class Attention(nnx.Module):
           mask: bool, broadcastable to [B, heads, N, M]; False is not attended to. Every query must
             be left at least one key.
         """
-        return self.attend(x, *self.keys_values(memory), mask)
+        q, k, v = (
+            checkpoint_name(project(y), name)
+            for name, project, y in (("q", self.q, x), ("k", self.k, memory), ("v", self.v, memory))
+        )
+        attended = attention(q, k, v, mask, self.heads, self.kind)
+        return self.out(checkpoint_name(attended, "attended"))
 
     def keys_values(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[B, M, D] -> keys and values [B, heads, M, D / heads]: what a cache keeps.
 
         Heads come first, as the products need them: a cache is read many times and laid out once.
         """
-        k, v = self.k(memory), self.v(memory)
-        return self._heads(k, "b m (h d) -> b h m d"), self._heads(v, "b m (h d) -> b h m d")
+        return self._heads(self.k(memory)), self._heads(self.v(memory))
 
     def attend(
         self, x: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None
     ) -> jax.Array:
-        """`__call__` with the keys and values at hand."""
-        q = self._heads(self.q(x), "b n (h d) -> b n h d")
-        scores = jnp.einsum("bnhd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
-        scores = scores * q.shape[-1] ** -0.5
-        if mask is not None:
-            scores = jnp.where(mask, scores, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        attended = jnp.einsum("bhnm,bhmd->bnhd", weights, v)
-        return self.out(rearrange(attended, "b n h d -> b n (h d)"))
+        """`__call__` with the keys and values of a cache at hand."""
+        return self.out(attend(self._heads(self.q(x)), k, v, mask))
 
-    def _heads(self, x: jax.Array, axes: str) -> jax.Array:
-        return rearrange(x, axes, h=self.heads)
+    def _heads(self, x: jax.Array) -> jax.Array:
+        return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
 
 
 class Mlp(nnx.Module):
@@ -151,16 +158,14 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: Transformer, rngs: nnx.Rngs, *, out_std: float | None = None):
         self.activation = config.activation
-        self.remat = config.remat == "activation"
         self.fc1 = layers.Linear(config.width, config.hidden, rngs, std=(2 * config.width) ** -0.5)
         self.fc2 = layers.Linear(config.hidden, config.width, rngs, std=out_std)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""
-        activation = layers.ACTIVATIONS[self.activation]
-        if self.remat:
-            activation = jax.checkpoint(activation)
-        return self.fc2(activation(self.fc1(x)))
+        activate = layers.ACTIVATIONS[self.activation]
+        hidden = checkpoint_name(self.fc1(x), "hidden")
+        return self.fc2(checkpoint_name(activate(hidden), "activated"))
 
 
 class Block(nnx.Module):
@@ -216,9 +221,13 @@ class Block(nnx.Module):
           memory: [B, M, D_memory] to look at; None leaves that out.
           key: for dropout.
         """
-        y = self.norm1(x)
-        seen = None if memory is None else self.memory(memory)
-        return self._after_attention(x, self.attn(y, y, mask), seen, key)
+        y = self._normed(self.norm1, x)
+        look = None
+        if memory is not None:
+            assert self.cross is not None, "a block without cross-attention has no memory"
+            seen = self._normed(self.norm_memory, memory)
+            look = functools.partial(self.cross, memory=seen)
+        return self._after_attention(x, self.attn(y, y, mask), look, key)
 
     def memory(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The memory's keys and values, as `Attention.keys_values`."""
@@ -250,26 +259,33 @@ class Block(nnx.Module):
             for a, b in zip(past, new, strict=True)
         )
         mask = jnp.arange(k.shape[2]) <= start + jnp.arange(x.shape[1])[:, None]
-        return self._after_attention(x, self.attn.attend(y, k, v, mask), memory, None), new
+        look = None
+        if memory is not None:
+            assert self.cross is not None
+            look = functools.partial(self.cross.attend, k=memory[0], v=memory[1])
+        return self._after_attention(x, self.attn.attend(y, k, v, mask), look, None), new
 
-    def _after_attention(self, x, attended, memory, key):
-        """The rest of the block, given what self-attention adds and the memory's keys and values."""
-        keys = layers.keys(key, 2 if memory is None else 4)
-        x = x + layers.dropout(attended, self.dropout, keys[0])
-        if memory is None:
-            return self._add_mlp(x, keys[1])
-        if self.cross_mlp is None or self.norm_cross_mlp is None:
-            x = self._add_cross(x, memory, keys[2])
-            return self._add_mlp(x, keys[1])
-        x = self._add_cross(self._add_mlp(x, keys[1]), memory, keys[2])
-        return x + layers.dropout(self.cross_mlp(self.norm_cross_mlp(x)), self.dropout, keys[3])
+    def _after_attention(self, x, attended, look, key):
+        """The rest of the block, given what self-attention adds and how queries see the memory."""
+        keys = layers.keys(key, 2 if look is None else 4)
+        x = self._add(x, attended, keys[0])
+        if look is None:
+            return self._add_mlp(x, self.norm2, self.mlp, keys[1])
+        if self.cross_mlp is None:
+            x = self._add(x, look(self._normed(self.norm_cross, x)), keys[2])
+            return self._add_mlp(x, self.norm2, self.mlp, keys[1])
+        x = self._add_mlp(x, self.norm2, self.mlp, keys[1])
+        x = self._add(x, look(self._normed(self.norm_cross, x)), keys[2])
+        return self._add_mlp(x, self.norm_cross_mlp, self.cross_mlp, keys[3])
 
-    def _add_mlp(self, x, key):
-        return x + layers.dropout(self.mlp(self.norm2(x)), self.dropout, key)
+    def _add_mlp(self, x, norm, mlp, key):
+        return self._add(x, mlp(self._normed(norm, x)), key)
 
-    def _add_cross(self, x, memory, key):
-        assert self.cross is not None
-        return x + layers.dropout(self.cross.attend(self.norm_cross(x), *memory), self.dropout, key)
+    def _add(self, x, sublayer, key):
+        return checkpoint_name(x + layers.dropout(sublayer, self.dropout, key), "residual")
+
+    def _normed(self, norm, x):
+        return checkpoint_name(norm(x), "normed")
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> Any:
@@ -306,7 +322,7 @@ def apply_stack(
         state, key = layer
         return nnx.merge(graphdef, state)(x, mask=mask, memory=memory, key=key), None
 
-    step = _rematerialized(step, config)
+    step = rematerialized(step, config)
     if config.scan:
         return jax.lax.scan(step, x, (state, block_keys), unroll=config.scan_unroll)[0]
     for i in range(config.depth):
@@ -389,14 +405,3 @@ def decode_stack(
 
 def _layer(stacked: Any, i: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[i], stacked)
-
-
-def _rematerialized(step: Callable[..., Any], config: Transformer) -> Callable[..., Any]:
-    if config.remat in ("none", "activation"):
-        return step
-    policy = (
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
-    )
-    # Inside a loop the compiler cannot undo the recomputation: no barriers against that needed.
-    looped = config.scan and config.scan_unroll < config.depth
-    return jax.checkpoint(step, policy=policy, prevent_cse=not looped)

@@ -41,7 +41,7 @@ def test_options_reach_the_contestants_and_figures_are_their_ratios(monkeypatch,
         }
 
     def compile_for(devices, rows, width, cases):
-        asked[devices] = (rows, width)
+        asked[devices] = [*asked.get(devices, []), (rows, width)]
         held = 8 * rows * width
         extra = {"OpenCLIP": held + 3000, "Ring": 10 - held}
         return {
@@ -59,7 +59,7 @@ def test_options_reach_the_contestants_and_figures_are_their_ratios(monkeypatch,
         assert ours.items() <= asked[who].items()
     assert asked["torch"]["python"] == "other" and asked["torch"]["objective"] == "sigmoid"
     assert asked["rounds"] == 2
-    assert asked[16] == (16 * 8, 4) and asked[64] == (2**20, 512)
+    assert asked[16] == [(16 * 8, 4)] and asked[64] == [(2**20, 512), (2**16, 64 * 256)]
 
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert results["time_ratio_vs_dense"] == 0.5
@@ -71,6 +71,7 @@ def test_options_reach_the_contestants_and_figures_are_their_ratios(monkeypatch,
     # 4 products of 64 x 64 x 32 in 2 s, over 2 x 4096^3 in half a second
     assert results["share_of_matmul_rate"] == pytest.approx(8 * 64**2 * 32 / 2 / (4 * 4096**3))
     assert set(results["large_temp_bytes"]) == set(loss.EXCHANGES)
+    assert set(results["late_temp_bytes"]) == {"late interaction"}
 
 
 @pytest.mark.parametrize("bad", [{"rows": 0}, {"chunk": 0}, {"rounds": 0}, {"devices": 6}])

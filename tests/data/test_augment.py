@@ -1,4 +1,5 @@
 import colorsys
+import io
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from clipjax.data import (
     Resize,
     Shift,
 )
+from clipjax.data.augment import augmented, augmented_jpeg
+from clipjax.data.images import Jpeg, decode
 from clipjax.errors import ClipjaxError
 
 
@@ -218,3 +221,57 @@ def test_a_strip_of_any_length_takes_bounded_memory():
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 20e6
+
+
+def photo(width, height, **options):
+    picture = Image.fromarray(smooth(height, width))
+    buffer = io.BytesIO()
+    picture.save(buffer, "jpeg", quality=90, **options)
+    return buffer.getvalue()
+
+
+def smooth(height, width):
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin(x / a + y / b) for a, b in ((17, 40), (60, -23), (9, 31))]
+    return (128 + 120 * np.stack(waves, 2)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_jpeg_decoded_small_shows_what_the_whole_does(orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    content = photo(640, 480, exif=exif)
+    steps = (RandomResizedCrop((0.5, 0.9)), Flip())
+    jpeg = Jpeg.of(content)
+    for seed in range(4):
+        whole, where = augmented(decode(content), steps, Resize(), 64, np.random.default_rng(seed))
+        rng = np.random.default_rng(seed)
+        small, where_small = augmented_jpeg(jpeg, steps, Resize(), 64, rng)
+        assert np.abs(small.astype(int) - whole).mean() < 1
+        np.testing.assert_allclose(where_small, where)
+        # The same draws were taken.
+        other = np.random.default_rng(seed)
+        augmented(decode(content), steps, Resize(), 64, other)
+        assert rng.random() == other.random()
+
+
+def test_a_jpeg_is_decoded_at_a_fraction_only_where_half_the_size_will_do(monkeypatch):
+    seen = []
+    turbo = Jpeg.decode
+    monkeypatch.setattr(
+        Jpeg, "decode", lambda self, least=None: seen.append(least) or turbo(self, least)
+    )
+    jpeg = Jpeg.of(photo(640, 480))
+    crop = (RandomResizedCrop((1.0, 1.0), (1.0, 1.0)),)  # 480 x 480
+    for size in (240, 241, 480, 500):
+        image, _ = augmented_jpeg(jpeg, crop, Resize(), size, np.random.default_rng(0))
+        assert image.shape == (size, size, 3)
+    assert seen == [(240, 320), None, None, None]
+    assert augmented_jpeg(jpeg, (Flip(), *crop), Resize(), 64, np.random.default_rng(0)) is None
+
+
+def test_a_damaged_jpeg_leaves_the_draws_alone():
+    rng = np.random.default_rng(0)
+    jpeg = Jpeg.of(photo(640, 480)[:20_000])
+    assert augmented_jpeg(jpeg, (RandomResizedCrop(),), Resize(), 64, rng) is None
+    assert rng.random() == np.random.default_rng(0).random()

@@ -400,15 +400,11 @@ def test_a_field_of_ones_own():
     class Brightness(Field):
         name: str = "brightness"
 
-        @property
-        def pictures(self):
-            return ("image",)
-
         def spec(self, data):
             return {self.name: Spec((), "float32"), "noise": Spec((), "float32")}
 
         def read(self, example):
-            return {self.name: example.record["image"].mean(), "noise": example.rng.random()}
+            return {self.name: example.picture().mean(), "noise": example.rng.random()}
 
     rows = batch(Brightness(), Image())
     records = Toy().open()

@@ -4,10 +4,10 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from clipjax.data import UnreadableRecord, decode
-from clipjax.data.images import resize
+from clipjax.data.images import Jpeg, resize
 
 
 def encoded(picture: Image.Image, kind: str, **options) -> bytes:
@@ -139,3 +139,34 @@ def test_resize_is_pillows_bicubic(pixels):
     expected = Image.fromarray(big[10:30, 20:50]).resize((15, 10), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(resize(big[10:30, 20:50], (10, 15)), np.asarray(expected))
     assert resize(pixels, (5, 7)) is pixels
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "options", [{}, {"subsampling": 0}, {"progressive": True}, {"quality": 30}]
+)
+def test_jpeg_pixels_are_pillows(mode, options):
+    pixels = np.random.default_rng(0).integers(0, 256, (45, 61, 3), dtype=np.uint8)
+    content = encoded(Image.fromarray(pixels).convert(mode), "jpeg", **options)
+    expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    np.testing.assert_array_equal(decode(content), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_jpeg_is_turned_upright(orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    content = encoded(Image.fromarray(pixels), "jpeg", exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
+    np.testing.assert_array_equal(decode(content), expected)
+    jpeg = Jpeg.of(content)
+    assert (jpeg.height, jpeg.width) == expected.shape[:2]
+
+
+def test_without_simplejpeg_pillow_does_it(monkeypatch):
+    content = encoded(Image.new("RGB", (9, 7), (10, 200, 30)), "jpeg")
+    expected = decode(content)
+    monkeypatch.setattr("clipjax.data.images._simplejpeg", lambda: None)
+    assert Jpeg.of(content) is None
+    np.testing.assert_array_equal(decode(content), expected)

@@ -377,7 +377,7 @@ def test_what_cannot_work_is_refused_before_anything_is_evaluated(refused, optio
 def test_a_model_that_is_not_there_is_found_before_the_first_is_evaluated(refused, world):
     error = refused(["one", "three"], "--dataset", world / "test-pairs")
     assert "three is no folder" in error
-    assert "TFDS data sets only" in refused("one", "--dataset", world / "test", "--label-key", "x")
+    assert "not for what is at" in refused("one", "--dataset", world / "test", "--label-key", "x")
 
 
 def test_a_file_without_evaluators_is_refused(refused, tmp_path):

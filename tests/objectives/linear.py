@@ -69,6 +69,7 @@ def make_batch(rows=ROWS):
         "image": rng.integers(0, 256, (rows, 4, 4, 3)).astype(np.uint8),
         "text": rng.integers(0, TOKENS, (rows, 8)).astype(np.int32),
         "id": ids,
+        "sample": np.arange(rows, dtype=np.int32) * 3 % 64,
         "teacher_image": teacher[0],
         "teacher_text": teacher[1],
     }
@@ -88,12 +89,14 @@ def one_step(
 
     `devices` first ones of all processes; `batch` is the global batch, cut here.
     """
+    batch = make_batch() if batch is None else batch
+    inputs = {k: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for k, v in batch.items()}
     mesh = (shape or MeshShape()).build(jax.devices()[:devices])
     engine = PairEngine(mesh, exchange or AllGather())
     states, steps, layouts = {}, {}, {}
     for name, objective in objectives.items():
         blueprint = Blueprint.draw(
-            model, objective, OPTIMIZER, None, mesh, Sharding(), 10, Scale(ROWS, 64), seed=0
+            model, objective, OPTIMIZER, None, mesh, Sharding(), 10, Scale(ROWS, 64), 0, inputs
         )
         if not states:
             base = blueprint.init()
@@ -108,7 +111,6 @@ def one_step(
     def run(states, batch):
         return {name: steps[name](states[name], batch) for name in steps}
 
-    batch = make_batch() if batch is None else batch
     part, parts = process_rows(mesh)
     local = {k: np.split(v, parts)[part] for k, v in batch.items()}
     after = jit(

@@ -16,7 +16,8 @@ HELD = 2 * 4 * ROWS * WIDTH  # the gathered modality and its gradient, bytes
 
 @pytest.fixture(scope="module")
 def cases():
-    names = ("AllGather", "AllGather, no recomputation", "Ring", "Grouped", "OpenCLIP")
+    names = ("AllGather", "AllGather, no recomputation", "AllGather, tensor=2", "Ring", "Grouped")
+    names += ("OpenCLIP",)
     return {name: measure(8, ROWS, WIDTH, name) for name in names}
 
 
@@ -31,6 +32,19 @@ def test_products(cases):
     assert cases["Ring"]["matmul"] <= 4.1
     assert cases["AllGather, no recomputation"]["matmul"] <= 3.1
     assert cases["OpenCLIP"]["matmul"] == pytest.approx(6, abs=0.1)
+
+
+def test_tensor_devices_share_products_and_columns(cases):
+    """Four pieces of the batch, each held by two devices: no device multiplies more than one of eight."""
+    assert cases["AllGather, tensor=2"]["matmul"] <= 4.1
+    assert cases["AllGather, tensor=2"]["temp"] <= cases["AllGather"]["temp"]
+
+
+def test_token_tiles_fit():
+    """2048 rows a device of 64 tokens x 256: token by token, a pair takes 16 kB, the rows 134 MB."""
+    late = measure(8, 8 * 2048, 64 * 256, "late interaction")
+    assert late["sent"].keys() == {"all-reduce", "collective-permute"}  # Auto took the ring
+    assert late["temp"] <= 2**30
 
 
 def test_memory(cases):

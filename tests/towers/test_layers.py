@@ -36,6 +36,48 @@ def test_norms_keep_the_dtype_and_compute_in_float32():
     np.testing.assert_allclose(y.astype(jnp.float32), [[-1.342, -0.447, 0.447, 1.342]], atol=5e-3)
 
 
+def gradients(f, *inputs, dtype):
+    """Of sum(sin(f)) by each input."""
+    with jax.enable_x64(dtype == np.float64):
+        inputs = [jnp.asarray(x, dtype) for x in inputs]
+        return jax.grad(lambda *x: jnp.sin(f(*x)).sum(), tuple(range(len(inputs))))(*inputs)
+
+
+def assert_gradients(f, plain, *inputs):
+    got = gradients(f, *inputs, dtype=np.float32)
+    for g, expected in zip(got, gradients(plain, *inputs, dtype=np.float64), strict=True):
+        np.testing.assert_allclose(g, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", layers.NORMS)
+def test_norms_have_the_gradients_of_their_formula(kind):
+    centered = kind == "layernorm"
+
+    def plain(x, scale, bias):
+        y = x - x.mean(-1, keepdims=True) if centered else x
+        y = y / jnp.sqrt((y**2).mean(-1, keepdims=True) + 1e-3) * scale
+        return y + bias if centered else y
+
+    def ours(x, scale, bias):
+        norm = layers.Norm(kind, 6, 1e-3)
+        norm.scale[...] = scale
+        if centered:
+            norm.bias[...] = bias
+        return norm(x)
+
+    assert_gradients(ours, plain, X, np.arange(1.0, 7), np.arange(-3.0, 3))
+
+
+@pytest.mark.parametrize("name", sorted(layers.ACTIVATIONS))
+def test_activations_have_the_gradients_of_their_formula(name):
+    plain = {
+        "gelu": lambda x: 0.5 * x * (1 + jax.scipy.special.erf(x / np.sqrt(2))),
+        "gelu_tanh": lambda x: 0.5 * x * (1 + jnp.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+        "quick_gelu": lambda x: x / (1 + jnp.exp(-1.702 * x)),
+    }
+    assert_gradients(layers.ACTIVATIONS[name], plain[name], X)
+
+
 def test_linear_draws_and_computes_as_documented():
     linear = layers.Linear(400, 300, nnx.Rngs(0), std=0.3)
     kernel = np.asarray(linear.kernel[...])
@@ -48,6 +90,19 @@ def test_linear_draws_and_computes_as_documented():
     assert layers.Linear(4, 3, nnx.Rngs(0), bias=False).bias is None
     assert linear(jnp.ones((2, 400), jnp.bfloat16)).dtype == jnp.bfloat16
     assert kernel.dtype == np.float32
+
+
+def test_a_bfloat16_product_may_keep_its_float32_sums():
+    linear = layers.Linear(256, 8, nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (4, 256), jnp.bfloat16)
+    kernel = linear.kernel[...].astype(jnp.bfloat16)
+    exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+    y = linear(x, jnp.float32)
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, exact, atol=1e-5)
+    assert abs(np.asarray(linear(x), np.float64) - exact).max() > 1e-3
+    gradient = jax.grad(lambda x: linear(x, jnp.float32).sum())(x)
+    assert gradient.dtype == jnp.bfloat16
 
 
 def test_dropout_zeroes_a_share_and_keeps_the_mean():

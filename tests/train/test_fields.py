@@ -10,7 +10,7 @@ from PIL import Image as Pillow
 
 from clipjax import Pretrained, load, load_config
 from clipjax.cli import main
-from clipjax.data import BPE, Resize
+from clipjax.data import BPE, Resize, Stream
 from clipjax.models import DualEncoder
 from clipjax.params import split
 from clipjax.towers import TextTransformer, ViT
@@ -19,6 +19,7 @@ CHANGE = """data=replace(
     run.data,
     source=ImageFolder({folder!r}),
     augment=(RandomResizedCrop((0.5, 1.0)),),
+    stream=Stream(lanes=4, run=2, block=2),
     fields=(
         Image(),
         Text(),
@@ -70,12 +71,21 @@ def test_a_run_with_many_fields(collection, teacher, clipjax, vary, tmp_path, re
     change = CHANGE.format(folder=str(collection), vectors=str(vectors))
     config = vary(change.replace(")", ', table="captions.jsonl")', 1))
     options = ["--data.fields.1.context_length", 7, "--data.fields.2.augment.0.probability", 1.0]
-    options += ["--data.fields.4.count", 2, "--duration.amount", 3, "--log_every", 1]
+    options += [
+        "--data.stream.block",
+        1,
+        "--data.fields.4.count",
+        2,
+        "--duration.amount",
+        3,
+        "--log_every",
+        1,
+    ]
     assert clipjax("train", *options, config=config) == 0
     assert len(read_metrics(clipjax.workdir)) == 3
 
     run = load_config(clipjax.workdir / "run.json")
-    assert run.data.fields[4].count == 2
+    assert run.data.fields[4].count == 2 and run.data.stream == Stream(lanes=4, run=2, block=1)
     loader = run.data.build(BPE(300).build(["a color"]), run.seed)
     batch = loader.batch(0)
     assert {key: array.shape for key, array in batch.items()} == {

@@ -1,0 +1,174 @@
+"""`clipjax bench data`: pictures a second and core, from JPEG to the batch, beside plain Pillow."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from clipjax.component import Component
+from clipjax.data.sources import Source
+from clipjax.errors import ClipjaxError
+
+ROUNDS = 5  # of which the best counts: other work on the machine only ever slows down
+
+
+@dataclasses.dataclass(frozen=True)
+class DataBench(Component):
+    """Made-up photographs, decoded and cropped in one thread: by clipjax, and by Pillow as one would write
+    it (open, convert, resize of a box, to NumPy); then a source of tiny pictures through the loader."""
+
+    sizes: tuple[tuple[int, int], ...] = ((500, 375), (1024, 768), (2048, 1536))
+    """Width and height of the photographs, in pixels."""
+    image_size: int = 224
+    """Pixels of the result."""
+    scale: tuple[float, float] = (0.9, 1.0)
+    """Share of the area that a crop has, as in RandomResizedCrop."""
+    quality: int = 85
+    """Of the JPEG files."""
+    pictures: int = 8
+    """Photographs of each size."""
+    tiny: int = 64
+    """Pixels of the pictures that go through the loader."""
+    num_threads: int = 1
+    """Threads of that loader."""
+    json: bool = False
+    """End with one JSON object on the last line."""
+
+    def __post_init__(self):
+        for name in ("image_size", "pictures", "tiny", "num_threads"):
+            if getattr(self, name) < 1:
+                raise ClipjaxError(f"bench data: {name}={getattr(self, name)} must be positive")
+
+    def run(self) -> dict[str, Any]:
+        """Measures, prints and returns what the JSON object holds."""
+        results: dict[str, Any] = {}
+        for width, height in self.sizes:
+            found = results[f"{width}x{height}"] = self._measure(width, height)
+            print(
+                f"{width} x {height}: {found['images_per_second']:,.0f} images/s a core, "
+                f"{found['ratio']:.2f} times Pillow's {found['pillow_images_per_second']:,.0f}; mean "
+                f"difference {found['mean_difference']:.2f} of 255"
+            )
+        results["loader"] = found = self._loader()
+        print(
+            f"loader, {self.tiny} x {self.tiny} PNG, {self.num_threads} threads: "
+            f"{found['samples_per_second']:,.0f} samples/s"
+        )
+        if self.json:
+            print(json.dumps(results))
+        return results
+
+    def _measure(self, width: int, height: int) -> dict[str, float]:
+        from PIL import Image
+
+        from clipjax.data.augment import RandomResizedCrop, Resize, augmented_jpeg
+        from clipjax.data.images import Jpeg
+
+        crop, size = RandomResizedCrop(self.scale), self.image_size
+        rng = np.random.default_rng(0)
+        files = [photograph(width, height, rng, self.quality) for _ in range(self.pictures)]
+
+        def plain(content: bytes, seed: int) -> np.ndarray:
+            picture = Image.open(io.BytesIO(content)).convert("RGB")
+            box = crop.window(picture.height, picture.width, size, np.random.default_rng(seed))
+            return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box))
+
+        def ours(content: bytes, seed: int) -> np.ndarray:
+            jpeg = Jpeg.of(content)
+            if jpeg is None:
+                raise ClipjaxError("bench data: simplejpeg is not installed")
+            made = augmented_jpeg(jpeg, (crop,), Resize(), size, np.random.default_rng(seed))
+            assert made is not None
+            return made[0]
+
+        differences = [
+            np.abs(ours(content, i).astype(int) - plain(content, i)).mean()
+            for i, content in enumerate(files)
+        ]
+        # In turns, so that what else the machine does falls on both alike.
+        seconds = [(_seconds(ours, files), _seconds(plain, files)) for _ in range(ROUNDS)]
+        mine, pillows = (min(column) / len(files) for column in zip(*seconds, strict=True))
+        return {
+            "images_per_second": 1 / mine,
+            "pillow_images_per_second": 1 / pillows,
+            "ratio": pillows / mine,
+            "mean_difference": float(np.mean(differences)),
+            "file_bytes": float(np.mean([len(content) for content in files])),
+        }
+
+    def _loader(self) -> dict[str, float]:
+        from clipjax.data import BPE, Data, Flip
+
+        data = Data(
+            Tiny(self.tiny),
+            image_size=self.tiny,
+            batch_size=256,
+            context_length=32,
+            augment=(Flip(),),
+            num_threads=self.num_threads,
+        )
+        loader = data.build(BPE(300).build(["a small picture"]), seed=0)
+        batches = loader.iterate()
+        for _ in range(2):
+            next(batches)
+        began, count = time.perf_counter(), 8
+        for _ in range(count):
+            next(batches)
+        seconds = time.perf_counter() - began
+        del batches  # stops the threads
+        return {"samples_per_second": count * data.batch_size / seconds}
+
+
+def _seconds(make: Callable[[bytes, int], np.ndarray], files: list[bytes]) -> float:
+    """CPU seconds of one thread."""
+    began = time.thread_time()
+    for i, content in enumerate(files):
+        make(content, i)
+    return time.thread_time() - began
+
+
+def photograph(width: int, height: int, rng: np.random.Generator, quality: int) -> bytes:
+    """A JPEG file whose amplitudes fall as one over the frequency, as those of photographs do."""
+    from PIL import Image
+
+    y, x = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
+    falling = 1 / np.maximum(np.hypot(y, x), 1 / max(height, width))
+    noise = rng.standard_normal((3, *falling.shape)) + 1j * rng.standard_normal((3, *falling.shape))
+    planes = np.fft.irfft2(noise * falling, (height, width))
+    # Colors of a photograph mostly rise and fall together.
+    planes = planes[:1] + 0.3 * planes
+    planes = 128 + 50 * (planes - planes.mean()) / planes.std()
+    pixels = np.moveaxis(planes, 0, -1).clip(0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny(Source):
+    """Small PNG files with a caption."""
+
+    size: int = 64
+    """Pixels."""
+
+    def open(self):
+        from PIL import Image
+
+        rng = np.random.default_rng(0)
+        files = []
+        for _ in range(64):
+            buffer = io.BytesIO()
+            pixels = rng.integers(0, 256, (self.size, self.size, 3), np.uint8)
+            Image.fromarray(pixels).save(buffer, "PNG")
+            files.append(buffer.getvalue())
+        caption = ("a small picture of noise",)
+        return [
+            {"image": files[i % 64], "captions": caption, "id": i, "key": str(i)}
+            for i in range(4096)
+        ]

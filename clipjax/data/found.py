@@ -1,0 +1,116 @@
+"""What a path holds: the one rule by which every command recognizes other people's files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+
+from clipjax.data.columns import Parquet, SavedDataset
+from clipjax.data.folder import (
+    PICTURE_SUFFIXES,
+    ClassFolder,
+    ImageFolder,
+    PictureFolder,
+)
+from clipjax.data.sources import Source
+from clipjax.data.webdataset import WebDataset, expand
+from clipjax.errors import ClipjaxError
+
+TABLES = tuple(
+    f"{stem}.{end}" for stem in ("captions", "metadata") for end in ("csv", "tsv", "jsonl")
+)
+"""Tables that are looked for in a folder; metadata.* is Hugging Face's imagefolder."""
+PATH_COLUMNS = ("image", "filepath", "file_name", "filename", "image_path", "path", "file")
+TEXT_COLUMNS = ("caption", "title", "text", "captions", "sentences", "description")
+HOLDS = (
+    f"a folder with one of {', '.join(TABLES)}, a saved Hugging Face data set, a folder of pictures, a "
+    "table (.csv, .tsv, .jsonl), .parquet files, .tar files"
+)
+
+
+def found_source(path: str, captions: bool) -> Source | None:
+    """The source that a path, or a pattern of paths, holds; None where there is nothing.
+
+    * `*.tar`: WebDataset. `*.parquet`: Parquet. `.csv`, `.tsv`, `.jsonl`: a table of pictures.
+    * A folder with such a table in it, by the names in `TABLES`; a folder that `save_to_disk` wrote; one
+      of .parquet files, or of .tar files.
+    * A folder of pictures with a .txt beside each (img2dataset's `files`); else of one folder per class, or
+      of pictures without captions.
+
+    Args:
+      path: as on the command line.
+      captions: whether a folder without captions is one of classes (True), or just of pictures.
+
+    Raises:
+      ClipjaxError: it holds something that cannot be used.
+    """
+    if path.endswith(".tar"):
+        return WebDataset(path)
+    if path.endswith(".parquet"):
+        return Parquet(files=path) if any(map(os.path.isfile, expand(path))) else None
+    place = Path(path).expanduser()
+    if place.is_file() and place.suffix in (".csv", ".tsv", ".jsonl"):
+        return table_source(place)
+    if not place.is_dir():
+        return None
+    for name in TABLES:
+        if (place / name).is_file():
+            return table_source(place / name)
+    if (place / "state.json").is_file() and (place / "dataset_info.json").is_file():
+        return SavedDataset(folder=path)
+    if (place / "dataset_dict.json").is_file():
+        splits = json.loads((place / "dataset_dict.json").read_text())["splits"]
+        if len(splits) > 1:
+            raise ClipjaxError(
+                f"{path!r} holds the splits {', '.join(splits)}: name the folder of one of them"
+            )
+        return SavedDataset(folder=path, split=splits[0])
+    for end, made in (("parquet", lambda p: Parquet(files=p)), ("tar", WebDataset)):
+        if any(place.glob(f"*.{end}")):
+            return made(os.path.join(path, f"*.{end}"))
+    if _texts_beside(place):
+        return PictureFolder(path, texts=True)
+    return ClassFolder(path) if captions else PictureFolder(path)
+
+
+def table_source(table: Path) -> ImageFolder:
+    """A table of pictures, by the usual names of its columns.
+
+    Raises:
+      ClipjaxError: no column has a usual name.
+    """
+    names = _header(table)
+    image = next((name for name in PATH_COLUMNS if name in names), None)
+    if image is None:
+        raise ClipjaxError(
+            f"{str(table)!r} has the columns {', '.join(names)}, of which none is called "
+            f"{', '.join(PATH_COLUMNS)}"
+        )
+    texts = tuple(name for name in TEXT_COLUMNS if name in names)[:1]
+    return ImageFolder(str(table.parent), table.name, image_column=image, caption_columns=texts)
+
+
+def _header(table: Path) -> list[str]:
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as lines:
+            line = next((line for line in lines if line.strip()), "")
+        if table.suffix == ".jsonl":
+            row = json.loads(line)
+            return list(row) if isinstance(row, dict) else []
+    except ValueError as error:
+        raise ClipjaxError(f"{str(table)!r} cannot be read ({error})") from error
+    tabs = table.suffix == ".tsv" or ("\t" in line and "," not in line)
+    return next(csv.reader([line], delimiter="\t" if tabs else ","), [])
+
+
+def _texts_beside(folder: Path) -> bool:
+    """Whether the first picture that is found has a .txt beside it."""
+    for inner, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            stem, end = os.path.splitext(name)
+            if end.lower() in PICTURE_SUFFIXES and not name.startswith("."):
+                return os.path.isfile(os.path.join(inner, f"{stem}.txt"))
+    return False
