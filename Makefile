@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test check lint clean
 
 # Downloads only Python packages; the data set is made from two of them.
 quickstart: $(VENV)/.installed-quickstart
@@ -10,6 +10,15 @@ quickstart: $(VENV)/.installed-quickstart
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# A slice of every room, in under three minutes on two cores; `make test` is all of them.
+CHECK := tests/test_component.py tests/test_sharding.py tests/test_public_names.py tests/objectives/test_identities.py \
+  tests/models/test_heads.py tests/towers/test_vit.py tests/data/test_fields.py tests/data/test_loader.py \
+  tests/optim/test_schedules.py tests/evals/test_metrics.py tests/generation/test_search.py tests/interop/test_clip_bpe.py \
+  tests/tracking tests/train/test_step.py tests/methods/test_registry.py
+
+check: lint
+	$(BIN)/python -m pytest -n 2 -x $(CHECK) --deselect tests/methods/test_registry.py::test_every_config_trains
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -386,6 +386,51 @@ class _OpenText:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rewritten(Field):
+    """The caption that another text field shows, written otherwise, as tokens int32 [L].
+
+    Say `rewrite`. Where it may find nothing to change, set `partial`: then there is `{name}_mask`, bool.
+    """
+
+    of: str = "text"
+    """The text field whose caption it takes."""
+
+    @property
+    def partial(self) -> bool:
+        """Whether `rewrite` may give None."""
+        return False
+
+    def rewrite(self, text: str, rng: np.random.Generator) -> str | None:
+        """Another text in the place of this one, drawn with `rng` alone."""
+        raise NotImplementedError
+
+    @property
+    def follows(self):
+        return (self.of,)
+
+    def spec(self, data):
+        mask = {f"{self.name}_mask": Spec((), "bool")} if self.partial else {}
+        return {self.name: Spec((data.context_length,), "int32")} | mask
+
+    def open(self, data, tokenizer, records):
+        return _OpenRewritten(self, data.context_length, tokenizer)
+
+
+class _OpenRewritten:
+    def __init__(self, field: Rewritten, length: int, tokenizer: TokenizerModel):
+        self._field, self._length, self._tokenizer = field, length, tokenizer
+
+    def read(self, example: Example) -> str | None:
+        return self._field.rewrite(example.made[self._field.of][0].text, example.rng)
+
+    def write(self, values: Sequence[str | None], rows: dict[str, np.ndarray]) -> None:
+        name = self._field.name
+        rows[name][:] = self._tokenizer.encode([text or "" for text in values], self._length)
+        if self._field.partial:
+            rows[f"{name}_mask"][:] = [text is not None for text in values]
+
+
+@dataclasses.dataclass(frozen=True)
 class Array(Field):
     """Numbers that the record brings: a label, a score, an embedding."""
 

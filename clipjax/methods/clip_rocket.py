@@ -18,7 +18,6 @@ which that code's gather stops.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ import numpy as np
 
 from clipjax.batch import Encoded
 from clipjax.data import Augmentation, ColorJitter, Flip, RandomResizedCrop
-from clipjax.data.fields import Field, Spec
+from clipjax.data.fields import Rewritten
 from clipjax.errors import ClipjaxError
 from clipjax.methods.registry import Method
 from clipjax.objectives import Objective, Pairwise, PerExample, Softmax
@@ -286,13 +285,11 @@ STOP_WORDS = frozenset(
 
 
 @dataclasses.dataclass(frozen=True)
-class Reworded(Field):
-    """The words of another text field, some of them gone or changed over: int32 [L]."""
+class Reworded(Rewritten):
+    """The words of another text field, some of them gone or changed over."""
 
     name: str = "text_2"
     """Key in the batch."""
-    of: str = "text"
-    """The text field whose caption it takes."""
     stop_words: float = 0.8
     """Probability that stop words are dropped, unless nothing would be left."""
     swap: float = 0.4
@@ -300,31 +297,8 @@ class Reworded(Field):
     delete: float = 0.2
     """Probability that one of several words goes."""
 
-    @property
-    def follows(self):
-        return (self.of,)
-
-    def spec(self, data):
-        return {self.name: Spec((data.context_length,), "int32")}
-
-    def open(self, data, tokenizer, records):
-        return OpenReworded(self, data.context_length, tokenizer)
-
-
-@dataclasses.dataclass(frozen=True)
-class OpenReworded:
-    """A `Reworded` that knows its tokenizer."""
-
-    field: Reworded
-    length: int
-    tokenizer: Any
-
-    def read(self, example):
-        (shown, *_) = example.made[self.field.of]
-        return reworded(shown.text, self.field, example.rng)
-
-    def write(self, values, rows):
-        rows[self.field.name][:] = self.tokenizer.encode(list(values), self.length)
+    def rewrite(self, text, rng):
+        return reworded(text, self, rng)
 
 
 def reworded(text: str, how: Reworded, rng: np.random.Generator) -> str:

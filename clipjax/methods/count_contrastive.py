@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from clipjax.batch import field
-from clipjax.data.fields import Field, Spec
+from clipjax.data.fields import Rewritten
 from clipjax.methods.registry import Method
 from clipjax.objectives import PerExample
 
@@ -50,44 +49,18 @@ def counterfactual(caption: str, rng: np.random.Generator) -> str | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Counterfactual(Field):
-    """The caption of a text field with a wrong number, int32 [L], and `<name>_mask`: whether it has one."""
+class Counterfactual(Rewritten):
+    """The caption of a text field with a wrong number; its mask says whether it has one."""
 
     name: str = "text_counterfactual"
     """Key in the batch."""
-    of: str = "text"
-    """The text field whose caption it takes."""
 
     @property
-    def follows(self):
-        return (self.of,)
+    def partial(self):
+        return True
 
-    def spec(self, data):
-        return {
-            self.name: Spec((data.context_length,), "int32"),
-            f"{self.name}_mask": Spec((), "bool"),
-        }
-
-    def open(self, data, tokenizer, records):
-        return OpenCounterfactual(self, data.context_length, tokenizer)
-
-
-@dataclasses.dataclass(frozen=True)
-class OpenCounterfactual:
-    """A `Counterfactual` that knows its tokenizer."""
-
-    field: Counterfactual
-    length: int
-    tokenizer: Any
-
-    def read(self, example):
-        (shown, *_) = example.made[self.field.of]
-        return counterfactual(shown.text, example.rng)
-
-    def write(self, values, rows):
-        name = self.field.name
-        rows[name][:] = self.tokenizer.encode([text or "" for text in values], self.length)
-        rows[f"{name}_mask"][:] = [text is not None for text in values]
+    def rewrite(self, text, rng):
+        return counterfactual(text, rng)
 
 
 @dataclasses.dataclass(frozen=True)
