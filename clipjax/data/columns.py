@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ import numpy as np
 
 from clipjax.data.captions import as_texts
 from clipjax.data.folder import stays_inside
+from clipjax.data.reading import as_os_errors, is_address, retried, store
 from clipjax.data.sources import RandomAccess, Record, Source, UnreadableRecord
 from clipjax.data.webdataset import expand
 from clipjax.errors import ClipjaxError, did_you_mean
@@ -76,14 +79,14 @@ class Parquet(Columns):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        files = [file for file in expand(self.files) if os.path.isfile(file)]
+        files = [f for f in expand(self.files) if is_address(f) or os.path.isfile(f)]
         if not files:
             raise ClipjaxError(f"Parquet: there is no file {self.files!r}")
         groups: list[_Group] = []
         schema: Any = None
         for file in files:
             try:
-                with pq.ParquetFile(file) as parquet:
+                with _opened(file) as opened, pq.ParquetFile(opened) as parquet:
                     schema = schema or parquet.schema_arrow
                     missing = set(schema.names) - set(parquet.schema_arrow.names)
                     if missing:
@@ -92,7 +95,7 @@ class Parquet(Columns):
                         parquet.metadata.row_group(i).num_rows
                         for i in range(parquet.metadata.num_row_groups)
                     ]
-            except (OSError, pa.ArrowException) as error:
+            except (OSError, ValueError, pa.ArrowException) as error:
                 raise ClipjaxError(f"{file} is no Parquet file ({error})") from error
             firsts = [0, *itertools.accumulate(counts)]
             groups += [
@@ -144,7 +147,7 @@ class SavedDataset(Columns):
             try:
                 # Mapped into memory: rows that nobody asks for are never read.
                 table = pa.ipc.open_stream(pa.memory_map(file)).read_all()
-            except (OSError, pa.ArrowException) as error:
+            except (OSError, ValueError, pa.ArrowException) as error:
                 raise ClipjaxError(f"{file} is no Arrow file ({error})") from error
             schema = schema or table.schema
             groups.append(_Group(file, len(table), 0, _given(table)))
@@ -212,7 +215,10 @@ class _OpenColumns:
         number = int(np.searchsorted(self._ends, first, side="right"))
         group = self._groups[number]
         start = int(self._ends[number]) - group.count
-        table = group.read(self._names)
+        try:
+            table = group.read(self._names)
+        except UnreadableRecord as failure:
+            return [failure] * (stop - first)
         found: list[Record | UnreadableRecord] = []
         for index in range(first, stop):
             try:
@@ -243,8 +249,11 @@ class _OpenColumns:
         return table
 
     def _record(self, table: pa.Table, row: int, index: int, group: _Group) -> Record:
-        values = {name: _value(table.column(name)[row]) for name in table.column_names}
         key = f"{os.path.basename(group.file)}:{group.first + row}"
+        try:
+            values = {name: _value(table.column(name)[row]) for name in table.column_names}
+        except (ValueError, IndexError) as error:  # Arrow's own errors of contents are ValueErrors
+            raise UnreadableRecord(f"{key}: the row cannot be read ({error})") from error
         if self._key and values.get(self._key) is not None:
             key = str(values[self._key])
         captions: list[str] = []
@@ -290,11 +299,27 @@ def _row_group(file: str, number: int, names: list[str]) -> pa.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        with pq.ParquetFile(file) as parquet:
-            return parquet.read_row_group(number, columns=names)
-    except pa.ArrowException as error:
-        raise UnreadableRecord(f"{file}: row group {number} cannot be read ({error})") from error
+    def read() -> pa.Table:
+        try:
+            with _opened(file) as opened, pq.ParquetFile(opened) as parquet:
+                return parquet.read_row_group(number, columns=names)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            if isinstance(error, OSError) and (error.errno is not None or is_address(file)):
+                raise  # of the system or a store, and not what Arrow says of damaged contents
+            raise UnreadableRecord(f"{file}: row group {number} is damaged ({error})") from error
+
+    return retried(read, f"{file}: row group {number}")
+
+
+@contextlib.contextmanager
+def _opened(file: str) -> Iterator[Any]:
+    """What Arrow reads: the path of a file on disk, or a file at an address, opened."""
+    if not is_address(file):
+        yield file
+        return
+    fs, inner = store(file)
+    with as_os_errors(file), fs.open(inner, "rb") as opened:
+        yield opened
 
 
 def _given(table: pa.Table) -> Any:

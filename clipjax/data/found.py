@@ -14,6 +14,7 @@ from clipjax.data.folder import (
     ImageFolder,
     PictureFolder,
 )
+from clipjax.data.reading import is_address
 from clipjax.data.sources import Source
 from clipjax.data.webdataset import WebDataset, expand
 from clipjax.errors import ClipjaxError
@@ -49,7 +50,10 @@ def found_source(path: str, captions: bool) -> Source | None:
     if path.endswith(".tar"):
         return WebDataset(path)
     if path.endswith(".parquet"):
-        return Parquet(files=path) if any(map(os.path.isfile, expand(path))) else None
+        there = is_address(path) or any(map(os.path.isfile, expand(path)))
+        return Parquet(files=path) if there else None
+    if is_address(path):
+        raise ClipjaxError(f"{path!r}: at an address there are .tar and .parquet files only")
     place = Path(path).expanduser()
     if place.is_file() and place.suffix in (".csv", ".tsv", ".jsonl"):
         return table_source(place)

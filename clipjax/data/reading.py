@@ -1,4 +1,7 @@
-"""Reading files that may fail: tried again a few times, lengths checked, then a record is skipped by name."""
+"""Reading files that may fail: tried again a few times, lengths checked, then a record is skipped by name.
+
+A path is on disk, or an address (`gs://`, `s3://`, `https://`, ...) that fsspec opens.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 from clipjax.data.sources import UnreadableRecord
+from clipjax.errors import ClipjaxError
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +27,9 @@ PAUSES = (0.1, 0.5, 2.0)
 """Seconds before each further attempt to read what failed."""
 FINAL = (PermissionError, IsADirectoryError, NotADirectoryError)
 """Errors that another attempt would not mend."""
+
+SCAN_BLOCK = 1 << 22
+"""Bytes that are fetched at once where a file at an address is read from end to end."""
 
 T = TypeVar("T")
 
@@ -41,7 +48,9 @@ def retried(read: Callable[[], T], name: str) -> T:
         try:
             return read()
         except FileNotFoundError as error:
-            raise UnreadableRecord(f"{name}: there is no file {error.filename!r}") from error
+            raise UnreadableRecord(
+                f"{name}: there is no file {error.filename or str(error)!r}"
+            ) from error
         except FINAL as error:
             raise UnreadableRecord(f"{name}: {error.strerror}: {error.filename!r}") from error
         except OSError as error:
@@ -52,6 +61,89 @@ def retried(read: Callable[[], T], name: str) -> T:
             logger.debug("%s: %s; trying again in %g s", name, error, pause)
             time.sleep(pause)
     raise AssertionError("unreachable")
+
+
+def is_address(path: str) -> bool:
+    """Whether a path is an address (`scheme://...`), and not one on disk."""
+    return "://" in path
+
+
+def store(address: str) -> tuple[Any, str]:
+    """(fsspec's file system of an address, the path in it).
+
+    Raises:
+      ClipjaxError: there is no such store, or its client is not installed.
+    """
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(address)
+    except (ImportError, ValueError) as error:
+        raise ClipjaxError(f"{address!r} cannot be opened ({error})") from error
+
+
+@contextlib.contextmanager
+def as_os_errors(address: str) -> Iterator[None]:
+    """Turns whatever a store's client raises into `OSError`, which is tried again."""
+    try:
+        yield
+    except (OSError, ValueError, ClipjaxError):
+        raise
+    except Exception as error:  # each client has errors of its own
+        raise OSError(f"{address}: {type(error).__name__}: {error}") from error
+
+
+class FileState(NamedTuple):
+    """A file's length in bytes, and what is another when its contents are."""
+
+    size: int
+    mark: int | str
+
+
+def state_of(path: str) -> FileState:
+    """The state of a file.
+
+    Raises:
+      ClipjaxError: it is not there, or cannot be asked.
+    """
+    try:
+        if not is_address(path):
+            stat = os.stat(path)
+            return FileState(stat.st_size, stat.st_mtime_ns)
+        fs, inner = store(path)
+        with as_os_errors(path):
+            facts = fs.info(inner)
+        names = ("ETag", "etag", "md5Hash", "LastModified", "updated", "mtime", "created")
+        marks = [str(facts[name]) for name in names if facts.get(name)]
+        return FileState(int(facts["size"]), marks[0] if marks else "")
+    except FileNotFoundError as error:
+        raise ClipjaxError(f"there is no file {path!r}") from error
+    except (OSError, KeyError, TypeError) as error:
+        raise ClipjaxError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+@contextlib.contextmanager
+def reader(path: str) -> Iterator[Callable[[int, int], bytes]]:
+    """`read(offset, size)` of a file, for going through it from end to end; fewer bytes at its end.
+
+    Raises:
+      OSError: it cannot be opened or read.
+    """
+    if not is_address(path):
+        with open(path, "rb", buffering=0) as file:
+            yield lambda at, n: os.pread(file.fileno(), n, at)
+        return
+    fs, inner = store(path)
+    with as_os_errors(path):
+        opened = fs.open(inner, "rb", block_size=SCAN_BLOCK)
+    with opened:
+
+        def read(at: int, n: int) -> bytes:
+            with as_os_errors(path):
+                opened.seek(at)
+                return opened.read(n)
+
+        yield read
 
 
 def read_file(path: str | os.PathLike[str], name: str) -> bytes:
@@ -91,6 +183,11 @@ class Files:
           UnreadableRecord: they are not there, or cannot be read; the message begins with `name`.
         """
 
+        def fetch() -> bytes:
+            fs, inner = store(path)
+            with as_os_errors(path):
+                return fs.cat_file(inner, start=offset, end=offset + size)
+
         def attempt() -> bytes:
             file = self._take(path)
             try:
@@ -103,7 +200,7 @@ class Files:
             finally:
                 self._give_back(path, file)
 
-        found = retried(attempt, name)
+        found = retried(fetch if is_address(path) else attempt, name)
         if len(found) < size:
             raise Unreachable(f"{name}: {path!r} ends {size - len(found):,} bytes early")
         return found

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from clipjax.data.reading import is_address, reader, state_of
 from clipjax.errors import ClipjaxError
 
 logger = logging.getLogger(__name__)
@@ -175,11 +176,10 @@ def scan(path: str, image_keys: tuple[str, ...]) -> tuple[Places, int]:
       ClipjaxError: it cannot be read, is no tar, or the members of a sample do not follow each other.
     """
     try:
-        with open(path, "rb", buffering=0) as file:
-            length = os.fstat(file.fileno()).st_size
-            return _scan(lambda at, n: os.pread(file.fileno(), n, at), path, length, image_keys)
+        with reader(path) as read:
+            return _scan(read, path, state_of(path).size, image_keys)
     except OSError as error:
-        raise ClipjaxError(f"{path}: {error.strerror}") from error
+        raise ClipjaxError(f"{path}: {error.strerror or error}") from error
 
 
 def _scan(
@@ -281,7 +281,8 @@ def index_tars(
     Raises:
       ClipjaxError: a tar cannot be read, is damaged, or is not in order.
     """
-    states = [(stat.st_size, stat.st_mtime_ns) for stat in map(_stat, paths)]
+    with concurrent.futures.ThreadPoolExecutor(SCANNERS) as asking:
+        states = list(asking.map(state_of, paths))
     marks = [[path, *state] for path, state in zip(paths, states, strict=True)]
     old = _load(kept) if kept is not None else None
     known: dict[tuple, int] = {}
@@ -329,7 +330,8 @@ def _total(without: list[int]) -> int:
 
 def kept_file(index_dir: str, shards: str, image_keys: tuple[str, ...]) -> Path:
     """The file in `index_dir` that holds the index of a pattern of tars."""
-    mark = f"{os.path.abspath(os.path.expanduser(shards))} {' '.join(image_keys)}"
+    where = shards if is_address(shards) else os.path.abspath(os.path.expanduser(shards))
+    mark = f"{where} {' '.join(image_keys)}"
     name = hashlib.blake2b(mark.encode(errors="surrogateescape"), digest_size=8).hexdigest()
     return Path(index_dir).expanduser() / f"{name}.tars"
 
@@ -346,13 +348,6 @@ class _Kept(NamedTuple):
         end = sum(self.counts[: row + 1])
         part = slice(end - self.counts[row], end)
         return Places(self.places.starts[part], self.places.blocks[part])
-
-
-def _stat(path: str) -> os.stat_result:
-    try:
-        return os.stat(path)
-    except OSError as error:
-        raise ClipjaxError(f"{path}: {error.strerror}") from error
 
 
 def _save(file: Path, kept: _Kept) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 
 from clipjax.data.captions import as_texts, at_path, encodable
 from clipjax.data.order import edges_within
-from clipjax.data.reading import MAX_BYTES, Files
+from clipjax.data.reading import MAX_BYTES, Files, as_os_errors, is_address, store
 from clipjax.data.sources import RandomAccess, Record, Source, UnreadableRecord
 from clipjax.data.tars import Index, index_tars, kept_file, members, stem_and_extension
 from clipjax.errors import ClipjaxError
@@ -43,7 +43,7 @@ class WebDataset(Source):
     """
 
     shards: str
-    """The tars: a pattern such as "data/*.tar" or "data/{0000..0099}.tar"."""
+    """The tars: a pattern such as "data/*.tar", "data/{0000..0099}.tar" or "gs://bucket/*.tar"."""
     image_keys: tuple[str, ...] = ("jpg", "jpeg", "png", "webp")
     """Extensions of the picture; the first that a sample has."""
     caption_keys: tuple[str, ...] = ("txt",)
@@ -92,9 +92,6 @@ class WebDataset(Source):
         paths = expand(self.shards)
         if not paths:
             raise ClipjaxError(f"WebDataset: no file matches shards={self.shards!r}")
-        for path in paths:
-            if not os.path.isfile(path):
-                raise ClipjaxError(f"WebDataset: there is no file {path!r}")
         skip = self.damaged == "skip"
         index = index_tars(paths, self.image_keys, self.index_file(), skip, executor)
         if not len(index):
@@ -221,12 +218,13 @@ def _attempt(records: RandomAccess, index: int) -> Record | UnreadableRecord:
 
 
 def expand(pattern: str) -> list[str]:
-    """The files of a pattern, in order: `{0000..0099}` counts, `*`, `?` and `[...]` match.
+    """The files of a pattern, on disk or at an address, in order: `{0000..0099}` counts, `*`, `?` and `[...]` match.
 
     A file that is called just so is meant before what a pattern would match.
     """
-    pattern = os.path.expanduser(pattern)
-    if os.path.isfile(pattern):
+    address = is_address(pattern)
+    pattern = pattern if address else os.path.expanduser(pattern)
+    if not address and os.path.isfile(pattern):
         return [pattern]
     count = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if count:
@@ -234,7 +232,16 @@ def expand(pattern: str) -> list[str]:
         numbers = (str(i).zfill(len(first)) for i in range(int(first), int(last) + 1))
         parts = (pattern[: count.start()] + n + pattern[count.end() :] for n in numbers)
         return list(itertools.chain.from_iterable(expand(part) for part in parts))
-    return sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+    if not glob.has_magic(pattern):
+        return [pattern]
+    if not address:
+        return sorted(glob.glob(pattern))
+    fs, inner = store(pattern)
+    try:
+        with as_os_errors(pattern):
+            return sorted(fs.unstrip_protocol(path) for path in fs.glob(inner))
+    except OSError as error:
+        raise ClipjaxError(f"{pattern!r} cannot be listed ({error})") from error
 
 
 def _files(

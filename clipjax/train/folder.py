@@ -148,6 +148,9 @@ def write_run_files(workdir: Path, meta: Meta) -> None:
     """
     if jax.process_index() != 0:
         return
+    for left in workdir.glob(f"*{TEMPORARY}"):  # by a kill in the middle of a write
+        if left.is_file():
+            left.unlink(missing_ok=True)
     run = json.dumps(meta.run, indent=2, ensure_ascii=False)
     replace_file(workdir / RUN_FILE, run + "\n")
     tokenizer = workdir / TOKENIZER_FOLDER

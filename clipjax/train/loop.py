@@ -261,7 +261,8 @@ class Loop:
             self._end_early(step)
 
     def _cast(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        vote = self._votes.cast([self._stop.number, *self._cadences.late()])
+        first = jax.process_index() == 0  # the clock that counts
+        vote = self._votes.cast([self._stop.number, *(n * first for n in self._cadences.late())])
         if isinstance(vote, np.ndarray):  # a single process: no need to wait
             self._hear(vote)
         self._in_flight.append((step, metrics, vote))

@@ -78,8 +78,6 @@ def test_a_run_with_many_fields(collection, teacher, clipjax, vary, tmp_path, re
         2,
         "--duration.amount",
         3,
-        "--log_every",
-        1,
     ]
     assert clipjax("train", *options, config=config) == 0
     assert len(read_metrics(clipjax.workdir)) == 3

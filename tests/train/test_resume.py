@@ -194,7 +194,7 @@ def test_a_full_disk_ends_the_run_in_one_message(
     assert clipjax("train", "--duration.amount", 3, config=config) == 0
     capfd.readouterr()
     with monkeypatch.context() as patch:  # full from the first step on: the checkpoint does not fit
-        patch.setattr("clipjax.train.loop.to_global", lambda *a: no_room(4096) or to_global(*a))
+        patch.setattr("clipjax.train.loop.to_global", lambda *a: no_room(16384) or to_global(*a))
         code = clipjax("train", "--duration.amount", 6, config=config)
     message = capfd.readouterr().err
     assert code == 69
