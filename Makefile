@@ -1,8 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INTEROP := .venv-interop
 
-.PHONY: quickstart test check test-stores lint clean
+.PHONY: quickstart test test-interop test-stores check lint clean
 
 # Downloads only Python packages; the data set is made from two of them.
 quickstart: $(VENV)/.installed-quickstart
@@ -10,6 +11,12 @@ quickstart: $(VENV)/.installed-quickstart
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# Files and strings through transformers and OpenCLIP, in an environment of its own.
+test-interop: $(INTEROP)/.installed
+	rm -rf $(INTEROP)/exports
+	$(INTEROP)/bin/python tests/interop/reference/export_all.py $(INTEROP)/exports
+	$(INTEROP)/bin/python tests/interop/reference/check_all.py $(INTEROP)/exports
 
 # A slice of every room, in under three minutes on two cores; `make test` is all of them.
 CHECK := tests/test_component.py tests/test_sharding.py tests/test_public_names.py tests/objectives/test_identities.py \
@@ -30,7 +37,12 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(INTEROP) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+$(INTEROP)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/python -m pip install --quiet --editable '.[interop,test]'
+	touch $@
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

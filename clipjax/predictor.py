@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 import copy
-import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from clipjax.batch import Encoded
+from clipjax.classifier import Classification, Classifier
 from clipjax.data.augment import Resize
 from clipjax.data.images import decode
 from clipjax.data.tokenizers import TokenizerModel
@@ -40,33 +40,9 @@ PER_SHARD = 64
 FEW_PER_SHARD = 4
 """Rows a device embeds at once where all of a call's rows are fewer than a batch. On a CPU, a
 ViT-B/32 takes about the same time a row from 4 rows to 64, and more with 1."""
+_FEW_BATCHES = 8  # full batches after which the last one is padded
 _IN_FLIGHT = 2  # batches dispatched ahead of the device; simulated devices deadlock without a bound
 _READERS = min(8, os.cpu_count() or 1)  # threads; Pillow decodes without holding the interpreter
-
-
-@dataclasses.dataclass(frozen=True)
-class Classification:
-    """What pictures show, of a set of labels.
-
-    Attributes:
-      labels: C labels, in the order they were given.
-      probabilities: float32 [n, C], or [C] of a single picture. Of a softmax model a row sums to 1;
-        of a sigmoid model each is the probability of that label by itself.
-    """
-
-    labels: tuple[str, ...]
-    probabilities: np.ndarray
-
-    def top(self, k: int = 5) -> Any:
-        """The `k` most probable labels with their probabilities, the most probable first.
-
-        Returns:
-          By picture, a list of (label, probability); of a single picture, that list alone.
-        """
-        if self.probabilities.ndim == 2:
-            return [Classification(self.labels, row).top(k) for row in self.probabilities]
-        order = np.argsort(-self.probabilities, kind="stable")[:k]
-        return [(self.labels[i], float(self.probabilities[i])) for i in order]
 
 
 class Predictor:
@@ -194,6 +170,8 @@ class Predictor:
         elif name == "text" or name.startswith("text_"):
             one = isinstance(inputs, str)
             tokens = self._tokens([inputs] if one else inputs)
+            if output == "embedding" and len(tokens) > self.batch_size:
+                return self._encode_by_length(name, tokens)
             read, count, like = tokens.__getitem__, len(tokens), (tokens.shape[1:], np.int32)
         else:
             one, rows = False, np.asarray(inputs)
@@ -217,7 +195,12 @@ class Predictor:
         """
         return self.encode("image", images)
 
-    def encode_image_rows(self, read: Callable[[np.ndarray], np.ndarray], count: int) -> np.ndarray:
+    def encode_image_rows(
+        self,
+        read: Callable[[np.ndarray], np.ndarray],
+        count: int,
+        output: str = "embedding",
+    ) -> np.ndarray:
         """Embeds pictures that are read while the ones before are being embedded.
 
         Args:
@@ -225,12 +208,13 @@ class Predictor:
             `image_size`. With several processes, each is asked for the rows of its own devices
             alone.
           count: how many there are.
+          output: "embedding", or "pooled", as for `encode`.
 
         Returns:
-          float32 [count, E], unit norm, in every process.
+          float32 [count, E], unit norm, in every process; of "pooled", [count, D].
         """
         shape = (self.image_size,) * 2 + (3,)
-        return self._stream(self._encoder("image"), read, count, shape, np.uint8)
+        return self._stream(self._encoder("image", output), read, count, shape, np.uint8)
 
     def encode_text(self, texts: str | Sequence[str] | np.ndarray) -> np.ndarray:
         """Embeds texts.
@@ -263,29 +247,25 @@ class Predictor:
         labels: Sequence[str],
         templates: str | Sequence[str] = "{}",
     ) -> Classification:
-        """Zero-shot classification (CLIP, arXiv:2103.00020, section 3.1).
-
-        With s the cosine similarity of a picture and a class: a model without `logit_bias` was
-        trained to choose (softmax), so its probabilities are softmax(logit_scale * s) over the
-        labels. One with it was trained to accept or refuse each pair by itself (SigLIP,
-        arXiv:2303.15343), so they are sigmoid(logit_scale * s + logit_bias), label by label, and
-        need not sum to 1.
+        """Zero-shot classification: `classifier(labels, templates)(images)`, the labels embedded anew.
 
         Args:
           images: as for `encode_image`.
           labels: C distinct names.
           templates: as for `class_embeddings`.
         """
-        labels = (labels,) if isinstance(labels, str) else tuple(labels)
-        classes = self.class_embeddings(labels, templates)
-        similar = (self.encode_image(images) @ classes.T).astype(np.float64)
-        logits = self.logit_scale * similar + (self.logit_bias or 0.0)
-        if self.logit_bias is None:
-            powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
-            probabilities = powers / powers.sum(axis=-1, keepdims=True)
-        else:
-            probabilities = 0.5 * (1.0 + np.tanh(0.5 * logits))  # sigmoid without overflow
-        return Classification(labels, probabilities.astype(np.float32))
+        return self.classifier(labels, templates)(images)
+
+    def classifier(
+        self, labels: Sequence[str], templates: str | Sequence[str] = "{}"
+    ) -> Classifier:
+        """A classifier that keeps the embeddings of its labels, for picture after picture.
+
+        Args:
+          labels: C distinct names.
+          templates: as for `class_embeddings`.
+        """
+        return Classifier(self, labels, templates)
 
     def class_embeddings(
         self, labels: Sequence[str], templates: str | Sequence[str] = "{}"
@@ -460,6 +440,41 @@ class Predictor:
             )
         return tokens
 
+    def _encode_by_length(self, name: str, tokens: np.ndarray) -> np.ndarray:
+        """Embeddings of many texts, short ones in shorter rows where what follows them is unseen."""
+        length = tokens.shape[1]
+        sizes = [2**i for i in range(4, 16) if 2**i < length] + [length]
+        place = np.searchsorted(sizes, self._used_lengths(tokens))
+        embedded: np.ndarray | None = None
+        for i, size in enumerate(sizes):
+            rows = np.flatnonzero(place == i)
+            if len(rows) < self.batch_size and size < length:
+                place[rows] = i + 1  # too few to compile a program for
+                continue
+            if not len(rows):
+                continue
+            part = tokens[rows, :size]
+            made = self._stream(self._encoder(name), part.__getitem__, len(part), (size,), np.int32)
+            if len(rows) == len(tokens):
+                return made
+            embedded = (
+                np.empty((len(tokens), made.shape[1]), made.dtype) if embedded is None else embedded
+            )
+            embedded[rows] = made
+        assert embedded is not None
+        return embedded
+
+    def _used_lengths(self, tokens: np.ndarray) -> np.ndarray:
+        """[n]: how many tokens of each row are seen; all, where the tower's kind is not known."""
+        from clipjax.models.dual_encoder import JointModule
+        from clipjax.towers import TextTransformer
+
+        module = self.module()
+        config = getattr(getattr(module, "text", None), "config", None)
+        if isinstance(module, JointModule) and isinstance(config, TextTransformer):
+            return config.used_lengths(tokens)
+        return np.full(len(tokens), tokens.shape[1])
+
     def _read_numbered(self, numbered: tuple[int, Picture]) -> np.ndarray:
         number, image = numbered
         named = isinstance(image, (str, os.PathLike))
@@ -533,9 +548,27 @@ class Predictor:
 
     def _indices(self, count: int) -> Iterator[np.ndarray]:
         """The rows of each batch: beyond the end the last one again, as zeros need not be valid."""
-        size = self._few if count < self.batch_size else self.batch_size
-        for start in range(0, count, size):
+        whole = count // self.batch_size * self.batch_size
+        for start in range(0, whole, self.batch_size):
+            yield np.arange(start, start + self.batch_size)
+        rest = count - whole
+        size = self._few if self._few_pay(whole, rest) else self.batch_size
+        for start in range(whole, count, size):
             yield np.minimum(np.arange(start, start + size), count - 1)
+
+    def _few_pay(self, whole: int, rest: int) -> bool:
+        """Whether `rest` rows after `whole` ones in full batches go by a few at a time.
+
+        On a CPU a row takes the same time in both programs, and a padded batch costs its padding. An
+        accelerator is no faster with a few rows than with a batch. Beyond some batches the padding of
+        one no longer matters, and a second program would have to be compiled.
+        """
+        if whole >= _FEW_BATCHES * self.batch_size:
+            return False
+        device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
+        if device.platform != "cpu":
+            return rest <= self._few
+        return not whole or rest <= self.batch_size // 2
 
     def _batch(
         self, read: Callable[[np.ndarray], np.ndarray], index: np.ndarray, shape: tuple[int, ...]

@@ -50,6 +50,7 @@ class Pretrained:
       context_length: tokens of a text, special tokens counted.
       image_size: height and width of pictures, in pixels.
       resize: how pictures come to that size.
+      sharding: where the parameters go on a mesh: as the run laid them out that it comes from.
     """
 
     model: Model
@@ -59,6 +60,7 @@ class Pretrained:
     context_length: int
     image_size: int
     resize: Resize = Resize()
+    sharding: Sharding = Sharding()
 
     def check(self) -> None:
         """Compares every array with what the model's configuration builds.
@@ -91,20 +93,20 @@ class Pretrained:
     def predictor(
         self,
         mesh: Mesh | None = None,
-        sharding: Sharding = Sharding(),  # noqa: B008 (frozen)
+        sharding: Sharding | None = None,
         **settings: Any,
     ) -> Predictor:
         """The model on devices, ready to embed.
 
         Args:
           mesh: default: all devices along the data axis.
-          sharding: where the parameters go.
+          sharding: where the parameters go; default: the model's own.
           **settings: further keyword arguments of `Predictor`, such as `batch_size`.
         """
         mesh = mesh or MeshShape().build()
         graphdef, _, _ = abstract(lambda: self.model.build(nnx.Rngs(0)))
         tree = {"params": self.params, "model_state": self.model_state}
-        placed = jax.device_put(tree, sharding.apply(tree, mesh))
+        placed = jax.device_put(tree, (sharding or self.sharding).apply(tree, mesh))
         return Predictor(
             graphdef,
             placed["params"],

@@ -190,6 +190,7 @@ def _restore(path: Path, mesh: Mesh) -> tuple[Path, int, Run, Pretrained]:
         context_length=run.data.context_length,
         image_size=run.data.image_size,
         resize=run.data.resize,
+        sharding=run.sharding,
     )
     return folder, step, run, pretrained
 

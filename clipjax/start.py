@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -43,6 +44,10 @@ class Start(Component):
         """
         raise NotImplementedError
 
+    def adapted(self, opened: Pretrained, wanted: dict[str, Any]) -> Pretrained:
+        """The opened model as the run's parameters `wanted`, by path, need it; as it is, by default."""
+        return opened
+
     def leaves(
         self, params: Any, model_state: Any, opener: Opener
     ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -65,7 +70,7 @@ class Start(Component):
             raise ClipjaxError(
                 f"start.fresh={self.fresh!r}: no regular expression: {error}"
             ) from error
-        opened = self.open(opener)
+        opened = self.adapted(self.open(opener), dict(paths(params)))
         taken: list[dict[str, Any]] = []
         random: list[str] = []
         for wanted, given in ((params, opened.params), (model_state, opened.model_state)):
@@ -99,9 +104,45 @@ class StartFrom(Start):
 
     path: str
     """What `clipjax.open_pretrained` opens."""
+    resample: bool = False
+    """Whether learned position embeddings come to the run's image size (bicubic, antialiased) and
+    context length (shorter alone): for a last epoch at 336 pixels, say."""
 
     def open(self, opener):
         return opener(self.path)
+
+    def adapted(self, opened, wanted):
+        if not self.resample:
+            return opened
+        from clipjax.interop.resample import with_context_length, with_image_size
+
+        model: Any = opened.model
+        shapes = {name: tuple(leaf.shape) for name, leaf in wanted.items()}
+        have = dict(paths(opened.params))
+        for name in ("image/positions", "image/pool/positions"):
+            there = shapes.get(self._placed(name))
+            if name in have and there is not None and there[0] != have[name].shape[0]:
+                side = self._side(name, have[name].shape[0], there[0], model.image.grid)
+                size = model.image.image_shape[0] * side // model.image.grid[0]
+                opened = with_image_size(opened, size)
+        there = shapes.get(self._placed("text/positions"))
+        if there is not None and "text/positions" in have:
+            missing = have["text/positions"].shape[0] - there[0]
+            if missing:
+                opened = with_context_length(opened, opened.context_length - missing)
+        return opened
+
+    @staticmethod
+    def _side(name: str, rows: int, new_rows: int, grid: tuple[int, int]) -> int:
+        """The side of the square grid that a table of `new_rows` positions has."""
+        places = new_rows - (rows - grid[0] * grid[1])
+        side = math.isqrt(max(places, 0))
+        if side**2 != places or not places or grid[0] != grid[1]:
+            raise ClipjaxError(
+                f"start.resample: {name!r} has {rows} positions in the start and {new_rows} in the run's "
+                "model: only square grids are resampled"
+            )
+        return side
 
 
 @dataclasses.dataclass(frozen=True)

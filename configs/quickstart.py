@@ -16,21 +16,22 @@ LANGUAGES = ("en", "zh")
 
 def config() -> Run:
     # On a CPU, element-wise work and overhead per token cost more than the matrix products: patches of 12 pixels
-    # (36 tokens, of which training sees a random 27) and captions of 16 tokens, blocks unrolled, activations
-    # recomputed.
+    # (36 tokens, of which training sees a random 27, and the class token) and captions of 16 tokens, blocks
+    # unrolled, activations recomputed.
     tower = dict(
         width=128, depth=4, heads=4, activation="quick_gelu", remat="activation", scan=False
     )
     return Run(
         model=DualEncoder(
-            image=ViT(image_size=72, patch_size=12, patch_dropout=0.25, pool="mean", **tower),
+            # As CLIP's are, class token and first norm included: `clipjax export` takes it anywhere.
+            image=ViT(image_size=72, patch_size=12, patch_dropout=0.25, pre_norm=True, **tower),
             text=TextTransformer(vocab_size=4096, context_length=16, eos_id=2, **tower),
             embed_dim=128,
         ),
         objective=Softmax(),
         data=Data(
             source=Tfds("twemoji", split="train"),
-            tokenizer=BPE(vocab_size=4096),
+            tokenizer=BPE(vocab_size=4096, clean="repair"),
             image_size=72,
             batch_size=128,
             context_length=16,

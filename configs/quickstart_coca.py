@@ -23,7 +23,7 @@ def config() -> Run:
     return dataclasses.replace(
         run,
         model=CoCa(
-            image=run.model.image,
+            image=dataclasses.replace(run.model.image, pool="mean", pre_norm=False),
             text=TextTransformer(
                 vocab_size=2048, context_length=16, eos_id=2, pool="class", depth=2, **tower
             ),

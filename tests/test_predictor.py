@@ -342,3 +342,62 @@ def test_bad_input_is_refused_by_name(images):
         plain(tokenizer=None).encode_text(["a cat"])
     with pytest.raises(ClipjaxError, match="batch_size=0"):
         plain(batch_size=0)
+
+
+def test_a_classifier_embeds_its_labels_once(images):
+    predictor = plain()
+    asked = []
+    encode = predictor.encode_text
+    predictor.encode_text = lambda texts: asked.append(len(texts)) or encode(texts)
+    classify = predictor.classifier(["red", "blue"], ("a {}", "{}s"))
+    for image in images[:3]:
+        assert classify(image).probabilities.shape == (2,)
+    assert asked == [4]
+    whole = predictor.classify(images[:3], ["red", "blue"], ("a {}", "{}s"))
+    np.testing.assert_allclose(classify(images[:3]).probabilities, whole.probabilities)
+
+
+def test_short_texts_take_short_rows_where_padding_is_unseen(monkeypatch):
+    """More than a batch of texts: most in rows of 16 tokens, the few long ones whole; nothing changes."""
+    text = TextTransformer(
+        width=16, depth=1, heads=2, vocab_size=VOCAB, context_length=40, eos_id=2
+    )
+    image = ViT(width=16, depth=1, heads=2, image_size=SIZE, patch_size=8)
+    settings = {"tokenizer": None, "context_length": 40, "image_size": SIZE, "batch_size": 8}
+    module = DualEncoder(image, text, embed_dim=8).build(nnx.Rngs(0))
+    predictor = Predictor.from_module(module, **settings)
+    rng = np.random.default_rng(0)
+    lengths = rng.permutation(np.r_[np.arange(3, 16), np.full(4, 33)])
+    tokens = np.zeros((len(lengths), 40), np.int32)
+    for row, length in zip(tokens, lengths, strict=True):
+        row[: length - 1], row[length - 1] = rng.integers(3, VOCAB, length - 1), 2
+    np.testing.assert_array_equal(text.used_lengths(tokens), lengths)
+    shapes, encode = [], predictor._encoder("text")
+    monkeypatch.setattr(
+        predictor, "_encoder", lambda *_: lambda p, s, x: shapes.append(x.shape) or encode(p, s, x)
+    )
+    cut = predictor.encode_text(tokens)
+    assert {shape[1] for shape in shapes} == {16, 40}
+    # A batch at most goes as it is.
+    whole = np.concatenate([predictor.encode_text(tokens[i : i + 8]) for i in range(0, 17, 8)])
+    np.testing.assert_allclose(cut, whole, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, [3, 4, 5]),  # causal, at the end token; a row without one is seen whole
+        ({"causal": False, "pad_id": None}, [5, 5, 5]),
+        ({"causal": False, "pool": "mean"}, [3, 4, 5]),
+        ({"causal": False, "pool": "mean", "pad_id": None}, [5, 5, 5]),
+        ({"pool": "last", "pad_id": None}, [5, 5, 5]),
+        ({"pool": "class", "class_position": True}, [5, 5, 5]),
+    ],
+)
+def test_what_a_text_tower_sees_of_a_row(changes, wanted):
+    tower = TextTransformer(
+        **({"width": 16, "depth": 1, "heads": 2, "vocab_size": 9, "context_length": 5} | changes),
+        eos_id=2,
+    )
+    rows = np.array([[5, 6, 2, 0, 0], [5, 6, 7, 2, 0], [5, 6, 7, 8, 4]], np.int32)
+    assert tower.used_lengths(rows).tolist() == wanted

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipjax.cli.arguments import new_parser
 from clipjax.cli.models import add_model, open_model
-from clipjax.errors import ClipjaxError
+from clipjax.errors import EXIT_FAILED, ClipjaxError
 
 if TYPE_CHECKING:
     from clipjax.generation import Strategy
@@ -24,7 +24,7 @@ STRATEGIES = {
 
 
 def main(arguments: list[str]) -> int:
-    """Captions, and prints a table."""
+    """Captions, and prints a table; 1 if a picture could not be read."""
     parser = new_parser("caption", "Write captions of pictures.")
     parser.add_argument(
         "images", type=Path, nargs="+", metavar="IMAGE", help="a picture, or a folder of pictures"
@@ -52,15 +52,20 @@ def main(arguments: list[str]) -> int:
     files = _pictures(namespace.images)
 
     _, pretrained = open_model(namespace)
+    from clipjax.cli.models import read_pictures
+
     predictor = pretrained.predictor()
-    generated = predictor.generate(files, strategy, namespace.prompt, namespace.seed)
+    pictures, skipped = read_pictures(predictor, [str(file) for file in files])
+    generated = predictor.generate(
+        list(pictures.values()), strategy, namespace.prompt, namespace.seed
+    )
     captions = predictor.decode(generated)
-    rows = list(zip(map(str, files), captions, generated.scores.tolist(), strict=True))
+    rows = list(zip(pictures, captions, generated.scores.tolist(), strict=True))
     _print(rows)
     if namespace.json:
         named_rows = [{"image": i, "caption": c, "score": s} for i, c, s in rows]
-        print(json.dumps({"captions": named_rows}, ensure_ascii=False))
-    return 0
+        print(json.dumps({"captions": named_rows, "skipped": skipped}, ensure_ascii=False))
+    return EXIT_FAILED if skipped else 0
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -107,7 +112,11 @@ def _pictures(paths: list[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(f for f in path.iterdir() if f.suffix.lower() in PICTURE_SUFFIXES)
+            found = sorted(
+                f
+                for f in path.iterdir()
+                if f.suffix.lower() in PICTURE_SUFFIXES and not f.name.startswith(".")
+            )
             if not found:
                 raise ClipjaxError(f"{path} holds no pictures ({', '.join(PICTURE_SUFFIXES)})")
             files += found

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clipjax.cli.arguments import new_parser
-from clipjax.cli.models import add_model, open_model, say
+from clipjax.cli.models import add_model, open_model, read_pictures
 from clipjax.errors import EXIT_FAILED, ClipjaxError, did_you_mean
 
 
@@ -39,21 +39,13 @@ def main(arguments: list[str]) -> int:
         if not Path(image).exists():
             raise ClipjaxError(f"{image}: there is no such file")
     path, pretrained = open_model(namespace)
-    from clipjax.data.sources import UnreadableRecord
+    from clipjax.embeddings.pictures import require_finite
 
     predictor = pretrained.predictor()
-    names, pictures, skipped = [], [], {}
-    for image in namespace.images:
-        try:
-            pictures.append(predictor.read(image, image))
-            names.append(image)
-        except UnreadableRecord as failure:
-            skipped[image] = str(failure)
-            say(f"skipped: {failure}")
-    if not pictures:
-        raise ClipjaxError(f"not one of {len(skipped)} pictures can be read")
-    found = predictor.classify(pictures, labels, templates)
-    ranked = dict(zip(names, found.top(namespace.top), strict=True))
+    pictures, skipped = read_pictures(predictor, namespace.images)
+    found = predictor.classify(list(pictures.values()), labels, templates)
+    require_finite(found.probabilities)
+    ranked = dict(zip(pictures, found.top(namespace.top), strict=True))
     if namespace.json:
         print(json.dumps(_as_json(namespace, path, ranked, skipped), ensure_ascii=False))
     else:
@@ -84,14 +76,9 @@ def _templates(given: str) -> list[str]:
 
 
 def _lines(file: str, option: str) -> list[str]:
-    try:
-        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise ClipjaxError(f"{option} {file!r}: no readable file ({error})") from error
-    kept = [line.strip() for line in lines if line.strip()]
-    if not kept:
-        raise ClipjaxError(f"{option} {file!r}: the file is empty")
-    return kept
+    from clipjax.plain_text import read_lines
+
+    return read_lines(file, option)
 
 
 def _as_json(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from clipjax.cli.arguments import new_parser
 from clipjax.cli.models import add_model, open_model, say
 from clipjax.errors import ClipjaxError
+from clipjax.plain_text import lines, read_text
 
 if TYPE_CHECKING:
     from clipjax.data import RandomAccess
@@ -115,11 +116,8 @@ def open_source(text: str) -> tuple[RandomAccess | Texts, str]:
         raise ClipjaxError(f"{text!r}: there is no such file or folder; SOURCE is {KINDS}")
     if path.suffix != ".txt":
         raise ClipjaxError(f"{text!r}: SOURCE is {KINDS}")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except ValueError as error:
-        raise ClipjaxError(f"{text!r} is not UTF-8 text ({error})") from error
-    spoken = [(str(i), line.strip()) for i, line in enumerate(lines, start=1) if line.strip()]
+    found = lines(read_text(path))
+    spoken = [(str(i), line) for i, line in enumerate(found, start=1) if line]
     if not spoken:
         raise ClipjaxError(f"{text!r} holds no text")
     keys, texts = zip(*spoken, strict=True)

@@ -7,7 +7,7 @@ from clipjax.stores import place
 
 
 def main(arguments: list[str]) -> int:
-    from clipjax.interop.convert import FORMATS
+    from clipjax.interop.exports import FORMATS
 
     parser = new_parser(
         "export",

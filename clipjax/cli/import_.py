@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from clipjax.cli.arguments import new_parser
+from clipjax.cli.arguments import import_files, new_parser
 from clipjax.errors import ClipjaxError
 from clipjax.stores import place
+
+if TYPE_CHECKING:
+    from clipjax.pretrained import Pretrained
 
 
 def main(arguments: list[str]) -> int:
     parser = new_parser(
         "import",
         "Turn weights of OpenAI, OpenCLIP, Hugging Face or big_vision into a model folder, which every "
-        "other command takes. The architecture is read from the weights and the files beside them.",
+        "other command takes. The architecture is read from the weights and the files beside them. A run or "
+        "a model folder of clipjax may be given too, to change its image size or context length.",
     )
     parser.add_argument(
         "source", type=place, help="a folder, or a .safetensors, .npz, .pt, .pth or .bin file"
@@ -42,17 +48,14 @@ def main(arguments: list[str]) -> int:
     if namespace.out.exists() and (not namespace.out.is_dir() or any(namespace.out.iterdir())):
         raise ClipjaxError(f"{namespace.out} exists and is not empty: name a new folder")
 
-    from clipjax.interop import import_weights
+    from clipjax.interop.source import is_source
     from clipjax.params import count
+    from clipjax.pretrained import is_pretrained
 
-    pretrained = import_weights(
-        namespace.source,
-        config=namespace.config,
-        tokenizer=namespace.tokenizer,
-        family=namespace.family,
-        image_size=namespace.image_size,
-        context_length=namespace.context_length,
+    own = is_pretrained(namespace.source) or (
+        namespace.source.is_dir() and not is_source(namespace.source)
     )
+    pretrained = _own(namespace) if own else _foreign(namespace)
     pretrained.save(namespace.out)
     tokenizer = pretrained.tokenizer
     words = f"{tokenizer.vocab_size:,} tokens" if tokenizer else "no tokenizer (give --tokenizer)"
@@ -61,3 +64,34 @@ def main(arguments: list[str]) -> int:
         f"{pretrained.image_size} px, texts of {pretrained.context_length} tokens, {words}"
     )
     return 0
+
+
+def _foreign(namespace: argparse.Namespace) -> Pretrained:
+    from clipjax.interop import import_weights
+
+    return import_weights(
+        namespace.source,
+        config=namespace.config,
+        tokenizer=namespace.tokenizer,
+        family=namespace.family,
+        image_size=namespace.image_size,
+        context_length=namespace.context_length,
+    )
+
+
+def _own(namespace: argparse.Namespace) -> Pretrained:
+    """A run or a model folder of clipjax, at another size; LoRA's updates go into the kernels."""
+    from clipjax.interop.resample import with_context_length, with_image_size
+    from clipjax.restore import open_pretrained
+
+    for name in ("config", "tokenizer", "family"):
+        if getattr(namespace, name) is not None:
+            raise ClipjaxError(f"--{name}: {namespace.source} is clipjax's own and says it itself")
+    import_files(namespace.imports)
+    pretrained = open_pretrained(namespace.source).folded()
+    if namespace.image_size is not None:
+        pretrained = with_image_size(pretrained, namespace.image_size)
+    if namespace.context_length is not None:
+        pretrained = with_context_length(pretrained, namespace.context_length)
+    pretrained.check()
+    return pretrained

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,9 @@ from clipjax.errors import ClipjaxError
 from clipjax.stores import place
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from clipjax.predictor import Predictor
     from clipjax.pretrained import Pretrained
 
 RUNS = Path("runs")
@@ -87,6 +91,29 @@ def cache_folder() -> Path:
     if not base:
         base = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
     return Path(base).expanduser() / "clipjax" / "xla"
+
+
+def read_pictures(
+    predictor: Predictor, files: Sequence[str]
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(the pictures that can be read, why the others cannot), by file; each of those is named on stderr.
+
+    Raises:
+      ClipjaxError: none can be read.
+    """
+    from clipjax.data.sources import UnreadableRecord
+
+    pictures: dict[str, np.ndarray] = {}
+    skipped: dict[str, str] = {}
+    for file in files:
+        try:
+            pictures[file] = predictor.read(file, file)
+        except UnreadableRecord as failure:
+            skipped[file] = str(failure)
+            say(f"skipped: {failure}")
+    if not pictures:
+        raise ClipjaxError(f"not one of {len(skipped)} pictures can be read")
+    return pictures, skipped
 
 
 def say(text: str) -> None:

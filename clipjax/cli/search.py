@@ -40,6 +40,7 @@ def main(arguments: list[str]) -> int:
     path, pretrained = open_model(namespace)
     from clipjax.cli.counting import Counting
     from clipjax.embeddings.folder import FolderIndex
+    from clipjax.embeddings.pictures import require_finite
 
     index = FolderIndex(namespace.folder, pretrained.fingerprint(), keep=not namespace.no_cache)
     for reason in index.refused:
@@ -49,7 +50,8 @@ def main(arguments: list[str]) -> int:
         index.refresh(predictor, counting)
     if index.stale:
         say(counting.summary())
-    hits = index.search(predictor.encode_text(namespace.words), namespace.top)
+    words = require_finite(predictor.encode_text(namespace.words))
+    hits = index.search(words, namespace.top)
     if namespace.html:
         from clipjax.embeddings.gallery import write_gallery
 

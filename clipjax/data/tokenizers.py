@@ -24,7 +24,8 @@ _FACTS_FILE = "tokenizer_facts.json"
 _VOCABULARY_FILES = {"tokenizers": "tokenizer.json", "sentencepiece": "tokenizer.model"}
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
-Clean = Literal["keep", "lower", "canonical", "clip"]
+Clean = Literal["keep", "lower", "canonical", "clip", "repair", "repair_lower", "repair_canonical"]
+_REPAIRING = ("clip", "repair", "repair_lower", "repair_canonical")
 
 
 class TokenizerModel:
@@ -120,12 +121,20 @@ class TokenizerModel:
         """What happens to texts before they are encoded."""
         return self._clean
 
-    def standalone(self) -> tuple[str, bytes]:
+    @property
+    def repairs(self) -> bool:
+        """Whether texts are mended (ftfy, HTML entities) before they are encoded, as OpenCLIP does."""
+        return self._clean in _REPAIRING
+
+    def standalone(self, cleaning: bool = True) -> tuple[str, bytes]:
         """The vocabulary as others read it: a file's usual name, and its contents.
 
         A `tokenizer.json` holds all that `encode` does by itself, bos and eos included, but for
-        padding, truncation, and what ftfy and HTML entities are to clean="clip". A SentencePiece
-        model has no room for cleaning.
+        padding and truncation. Of what mends texts it holds all that goes character by character
+        (see `_cleaning`). A SentencePiece model has no room for cleaning.
+
+        Args:
+          cleaning: False leaves `clean` out, for a reader who has it already.
         """
         if self._kind == "sentencepiece":
             return "spiece.model", self._vocabulary.serialized_model_proto()
@@ -134,7 +143,8 @@ class TokenizerModel:
 
         vocabulary = Vocabulary.from_str(self._vocabulary.to_str())
         own = [] if vocabulary.normalizer is None else [vocabulary.normalizer]
-        vocabulary.normalizer = normalizers.Sequence(_cleaning(self._clean) + own)
+        before = _cleaning(self._clean) if cleaning else []
+        vocabulary.normalizer = normalizers.Sequence(before + own)
         ids = [i for i in (self.bos_id, self.eos_id) if i is not None]
         tokens = [(self.token(i), i) for i in ids]
         template = [name for name, _ in tokens]
@@ -151,15 +161,21 @@ class TokenizerModel:
         return [e.ids for e in self._vocabulary.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _cleaned(self, text: str) -> str:
-        text = encodable(text)
-        if self._clean == "keep":
-            return text
-        if self._clean == "clip":
-            text = _repaired(text)
+        return cleaned(text, self._clean)
+
+
+def cleaned(text: str, clean: Clean) -> str:
+    """A text as `clean` makes it, before any vocabulary."""
+    text = encodable(text)
+    if clean == "keep":
+        return text
+    if clean in _REPAIRING:
+        text = _repaired(text)
+    if clean != "repair":
         text = text.lower()
-        if self._clean == "canonical":
-            text = text.replace("_", " ").translate(_PUNCTUATION)
-        return " ".join(text.split())
+    if clean in ("canonical", "repair_canonical"):
+        text = text.replace("_", " ").translate(_PUNCTUATION)
+    return " ".join(text.split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,8 +201,13 @@ class BPE(Tokenizer):
     """Whether upper and lower case are the same."""
     max_captions: int = 1_000_000
     """Train on the first so many captions."""
+    clean: Literal["keep", "repair"] = "keep"
+    """keep texts as they are, or repair them first, as OpenCLIP does to every text: mojibake, curly
+    quotes, full-width letters and ligatures (ftfy), HTML entities, runs of spaces."""
 
     def __post_init__(self):
+        if self.clean not in ("keep", "repair"):
+            raise ClipjaxError(f"BPE: clean={self.clean!r} is neither 'keep' nor 'repair'")
         if self.vocab_size < 259:
             raise ClipjaxError(
                 f"BPE: vocab_size={self.vocab_size} must be at least 259: "
@@ -210,7 +231,8 @@ class BPE(Tokenizer):
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        captions = map(encodable, itertools.islice(captions, self.max_captions))
+        captions = (cleaned(text, self.clean) for text in captions)
+        captions = itertools.islice(captions, self.max_captions)
         first = next(captions, None)
         if first is None:
             raise ClipjaxError(
@@ -218,7 +240,7 @@ class BPE(Tokenizer):
                 "languages that the run chooses"
             )
         vocabulary.train_from_iterator(itertools.chain([first], captions), trainer)
-        return TokenizerModel("tokenizers", vocabulary, 0, 1, 2)
+        return TokenizerModel("tokenizers", vocabulary, 0, 1, 2, self.clean)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,8 +256,8 @@ class TokenizerFile(Tokenizer):
     eos: str | None = None
     """Last token; default: a token with a usual name."""
     clean: Clean = "keep"
-    """Before encoding: lower, canonical (that, `_` as a space and no other ASCII
-    punctuation: SigLIP), or clip (OpenAI's)."""
+    """Before encoding: lower, canonical (that, `_` as a space and no other ASCII punctuation:
+    SigLIP), clip (OpenAI's); OpenCLIP mends texts first: repair, repair_lower, repair_canonical."""
 
     def build(self, captions=()):
         from tokenizers import Tokenizer as Vocabulary
@@ -274,8 +296,8 @@ class SentencePiece(Tokenizer):
     eos: str | None = None
     """Last piece; default: the file's own, or a piece with a usual name."""
     clean: Clean = "keep"
-    """Before encoding: lower, canonical (that, `_` as a space and no other ASCII
-    punctuation: SigLIP), or clip (OpenAI's)."""
+    """Before encoding: lower, canonical (that, `_` as a space and no other ASCII punctuation:
+    SigLIP), clip (OpenAI's); OpenCLIP mends texts first: repair, repair_lower, repair_canonical."""
 
     def build(self, captions=()):
         path = _existing(self.path)
@@ -402,17 +424,40 @@ def _byte_alphabet() -> list[str]:
 
 
 def _cleaning(clean: Clean) -> list[Any]:
-    """The normalizers of `tokenizers` that clean as `TokenizerModel` does (clip brings its own)."""
+    """The normalizers of `tokenizers` that clean as `cleaned` does ("clip" brings its own).
+
+    Of what mends texts: quotes, widths, ligatures, the common HTML entities. Neither mojibake nor
+    the other entities can be told character by character.
+    """
     from tokenizers import Regex, normalizers
 
     if clean in ("keep", "clip"):
         return []
-    steps: list[Any] = [normalizers.Lowercase()]
-    if clean == "canonical":
+    steps: list[Any] = _mending() if clean in _REPAIRING else []
+    if clean != "repair":
+        steps.append(normalizers.Lowercase())
+    if clean in ("canonical", "repair_canonical"):
         steps.append(normalizers.Replace("_", " "))
         marks = "".join("\\" + mark for mark in string.punctuation)
         steps.append(normalizers.Replace(Regex(f"[{marks}]"), ""))
     return [*steps, normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+
+
+def _mending() -> list[Any]:
+    """ftfy's character tables and the common HTML entities, as normalizers of `tokenizers`."""
+    from ftfy import chardata
+    from tokenizers import Regex, normalizers
+
+    entities = [("&amp;", "&")] * 3  # resolved so often, inside out
+    entities += [("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&nbsp;", " ")]
+    entities += [("&#39;", "'"), ("&#x27;", "'"), ("&apos;", "'")]
+    letters = [(chr(i), text) for i, text in (chardata.LIGATURES | chardata.WIDTH_MAP).items()]
+    quotes = {"'": chardata.SINGLE_QUOTE_RE, '"': chardata.DOUBLE_QUOTE_RE}
+    return [
+        *(normalizers.Replace(old, new) for old, new in entities + letters),
+        *(normalizers.Replace(Regex(old.pattern), new) for new, old in quotes.items()),
+        normalizers.NFC(),
+    ]
 
 
 def _repaired(text: str) -> str:

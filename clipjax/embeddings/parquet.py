@@ -18,7 +18,7 @@ import numpy as np
 
 from clipjax.data.sources import RandomAccess
 from clipjax.embeddings.folder import Progress
-from clipjax.embeddings.pictures import embed_pictures
+from clipjax.embeddings.pictures import embed_pictures, require_finite
 from clipjax.errors import ClipjaxError
 from clipjax.predictor import Predictor
 
@@ -120,7 +120,7 @@ def _texts(
     for start in range(rows.start, max(rows.stop, rows.start + 1), predictor.batch_size):
         stop = min(start + predictor.batch_size, rows.stop)
         some = source.texts[start:stop]
-        embedded = predictor.encode_text(some)
+        embedded = require_finite(predictor.encode_text(some))
         yield pa.table(
             {
                 "key": pa.array(source.keys[start:stop], pa.string()),
@@ -159,7 +159,9 @@ def _table(predictor: Predictor, records: list, embedded: np.ndarray, captions: 
         first = [next((c.strip() for c in r["captions"] if c.strip()), None) for r in records]
         columns["caption"] = pa.array(first, pa.string())
         missing = np.array([caption is None for caption in first], bool)
-        embedded_captions = predictor.encode_text([caption or "" for caption in first])
+        embedded_captions = require_finite(
+            predictor.encode_text([caption or "" for caption in first])
+        )
         columns["caption_embedding"] = _vectors(embedded_captions, missing)
     return pa.table(columns)
 

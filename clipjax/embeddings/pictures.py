@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from clipjax.data.sources import RandomAccess, Record, UnreadableRecord
+from clipjax.errors import RunFailed
 from clipjax.predictor import Predictor
 
 READERS = min(16, os.cpu_count() or 1)
@@ -51,7 +52,20 @@ def _embedded(
     predictor: Predictor, batch: list[tuple[int, Record, np.ndarray]]
 ) -> tuple[list[int], list[Record], np.ndarray]:
     numbers, records, pixels = (list(column) for column in zip(*batch, strict=True))
-    return numbers, records, predictor.encode_image(np.stack(pixels))
+    return numbers, records, require_finite(predictor.encode_image(np.stack(pixels)))
+
+
+def require_finite(embeddings: np.ndarray) -> np.ndarray:
+    """The embeddings, unless the model that made them is broken.
+
+    Raises:
+      RunFailed: one is not finite.
+    """
+    if not np.isfinite(embeddings).all():
+        raise RunFailed(
+            "the model's embeddings are not finite: its weights are damaged, or its training diverged"
+        )
+    return embeddings
 
 
 def _read_ahead(

@@ -17,8 +17,11 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from clipjax.component import Component
 from clipjax.errors import ClipjaxError
+from clipjax.evals.once import Once
 from clipjax.optim.duration import Every as Every
 from clipjax.predictor import Predictor
 
@@ -68,12 +71,19 @@ def require_at_least(evaluator: Evaluator, least: int, *fields: str) -> None:
 class Runner:
     """An evaluator at work. Calls `evaluator.run`, unless a subclass says otherwise.
 
+    Attributes:
+      once: where splits and embeddings come from, so that runners of one evaluation make each once.
+      samples: by figure, the value of each example whose mean the figure is, as last evaluated; for
+        those figures that are means.
+
     What comes out of `prepare` and `__call__` names the evaluator: a `ClipjaxError` keeps its kind
     and gets the name put before its message; any other exception, a bug, gets it as a note.
     """
 
     def __init__(self, evaluator: Any):
         self.evaluator = evaluator
+        self.once = Once()
+        self.samples: dict[str, np.ndarray] = {}
         self._loaded_for: tuple[int, int] | None = None
 
     def __call__(self, predictor: Predictor) -> dict[str, float]:
@@ -101,9 +111,6 @@ class Runner:
         """The figures; for subclasses."""
         return self.evaluator.run(predictor)
 
-    def share(self, others: Sequence[Runner]) -> None:
-        """Makes one thing of what this and one of the `others` would each load or compute."""
-
     def chance(self) -> dict[str, float]:
         """What a random order would score, by the names of the figures where it is known.
 
@@ -124,7 +131,7 @@ class Runner:
 
 
 def build_runners(evaluators: Sequence[Evaluator]) -> list[tuple[Evaluator, Runner]]:
-    """Each evaluator with its runner, in the given order.
+    """Each evaluator with its runner, in the given order; what several need is made once for all.
 
     Raises:
       ClipjaxError: a name is empty, holds a "/", or is used twice.
@@ -138,9 +145,8 @@ def build_runners(evaluators: Sequence[Evaluator]) -> list[tuple[Evaluator, Runn
                 f"{names.count(name)} evaluators are named {name!r}: their figures would overwrite "
                 f"each other; give one of them another name, such as name={name + '_2'!r}"
             )
-    runners: list[Runner] = []
-    for evaluator in evaluators:
-        runner = evaluator.build()
-        runner.share(runners)
-        runners.append(runner)
+    runners = [evaluator.build() for evaluator in evaluators]
+    once = Once()
+    for runner in runners:
+        runner.once = once
     return list(zip(evaluators, runners, strict=True))

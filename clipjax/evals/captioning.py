@@ -6,17 +6,19 @@ import dataclasses
 
 import numpy as np
 
-from clipjax.data import Source, UnreadableRecord, load_eval
+from clipjax.data import Source, UnreadableRecord
 from clipjax.errors import ClipjaxError
 from clipjax.evals import caption_metrics, java_metrics
 from clipjax.evals.base import Evaluator, Runner, require_at_least
-from clipjax.evals.embed import embed_images
 from clipjax.evals.metrics import top_k
 from clipjax.evals.retrieval import merge_equal, spaced
 from clipjax.generation import Greedy, Strategy
 from clipjax.predictor import Predictor
 from clipjax.report.contents import CaptionExample, ScoredCaption
 
+Reference = tuple[str, str]
+"""A caption and its language ("" where unknown). One that two people wrote stands twice: CIDEr-D is a
+mean over references."""
 _QUERIES = 256  # pictures that look for a training caption at once
 
 
@@ -46,6 +48,8 @@ class Captioning(Evaluator):
     """Codes of the references' languages, the first for the main figures; (): all captions alike."""
     limit: int | None = None
     """Most records to use; None: all."""
+    prefix: str = "A photo depicts "
+    """What CLIPScore and RefCLIPScore put before captions and references: the paper's."""
     embeddings: bool = True
     """Whether to take CLIPScore and RefCLIPScore; False for a model that does not embed texts."""
     training: Source | None = None
@@ -79,14 +83,14 @@ class CaptioningRunner(Runner):
     def load(self, predictor: Predictor) -> None:
         config = self.evaluator
         java_metrics.require(self._java())
-        data = load_eval(config.source, predictor.image_size, config.limit, predictor.resize)
+        data = self._data = self.once.split(config.source, predictor, config.limit)
         rows, owners = merge_equal(data.ids)
-        references: list[dict[str, str]] = [{} for _ in rows]  # text -> language, in order
+        references: list[list[Reference]] = [[] for _ in rows]
         for owner, captions, languages in zip(owners, data.captions, data.languages, strict=True):
             for i, text in enumerate(captions):
                 language = languages[i] if languages else ""
                 if not config.languages or language in config.languages:
-                    references[owner].setdefault(text, language)
+                    references[owner].append((text, language))
         kept = [i for i, own in enumerate(references) if own]
         self._images, self._rows = data.images, rows[kept]
         self._references = [references[i] for i in kept]
@@ -95,7 +99,7 @@ class CaptioningRunner(Runner):
 
     def evaluate(self, predictor: Predictor) -> dict[str, float]:
         config = self.evaluator
-        image = embed_images(predictor, self._images, self._rows)
+        image = self.once.images(predictor, self._data, self._rows)
         kept = np.flatnonzero(~self._images.unreadable[self._rows])
         image, references = image[kept], [self._references[i] for i in kept]
         sets = {"": self._caption(predictor, self._rows[kept])}
@@ -123,7 +127,8 @@ class CaptioningRunner(Runner):
         self.prepare(predictor)
         chosen = spaced(len(self._rows), count)
         images = self._images[self._rows[chosen]]
-        references = [tuple(self._references[i])[:3] for i in chosen]
+        texts = [list(dict.fromkeys(text for text, _ in self._references[i])) for i in chosen]
+        references = [tuple(own[:3]) for own in texts]
         captions = self._caption(predictor, self._rows[chosen])
         image = predictor.encode_image(images) if self.evaluator.embeddings else None
         nearest = self._nearest(predictor, image) if self._training and image is not None else None
@@ -160,7 +165,7 @@ class CaptioningRunner(Runner):
         )
 
     def _figures(
-        self, captions: list[str], references: list[dict[str, str]], language: str | None
+        self, captions: list[str], references: list[list[Reference]], language: str | None
     ) -> dict[str, float]:
         """Figures of captions as text, against the references in a language (None: in all)."""
         rows, texts = _spoken(references, language)
@@ -177,14 +182,16 @@ class CaptioningRunner(Runner):
         predictor: Predictor,
         image: np.ndarray,
         captions: list[str],
-        references: list[dict[str, str]],
+        references: list[list[Reference]],
         language: str | None,
     ) -> dict[str, float]:
         """Figures of captions by the model's own embeddings."""
         rows, texts = _spoken(references, language)
-        image, caption = image[rows], predictor.encode_text([captions[i] for i in rows])
+        prefix = self.evaluator.prefix
+        caption = predictor.encode_text([prefix + captions[i] for i in rows])
+        image = image[rows]
         owner = np.repeat(np.arange(len(rows)), [len(own) for own in texts])
-        reference = predictor.encode_text([text for own in texts for text in own])
+        reference = predictor.encode_text([prefix + text for own in texts for text in own])
         with_references = caption_metrics.ref_clip_score(image, caption, reference, owner)
         return {
             "CLIPScore": float(caption_metrics.clip_score(image, caption).mean()),
@@ -241,9 +248,9 @@ class CaptioningRunner(Runner):
 
 
 def _spoken(
-    references: list[dict[str, str]], language: str | None
+    references: list[list[Reference]], language: str | None
 ) -> tuple[list[int], list[list[str]]]:
     """(pictures with references in a language, those references); None: in any."""
-    texts = [[t for t, spoken in own.items() if language in (None, spoken)] for own in references]
+    texts = [[t for t, spoken in own if language in (None, spoken)] for own in references]
     rows = [i for i, own in enumerate(texts) if own]
     return rows, [texts[i] for i in rows]

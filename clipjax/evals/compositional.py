@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from clipjax.data import Source, load_eval
+from clipjax.data import Source
 from clipjax.data.sources import RandomAccess
 from clipjax.errors import ClipjaxError, did_you_mean
 from clipjax.evals import metrics
 from clipjax.evals.base import Evaluator, Runner, require_at_least
-from clipjax.evals.embed import embed_images
-from clipjax.evals.prompts import read_json
+from clipjax.plain_text import lines, read_json, read_text
 from clipjax.predictor import Predictor
 
 IMAGE_KEYS = ("image", "filename")
@@ -91,30 +90,31 @@ class CompositionalRunner(Runner):
                 f"{len(missing)} of {len(paths)} pictures are not there, such as {missing[0]!r}: "
                 "images names the folder that the files' paths are relative to"
             )
-        data = load_eval(_Files(paths), predictor.image_size, resize=predictor.resize)
+        data = self.once.split(_Files(tuple(paths)), predictor)
         place = {path: row for row, path in enumerate(data.keys)}
         entries = [e for e in entries if str(folder / e.image) in place]
-        self._images, self._entries = data.images, entries
+        self._data, self._entries = data, entries
         self._row = np.array([place[str(folder / e.image)] for e in entries])
         texts = [text for e in entries for text in (e.caption, *e.negatives)]
         self._tokens = predictor.tokenize(texts)
 
     def evaluate(self, predictor: Predictor) -> dict[str, float]:
-        image = embed_images(predictor, self._images)
-        text = predictor.encode_text(self._tokens)
+        image = self.once.images(predictor, self._data)
+        text = self.once.texts(predictor, self._tokens)
         sizes = np.array([1 + len(e.negatives) for e in self._entries])
         first = np.cumsum(sizes) - sizes
         score = metrics.pair_scores(image[np.repeat(self._row, sizes)], text)
         own = score[first]
         score[first] = -np.inf
         right = np.maximum.reduceat(score, first) < own - metrics.TIE
-        seen = ~self._images.unreadable[self._row]
+        seen = ~self._data.images.unreadable[self._row]
         categories = np.array([e.category for e in self._entries])
         by_category = {
             category: float(right[seen & (categories == category)].mean())
             for category in dict.fromkeys(categories[seen].tolist())
         }
         name = self.evaluator.name
+        self.samples = {f"{name}/accuracy": right[seen].astype(np.float64)}
         return {
             f"{name}/accuracy": float(right[seen].mean()),
             f"{name}/mean_per_category": float(np.mean(list(by_category.values()))),
@@ -147,8 +147,7 @@ def read_entries(path: Path, limit: int | None = None) -> list[_Entry]:
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [(i, line) for i, line in enumerate(lines, start=1) if line.strip()]
+    return [(i, line) for i, line in enumerate(lines(read_text(path)), start=1) if line]
 
 
 def _json_line(path: Path, number: int, line: str) -> tuple[int, Any]:

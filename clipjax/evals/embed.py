@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -10,9 +12,14 @@ from clipjax.data.evalset import Pictures
 from clipjax.errors import RunFailed
 from clipjax.predictor import Predictor
 
+Output = Literal["embedding", "pooled"]
+
 
 def embed_images(
-    predictor: Predictor, images: Pictures, rows: np.ndarray | None = None
+    predictor: Predictor,
+    images: Pictures,
+    rows: np.ndarray | None = None,
+    output: Output = "embedding",
 ) -> np.ndarray:
     """Embeds pictures of a split; no more than a few batches of them are in memory.
 
@@ -24,15 +31,17 @@ def embed_images(
       predictor: the model.
       images: the pictures.
       rows: [k] int, which of them, ascending; None: all.
+      output: the embedding, or what the image tower makes before any projection.
 
     Returns:
-      float32 [k, E], unit norm.
+      float32 [k, E], unit norm; of "pooled" [k, D], as they are.
 
     Raises:
       RunFailed: none of them decodes.
     """
     rows = np.arange(len(images)) if rows is None else rows
-    embedded = predictor.encode_image_rows(lambda index: images[rows[index]], len(rows))
+    other = {} if output == "embedding" else {"output": output}
+    embedded = predictor.encode_image_rows(lambda index: images[rows[index]], len(rows), **other)
     if jax.process_count() > 1:
         everywhere = multihost_utils.process_allgather(images.unreadable)
         images.unreadable |= np.asarray(everywhere).any(axis=0)

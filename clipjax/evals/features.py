@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
-from collections.abc import Sequence
 
 import numpy as np
 from jax.sharding import Mesh
 
-from clipjax.data import EvalSet, Source, load_eval
-from clipjax.errors import ClipjaxError
+from clipjax.data import EvalSet, Source
+from clipjax.errors import ClipjaxError, RunFailed
 from clipjax.evals import metrics
 from clipjax.evals.base import Evaluator, Runner, require_at_least
-from clipjax.evals.embed import embed_images
+from clipjax.evals.embed import Output
 from clipjax.predictor import Predictor
 
 
 @dataclasses.dataclass(frozen=True)
 class Labeled:
-    """Features [n, E] float32 of unit norm, and their labels [n] int in [0, C)."""
+    """Features [n, E] float32, and their labels [n] int in [0, C)."""
 
     x: np.ndarray
     y: np.ndarray
@@ -33,10 +31,17 @@ class FeatureEvaluator(Evaluator):
     """Split to learn from."""
     source: Source
     """Split to judge by."""
+    features: Output = "embedding"
+    """What to learn from: the embeddings, of unit norm, or what the image tower makes before any
+    projection ("pooled"), as it is: what CLIP's linear probes and DINO's neighbors are taken on."""
     limit: int | None = None
     """Most records of each split to use; None: all."""
 
     def __post_init__(self):
+        if self.features not in ("embedding", "pooled"):
+            raise ClipjaxError(
+                f"{self.name}: features={self.features!r}: choose embedding or pooled"
+            )
         require_at_least(self, 1, "limit")
 
     def measure(
@@ -50,27 +55,22 @@ class FeatureEvaluator(Evaluator):
 
 
 class FeatureRunner(Runner):
-    """A `FeatureEvaluator` at work; runners of the same splits embed them once between them."""
+    """A `FeatureEvaluator` at work."""
 
     evaluator: FeatureEvaluator
 
-    def __init__(self, evaluator: FeatureEvaluator):
-        super().__init__(evaluator)
-        self.features = Features(evaluator.train, evaluator.source, evaluator.limit)
-
-    def share(self, others: Sequence[Runner]) -> None:
-        for other in others:
-            if isinstance(other, FeatureRunner) and other.features.same_as(self.features):
-                self.features = other.features
-                self.features.users += 1
-                return
-
     def load(self, predictor: Predictor) -> None:
-        self.features.load(predictor)
-        self.classes = self.features.classes
+        config = self.evaluator
+        sources = (config.train, config.source)
+        self._data = tuple(self.once.split(each, predictor, config.limit) for each in sources)
+        self._labels = _aligned(sources, self._data)
+        self.classes = 1 + max(int(labels.max()) for labels in self._labels)
 
     def evaluate(self, predictor: Predictor) -> dict[str, float]:
-        train, test = self.features.embedded(predictor)
+        train, test = (
+            self._labeled(predictor, data, labels)
+            for data, labels in zip(self._data, self._labels, strict=True)
+        )
         figures = self.evaluator.measure(train, test, self.classes, predictor.mesh)
         return {f"{self.evaluator.name}/{key}": value for key, value in figures.items()}
 
@@ -79,53 +79,13 @@ class FeatureRunner(Runner):
         name, classes = self.evaluator.name, self.classes
         return {f"{name}/top{k}": metrics.recall_by_chance(k, classes) for k in (1, 5)}
 
-
-class Features:
-    """Two labeled splits, of which small ones' pictures are kept, and their embeddings by one model.
-
-    Attributes:
-      classes: how many, once loaded.
-      users: how many runners ask for the embeddings of each model. They are kept until the last
-        one has.
-    """
-
-    def __init__(self, train: Source, test: Source, limit: int | None):
-        self._sources, self._limit = (train, test), limit
-        self.users = 1
-        self._loaded_for: int | None = None
-        self._embedded: tuple[Labeled, ...] = ()
-        self._embedded_by: weakref.ref[Predictor] | None = None
-        self._asked = 0
-
-    def same_as(self, other: Features) -> bool:
-        """Whether they are of the same records."""
-        return (self._sources, self._limit) == (other._sources, other._limit)
-
-    def load(self, predictor: Predictor) -> None:
-        """Reads labels, and small splits' pictures, unless they are there."""
-        if self._loaded_for == predictor.image_size:
-            return
-        self._data = tuple(
-            load_eval(source, predictor.image_size, self._limit, predictor.resize)
-            for source in self._sources
-        )
-        self._labels = _aligned(self._sources, self._data)
-        self.classes = 1 + max(int(labels.max()) for labels in self._labels)
-        self._loaded_for = predictor.image_size
-
-    def embedded(self, predictor: Predictor) -> tuple[Labeled, ...]:
-        """(of the training split, of the test split)."""
-        if self._embedded_by is None or self._embedded_by() is not predictor:
-            self._embedded = tuple(
-                _labeled(predictor, data, labels)
-                for data, labels in zip(self._data, self._labels, strict=True)
-            )
-            self._embedded_by, self._asked = weakref.ref(predictor), 0
-        found = self._embedded
-        self._asked += 1
-        if self._asked == self.users:
-            self._embedded, self._embedded_by = (), None
-        return found
+    def _labeled(self, predictor: Predictor, data: EvalSet, labels: np.ndarray) -> Labeled:
+        rows = np.flatnonzero(labels >= 0)
+        x = self.once.images(predictor, data, rows, self.evaluator.features)
+        seen = ~data.images.unreadable[rows]
+        if not np.isfinite(x[seen]).all():
+            raise RunFailed("image embeddings are not finite: the model has diverged")
+        return Labeled(x[seen], labels[rows[seen]])
 
 
 def accuracies(score: np.ndarray, label: np.ndarray) -> dict[str, float]:
@@ -137,15 +97,6 @@ def accuracies(score: np.ndarray, label: np.ndarray) -> dict[str, float]:
         "top5": metrics.recall_at(ranks, 5),
         "mean_per_class": metrics.mean_per_class_accuracy(ranks, label),
     }
-
-
-def _labeled(predictor: Predictor, data: EvalSet, labels: np.ndarray) -> Labeled:
-    rows = np.flatnonzero(labels >= 0)
-    x = embed_images(predictor, data.images, rows)
-    seen = ~data.images.unreadable[rows]
-    if not np.isfinite(x[seen]).all():
-        raise ClipjaxError("image embeddings are not finite: the model has diverged")
-    return Labeled(x[seen], labels[rows[seen]])
 
 
 def _aligned(

@@ -7,10 +7,9 @@ import math
 
 import numpy as np
 
-from clipjax.data import Source, load_eval
+from clipjax.data import Source
 from clipjax.errors import ClipjaxError
 from clipjax.evals.base import Evaluator, Runner, require_at_least
-from clipjax.evals.embed import embed_images
 from clipjax.predictor import Predictor
 
 _TILE = 2048
@@ -48,17 +47,16 @@ class GeometryRunner(Runner):
 
     def load(self, predictor: Predictor) -> None:
         config = self.evaluator
-        data = load_eval(config.source, predictor.image_size, config.limit, predictor.resize)
-        self._images = data.images
+        data = self._data = self.once.split(config.source, predictor, config.limit)
         self._rows = np.array([i for i, texts in enumerate(data.captions) if texts], np.int64)
         if len(self._rows) < 2:
             raise ClipjaxError(f"{config.source} has {len(self._rows)} pictures with captions")
         self._tokens = predictor.tokenize([data.captions[i][0] for i in self._rows])
 
     def evaluate(self, predictor: Predictor) -> dict[str, float]:
-        image = embed_images(predictor, self._images, self._rows)
-        text = predictor.encode_text(self._tokens)
-        seen = ~self._images.unreadable[self._rows]
+        image = self.once.images(predictor, self._data, self._rows)
+        text = self.once.texts(predictor, self._tokens)
+        seen = ~self._data.images.unreadable[self._rows]
         figures = geometry(image[seen], text[seen])
         return {f"{self.evaluator.name}/{key}": value for key, value in figures.items()}
 

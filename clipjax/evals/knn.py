@@ -44,13 +44,19 @@ class KNN(FeatureEvaluator):
     def measure(
         self, train: Labeled, test: Labeled, classes: int, mesh: Mesh | None
     ) -> dict[str, float]:
-        index, score = nearest(test.x, train.x, self.k, mesh)
+        index, score = nearest(_unit(test.x), _unit(train.x), self.k, mesh)
         # From the nearest neighbor down: a common factor changes no vote, and nothing overflows.
         weight = np.exp((score - score[:, :1]) / self.temperature)
         voted = train.y[index]
         weighted = accuracies(votes(voted, weight, classes), test.y)
         plain = accuracies(votes(voted, np.ones_like(weight), classes), test.y)
         return weighted | {f"plain/{key}": value for key, value in plain.items()}
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    """Rows of unit norm, as embeddings are already."""
+    norm = np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
+    return np.where(np.abs(norm - 1) < 1e-5, x, x / np.maximum(norm, 1e-12)).astype(np.float32)
 
 
 def votes(label: np.ndarray, weight: np.ndarray, classes: int) -> np.ndarray:
@@ -67,8 +73,9 @@ def nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest rows of a bank, best first; equal similarities in order of index.
 
-    The devices, each with its share of the bank, find the best 2 k in float32; those are then
-    ordered by float64 similarities.
+    The devices, each with its share of the bank, find their best 2 k in float32, and the best 2 k
+    of those of all; only these come to the host, to be ordered by float64 similarities. So the
+    host's memory does not grow with the devices.
 
     Args:
       query: [q, E].
@@ -82,7 +89,7 @@ def nearest(
     shards = 1 if mesh is None else batch_shards(mesh)
     padded = np.pad(np.asarray(bank, np.float32), ((0, -len(bank) % shards), (0, 0)))
     placed = spread(padded, mesh)
-    find = _finder(mesh, min(2 * k, len(padded) // shards), len(bank))
+    find = _finder(mesh, 2 * k, len(bank))
     indices, similarities = [], []
     for start in range(0, len(query), QUERIES):
         rows = np.asarray(query[start : start + QUERIES], np.float32)
@@ -103,22 +110,32 @@ def nearest(
 
 @functools.lru_cache(maxsize=8)
 def _finder(mesh: Mesh | None, count: int, size: int):
-    """Compiled: queries [q, E] and the bank -> the rows [q, shards * count] of the best on each shard."""
+    """Compiled: queries [q, E] and the bank -> the rows [q, count] of the best, fewer if there are fewer."""
 
     def local(query, bank, shard):
         index = shard * bank.shape[0] + jnp.arange(bank.shape[0])
         score = jnp.matmul(query, bank.T, precision=jax.lax.Precision.HIGHEST)
-        best = jax.lax.top_k(jnp.where(index < size, score, -jnp.inf), count)[1]
-        return shard * bank.shape[0] + best
+        score, best = jax.lax.top_k(
+            jnp.where(index < size, score, -jnp.inf), min(count, bank.shape[0])
+        )
+        return score, shard * bank.shape[0] + best
+
+    def best_of_all(query, bank):
+        score, index = local(query, bank, jax.lax.axis_index(BATCH_AXES))
+        score, index = (
+            jax.lax.all_gather(x, BATCH_AXES, axis=1, tiled=True) for x in (score, index)
+        )
+        best = jax.lax.top_k(score, min(count, score.shape[1]))[1]
+        return jnp.take_along_axis(index, best, axis=1)
 
     if mesh is None:
-        return jax.jit(lambda query, bank: local(query, bank, 0))
+        return jax.jit(lambda query, bank: local(query, bank, 0)[1])
     rows = PartitionSpec(BATCH_AXES)
     each = jax.shard_map(
-        lambda query, bank: local(query, bank, jax.lax.axis_index(BATCH_AXES)),
+        best_of_all,
         mesh=mesh,
         in_specs=(PartitionSpec(), rows),
-        out_specs=PartitionSpec(None, BATCH_AXES),
+        out_specs=PartitionSpec(),
         check_vma=False,
     )
     return jax.jit(each, out_shardings=jax.NamedSharding(mesh, PartitionSpec()))

@@ -2,10 +2,12 @@
 
 Two rules make every figure reproducible.
 
-*Ties count against the model.* A rank is 1 + the number of wrong candidates that score as high as
-the right one, less `TIE`. A collapsed model, whose candidates all tie, scores 0 and not 1. `TIE` is
-several times what float32 rounding does to a score, so that pictures or captions that are the same
-tie on every mesh and at every batch size.
+*Ties count against the model*, unless `ties="first"` is asked for. A rank is 1 + the number of wrong
+candidates that score as high as the right one, less `TIE`. A collapsed model, whose candidates all
+tie, scores 0 and not 1. `TIE` is several times what float32 rounding does to a score, so that
+pictures or captions that are the same tie on every mesh and at every batch size. With "first",
+candidates of exactly equal score rank in order of index, as an argmax or a stable sort has them: how
+most published figures were taken.
 
 *Scores are exact.* A tie is only a tie if equal embeddings give equal scores, and a floating-point
 dot product does not promise that: its rounding depends on how the matrix product is cut up. So
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 
@@ -28,6 +31,14 @@ TIE = 2.0**-20
 """Cosine similarities closer than this (about 1e-6) count as equal."""
 
 _STEP = 2.0**-26
+
+Ties = Literal["against", "first"]
+
+
+def require_ties(ties: str) -> None:
+    """Refuses a name of no rule for ties."""
+    if ties not in ("against", "first"):
+        raise ClipjaxError(f"ties={ties!r}: choose 'against' or 'first'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +56,12 @@ class RetrievalRanks:
 
 
 def retrieval_ranks(
-    image: np.ndarray, text: np.ndarray, owner: np.ndarray, *, tile: int = 2048
+    image: np.ndarray,
+    text: np.ndarray,
+    owner: np.ndarray,
+    *,
+    tile: int = 2048,
+    ties: Ties = "against",
 ) -> RetrievalRanks:
     """Ranks in both directions from one pass over the similarities, never held all at once.
 
@@ -56,6 +72,7 @@ def retrieval_ranks(
       tile: rows and columns of a tile; the result does not depend on it. Besides its arguments this
         holds a few tiles of float64, about 3 tile^2 + 2 tile E numbers (150 MB at most by default
         for E = 1024), and 4 numbers a row.
+      ties: what equal scores count as (see the module's docstring).
 
     Raises:
       ClipjaxError: shapes disagree, an embedding is not finite, or an image has no caption.
@@ -75,6 +92,8 @@ def retrieval_ranks(
     best = np.full(len(u), -np.inf)
     np.maximum.at(best, owner, own)
 
+    if ties == "first":
+        return _ranks_in_order(u, v, owner, own, best, tile)
     best, own_to_beat = best - TIE, own - TIE
 
     # Candidates that reach the right answer, itself included; those of the image's own captions
@@ -91,6 +110,31 @@ def retrieval_ranks(
     return RetrievalRanks(image_to_text=above_best - own_above + 1, text_to_image=above_own)
 
 
+def _ranks_in_order(
+    u: _FixedPoint, v: _FixedPoint, owner: np.ndarray, own: np.ndarray, best: np.ndarray, tile: int
+) -> RetrievalRanks:
+    """`retrieval_ranks` where equal scores rank in order of index."""
+    # Of the image's own captions that score best, the first.
+    first = np.full(len(u), len(v))
+    at_best = np.flatnonzero(own == best[owner])
+    np.minimum.at(first, owner[at_best], at_best)
+    by_image, by_text = np.ones(len(u), np.int64), np.ones(len(v), np.int64)
+    for rows in _tiles(len(u), tile):
+        fixed, i = u[rows], np.arange(rows.start, rows.stop)
+        for cols in _tiles(len(v), tile):
+            score, j = fixed @ v[cols].T, np.arange(cols.start, cols.stop)
+            before = j[None] < first[rows, None]
+            by_image[rows] += _ahead(score, best[rows, None], before).sum(axis=1)
+            before = i[:, None] < owner[None, cols]
+            by_text[cols] += _ahead(score, own[None, cols], before).sum(axis=0)
+    return RetrievalRanks(image_to_text=by_image, text_to_image=by_text)
+
+
+def _ahead(score: np.ndarray, right: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Which candidates come ahead of the right one: a higher score, or an equal one further ahead."""
+    return (score > right) | ((score == right) & before)
+
+
 def class_ranks(
     image: np.ndarray,
     classes: np.ndarray,
@@ -98,6 +142,7 @@ def class_ranks(
     *,
     group: np.ndarray | None = None,
     tile: int = 2048,
+    ties: Ties = "against",
 ) -> np.ndarray:
     """[n] int64: rank, from 1, of each image's true class among all classes.
 
@@ -108,13 +153,19 @@ def class_ranks(
       group: [C] int in [0, G): several rows of `classes` stand for one class, which scores as its
         best row does; every group needs at least one.
       tile: images at a time, [tile, C] scores; the result does not depend on it.
+      ties: what equal scores count as (see the module's docstring).
 
     Raises:
       ClipjaxError: shapes disagree, an embedding is not finite, or a label is out of range.
     """
+    label = np.asarray(label)
     ranks = np.empty(len(image), np.int64)
     for rows, score, own in _class_scores(image, classes, label, group, tile):
-        ranks[rows] = (score >= own[:, None] - TIE).sum(axis=1)
+        if ties == "first":
+            before = np.arange(score.shape[1])[None] < label[rows, None]
+            ranks[rows] = 1 + _ahead(score, own[:, None], before).sum(axis=1)
+        else:
+            ranks[rows] = (score >= own[:, None] - TIE).sum(axis=1)
     return ranks
 
 
@@ -137,6 +188,7 @@ def predictions(
     *,
     group: np.ndarray | None = None,
     tile: int = 2048,
+    ties: Ties = "against",
 ) -> np.ndarray:
     """[n] int64: the class each image is taken for; the true one only where its rank is 1.
 
@@ -145,6 +197,9 @@ def predictions(
     label = np.asarray(label)
     predicted = np.empty(len(image), np.int64)
     for rows, score, own in _class_scores(image, classes, label, group, tile):
+        if ties == "first":
+            predicted[rows] = score.argmax(axis=1)
+            continue
         wrong = score
         wrong[np.arange(len(score)), label[rows]] = -np.inf
         best = wrong.argmax(axis=1)

@@ -9,7 +9,6 @@ facts; the templates were written for clipjax in the spirit of CLIP's (arXiv:210
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from clipjax.errors import ClipjaxError, did_you_mean
+from clipjax.plain_text import read_json, read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,8 @@ def read_classes(name: str) -> ClassSet:
     for key, value in (("synsets", synsets), ("labels", labels)):
         if value and len(value) != len(names):
             raise ClipjaxError(f"{path}: {len(value)} {key} for {len(names)} names")
-    return ClassSet(name, names, _strings(path, content, "templates"), synsets, labels)
+    templates = _checked(path, _strings(path, content, "templates"))
+    return ClassSet(name, names, templates, synsets, labels)
 
 
 def read_templates(path: str) -> Names:
@@ -100,15 +101,16 @@ def read_templates(path: str) -> Names:
         content = content if isinstance(content, dict) else {"templates": content}
         templates = _strings(file, content, "templates", needed=True)
     else:
-        lines = file.read_text(encoding="utf-8").splitlines()
-        templates = tuple(line.strip() for line in lines if line.strip())
+        templates = tuple(read_lines(file, "the file of templates"))
+    return _checked(path, templates)
+
+
+def _checked(path: str | Path, templates: Names) -> Names:
     for template in templates:
         if "{}" not in template:
             raise ClipjaxError(
                 f"{path}: the template {template!r} lacks the {{}} for the class name"
             )
-    if not templates:
-        raise ClipjaxError(f"{path} holds no template")
     return templates
 
 
@@ -188,14 +190,6 @@ def read_class_map(path: str, classes: ClassSet, declared: Names | None) -> dict
     return dict(sorted(result.items()))
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file, or one error that names it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ClipjaxError(f"{path} is not JSON ({error})") from error
-
-
 def _subset(name: str, path: Path, content: dict[str, Any]) -> ClassSet:
     whole = read_classes(str(content["subset_of"]))
     indices = content.get("classes")
@@ -209,7 +203,7 @@ def _subset(name: str, path: Path, content: dict[str, Any]) -> ClassSet:
     return ClassSet(
         name,
         tuple(whole.names[i] for i in indices),
-        _strings(path, content, "templates") or whole.templates,
+        _checked(path, _strings(path, content, "templates")) or whole.templates,
         tuple(whole.synsets[i] for i in indices) if whole.synsets else (),
         indices=tuple(indices),
         whole=len(whole.names),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 
-from clipjax.data import EvalSet, Source, load_eval
+from clipjax.data import EvalSet, Source
 from clipjax.errors import ClipjaxError
 from clipjax.evals import metrics
 from clipjax.evals.base import Evaluator, Runner, require_at_least
-from clipjax.evals.embed import embed_images
 from clipjax.predictor import Predictor
 from clipjax.report.contents import Example, Guess, Ranking, Similarities
 
@@ -40,10 +40,13 @@ class Retrieval(Evaluator):
     """First part of the figures' names."""
     languages: tuple[str, ...] = ()
     """Codes of the languages to report, the first for the main figures; () takes all there are."""
+    ties: Literal["against", "first"] = "against"
+    """What candidates of the same score count as: against the model, or in order of the split."""
     limit: int | None = None
     """Most records to use; None: all."""
 
     def __post_init__(self):
+        metrics.require_ties(self.ties)
         require_at_least(self, 1, "limit")
 
     def build(self) -> RetrievalRunner:
@@ -74,7 +77,7 @@ class RetrievalRunner(Runner):
 
     def load(self, predictor: Predictor) -> None:
         config = self.evaluator
-        data = load_eval(config.source, predictor.image_size, config.limit, predictor.resize)
+        data = self._data = self.once.split(config.source, predictor, config.limit)
         rows, owners = merge_equal(data.ids)
         self._images, self._rows = data.images, rows
         spoken = [
@@ -92,14 +95,18 @@ class RetrievalRunner(Runner):
         self._tokens = predictor.tokenize(self._captions)
 
     def evaluate(self, predictor: Predictor) -> dict[str, float]:
-        image = embed_images(predictor, self._images, self._rows)
-        text = predictor.encode_text(self._tokens)
+        image = self.once.images(predictor, self._data, self._rows)
+        text = self.once.texts(predictor, self._tokens)
         results: dict[str, float] = {}
         for prefix, pairs in self._subsets().items():
             images, captions = taken(image, pairs.images), taken(text, pairs.captions)
-            ranks = metrics.retrieval_ranks(images, captions, pairs.owner)
+            ranks = metrics.retrieval_ranks(images, captions, pairs.owner, ties=self.evaluator.ties)
             for direction in ("image_to_text", "text_to_image"):
-                summary = metrics.summarize_ranks(getattr(ranks, direction))
+                found = getattr(ranks, direction)
+                if prefix == self.evaluator.name:
+                    names = {k: f"{prefix}/{direction}/R@{k}" for k in (1, 5, 10)}
+                    self.samples |= {name: found <= k for k, name in names.items()}
+                summary = metrics.summarize_ranks(found)
                 results |= {f"{prefix}/{direction}/{k}": v for k, v in summary.items()}
         return results
 
@@ -127,7 +134,7 @@ class RetrievalRunner(Runner):
           languages: how many of the languages to search in, each by itself.
         """
         self.prepare(predictor)
-        text = predictor.encode_text(self._tokens)
+        text = self.once.texts(predictor, self._tokens)
         searched = [(code, self._subset(code)) for code in self.languages[:languages]]
         searched = searched or [("", self._subset(None))]
         pairs = searched[0][1]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Literal
 
 import numpy as np
 
-from clipjax.data import EvalSet, Source, load_eval
+from clipjax.data import EvalSet, Source
 from clipjax.errors import ClipjaxError
 from clipjax.evals import metrics
 from clipjax.evals.base import Evaluator, Runner, require_at_least
 from clipjax.evals.calibration import calibration
-from clipjax.evals.embed import embed_images
 from clipjax.evals.prompts import Names, label_map, read_class_map, read_classes
 from clipjax.predictor import Predictor, mean_direction
 from clipjax.report.contents import Confusion
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +56,14 @@ class ZeroShot(Evaluator):
     languages: tuple[str, ...] = ()
     """For captions: codes of the languages to report, the first for the main figures; () takes all
     there are."""
+    ties: Literal["against", "first"] = "against"
+    """What classes of the same score count as: against the model, or in order of the labels, as an
+    argmax has it. Classes of one name are merged with "against", and kept apart with "first"."""
     limit: int | None = None
     """Most records to use; None: all."""
 
     def __post_init__(self):
+        metrics.require_ties(self.ties)
         if self.classes not in ("label", "caption"):
             raise ClipjaxError(f"{self.name}: classes={self.classes!r}: choose label or caption")
         if self.classes == "caption" and self.class_names:
@@ -120,11 +126,12 @@ class ZeroShotRunner(Runner):
 
     def load(self, predictor: Predictor) -> None:
         config = self.evaluator
-        data = load_eval(config.source, predictor.image_size, config.limit, predictor.resize)
-        self._images = data.images
+        data = self._data = self.once.split(config.source, predictor, config.limit)
         find = _by_caption if config.classes == "caption" else _by_label
         self._tasks = []
         for language, found in find(config, data).items():
+            if config.ties == "against":
+                found = _merged(found, config.name)
             prompts = [t.replace("{}", n) for n in found.asked for t in found.templates]
             task = _Task(
                 language, found.images, found.label, found.names,
@@ -133,21 +140,26 @@ class ZeroShotRunner(Runner):
             self._tasks.append(task)
 
     def evaluate(self, predictor: Predictor) -> dict[str, float]:
-        image = embed_images(predictor, self._images)
+        image = self.once.images(predictor, self._data)
         results: dict[str, float] = {}
         for task in self._tasks:
-            prompts = predictor.encode_text(task.tokens)
+            prompts = self.once.texts(predictor, task.tokens)
             classes = mean_direction(prompts.reshape(task.num_rows, -1, prompts.shape[1]))
-            seen = ~self._images.unreadable[task.images]
+            seen = ~self._data.images.unreadable[task.images]
             rows, label = task.images[seen], task.label[seen]
-            ranks = metrics.class_ranks(image[rows], classes, label, group=task.group)
+            ties = self.evaluator.ties
+            ranks = metrics.class_ranks(image[rows], classes, label, group=task.group, ties=ties)
             figures = {
                 "top1": metrics.recall_at(ranks, 1),
                 "top5": metrics.recall_at(ranks, 5),
                 "mean_per_class": metrics.mean_per_class_accuracy(ranks, label),
             }
             if task is self._tasks[0]:
-                predicted = metrics.predictions(image[rows], classes, label, group=task.group)
+                name = self.evaluator.name
+                self.samples = {f"{name}/top{k}": ranks <= k for k in (1, 5)}
+                predicted = metrics.predictions(
+                    image[rows], classes, label, group=task.group, ties=ties
+                )
                 counts = metrics.confusion_matrix(predicted, label, task.num_classes)
                 self._confusion = Confusion(self.evaluator.name, task.names, counts)
             if self.evaluator.calibration:
@@ -186,6 +198,21 @@ class _Classified:
     asked: Names  # what goes into the prompts: the names, or those behind each class
     group: np.ndarray | None  # by entry of `asked`, its class
     templates: Names
+
+
+def _merged(found: _Classified, name: str) -> _Classified:
+    """Classes of one name as one class: no model could tell them apart by it."""
+    if found.group is not None or len(set(found.names)) == len(found.names):
+        return found
+    names = tuple(dict.fromkeys(found.names))
+    twice = [each for each in names if found.names.count(each) > 1]
+    logger.warning(
+        "%s: %d names stand for several classes each (such as %r), which are merged: %d classes are "
+        "left of %d. ties='first' keeps them apart, as an argmax over published names does",
+        name, len(twice), twice[0], len(names), len(found.names),
+    )  # fmt: skip
+    place = np.array([names.index(each) for each in found.names])
+    return dataclasses.replace(found, label=place[found.label], names=names, asked=names)
 
 
 def _templates(config: ZeroShot, language: str, default: Names = ()) -> Names:

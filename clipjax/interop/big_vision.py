@@ -15,12 +15,12 @@ from clipjax.data import Resize
 from clipjax.errors import ClipjaxError
 from clipjax.interop import family
 from clipjax.interop.family import HALF, Description, Family
+from clipjax.interop.huggingface import GEMMA
 from clipjax.interop.table import Reshape, Rule, Table, layered, same, squeezed
 from clipjax.models import DualEncoder
 from clipjax.towers import TextTransformer, ViT
 
 _ATTENTION = "MultiHeadDotProductAttention_0"
-_GEMMA = 256_000  # tokens; SigLIP 2 has Gemma's vocabulary
 
 
 def _claims(scanned: bool, description: Description) -> bool:
@@ -166,7 +166,7 @@ def _norm(theirs: str, ours: str) -> list[Rule]:
 
 def _nearest(model: Any) -> DualEncoder:
     image, text = model.image, model.text
-    family.square(image, "big_vision")
+    family.square(image)
     sizes = {
         tower: {name: getattr(tower, name) for name in ("width", "depth", "heads", "mlp_dim")}
         | {"activation": "gelu_tanh", "eps": 1e-6}
@@ -205,7 +205,7 @@ def _nearest(model: Any) -> DualEncoder:
 
 def _tokens(description: Description) -> dict[str, Any]:
     vocab_size = description.shape("params/txt/Embed_0/embedding", 2)[0]
-    if vocab_size == _GEMMA:
+    if vocab_size == GEMMA:
         return {"bos": "", "eos": "<eos>", "pad": "<pad>", "clean": "lower"}
     # SigLIP fills up its texts with the end token.
     return {"bos": "", "eos": "</s>", "pad": "</s>", "clean": "canonical"}

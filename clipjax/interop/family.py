@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from clipjax.data import Resize
-from clipjax.errors import ClipjaxError
+from clipjax.errors import ClipjaxError, did_you_mean
 from clipjax.interop.table import Table
 from clipjax.models import Model
 
@@ -77,6 +77,8 @@ class Family:
       describe: the JSON files that say the architecture and preprocessing, by name.
       resize: how pictures come to the model's size.
       tokens: settings of `TokenizerFile` or `SentencePiece` for a tokenizer found beside the weights.
+      prepare: a `Pretrained` to export, written in the parameters that the family has.
+      notes: what the library does otherwise with a `Pretrained`'s texts and pictures, in sentences.
     """
 
     name: str
@@ -90,6 +92,8 @@ class Family:
     describe: Callable[[Any], dict[str, Any]]
     resize: Callable[[Description], Resize]
     tokens: Callable[[Description], dict[str, Any]]
+    prepare: Callable[[Any], Any] = lambda pretrained: pretrained
+    notes: Callable[[Any], list[str]] = lambda pretrained: []
 
 
 def field(config: Mapping[str, Any], name: str, where: str) -> Any:
@@ -99,40 +103,58 @@ def field(config: Mapping[str, Any], name: str, where: str) -> Any:
     return config[name]
 
 
-def refuse_unless(config: Mapping[str, Any], where: str, **accepted: Any) -> None:
-    """Fields of a configuration file that, if present, must have one of the accepted values."""
-    for name, values in accepted.items():
-        if name in config and config[name] not in values:
+ANY = ()
+"""In `refuse_unknown`: every value of the field is accepted (it is read, or changes no output)."""
+
+
+def refuse_unknown(config: Mapping[str, Any], where: str, **known: tuple[Any, ...]) -> None:
+    """Refuses what a configuration file says and nobody here has read.
+
+    Args:
+      config: a part of the file.
+      where: how messages call it.
+      **known: by field, the values accepted; `ANY`: all.
+
+    Raises:
+      ClipjaxError: a field is unknown, or has a value that is not supported.
+    """
+    for name, value in config.items():
+        if name not in known:
             raise ClipjaxError(
-                f"{where}: {name}={config[name]!r} is not supported here "
-                f"(only {' or '.join(map(repr, values))})"
+                f"{where}: {name}={value!r} is not known here, and may change what the model "
+                f"computes{did_you_mean(name, known)}"
+            )
+        if known[name] and value not in known[name]:
+            raise ClipjaxError(
+                f"{where}: {name}={value!r} is not supported here "
+                f"(only {' or '.join(map(repr, known[name]))})"
             )
 
 
-def require_expressible(model: Any, nearest: Any, family: str, where: str = "model") -> None:
-    """Compares two models field by field, apart from what changes no output.
+def differences(model: Any, nearest: Any, where: str = "model") -> list[str]:
+    """What of a model a family has otherwise, field by field, apart from what changes no output.
 
-    Raises:
-      ClipjaxError: they differ; the field is named.
+    Args:
+      model: the model.
+      nearest: the one most like it that the family can express.
+      where: how messages call it.
     """
     if type(model) is not type(nearest):
-        raise ClipjaxError(
-            f"{family} cannot express {where}, a {type(model).__name__}: only {type(nearest).__name__}"
-        )
+        return [f"{where}, a {type(model).__name__}: only {type(nearest).__name__}"]
+    found: list[str] = []
     for f in dataclasses.fields(model):
         ours, theirs = getattr(model, f.name), getattr(nearest, f.name)
         if dataclasses.is_dataclass(ours):
-            require_expressible(ours, theirs, family, f"{where}.{f.name}")
+            found += differences(ours, theirs, f"{where}.{f.name}")
         elif f.name not in _NO_ARCHITECTURE and not _is_idle(model, f.name):
             known = f.name == "logit_bias_init" and None not in (ours, theirs)
             if not known and not _equal(ours, theirs):
-                raise ClipjaxError(
-                    f"{family} cannot express {where}.{f.name}={ours!r}: there it is {theirs!r}"
-                )
+                found.append(f"{where}.{f.name}={ours!r}: there it is {theirs!r}")
     for name in ("hidden", "num_heads", "heads"):  # what None in a field stands for
         ours, theirs = getattr(model, name, None), getattr(nearest, name, None)
         if ours is not None and theirs is not None and ours != theirs:
-            raise ClipjaxError(f"{family} cannot express {where}: {name} {ours}, there {theirs}")
+            found.append(f"{where}: {name} {ours}, there {theirs}")
+    return found
 
 
 def _is_idle(tower: Any, name: str) -> bool:
@@ -157,13 +179,11 @@ def pads_are_unseen(text: Any) -> bool:
     return text.causal and text.pool == "eos"
 
 
-def square(image: Any, family: str) -> int:
+def square(image: Any) -> int:
     """The side of an image tower's pictures, which must be square."""
     height, width = image.image_shape
     if height != width:
-        raise ClipjaxError(
-            f"{family} cannot express model.image.image_size={image.image_size}: only squares"
-        )
+        raise ClipjaxError(f"model.image.image_size={image.image_size}: only squares")
     return height
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from clipjax.data import Resize
 from clipjax.errors import ClipjaxError, did_you_mean
 from clipjax.interop import family
+from clipjax.interop import huggingface_fields as fields
 from clipjax.interop.family import HALF, OPENAI_MEAN, OPENAI_STD, Description, Family
+from clipjax.interop.rewrite import without_patch_bias
 from clipjax.interop.table import (
     Rule,
     Table,
@@ -33,6 +36,8 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
+GEMMA = 256_000
+"""Tokens of Gemma's vocabulary, which SigLIP 2 has."""
 _RESAMPLE: dict[int, Any] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _KINDS = {"CLIPModel": "clip", "SiglipModel": "siglip", "Siglip2Model": "siglip2"}
 
@@ -53,15 +58,20 @@ def _read_model(kind: str, description: Description) -> DualEncoder:
             f"there is no {CONFIG} beside the weights, and heads and activation are not to be seen in "
             "them: put it there, or name it with --config"
         )
+    family.refuse_unknown(config, CONFIG, **fields.MODEL)
     config = _with_defaults(config, kind)
     text, vision = config["text_config"], config["vision_config"]
-    family.refuse_unless(
-        vision, f"{CONFIG}: vision_config", vision_use_head=(True,), num_channels=(3,)
-    )
+    family.refuse_unknown(text, f"{CONFIG}: text_config", **fields.TEXT)
+    family.refuse_unknown(vision, f"{CONFIG}: vision_config", **fields.VISION)
     preprocessor = description.files.get(PREPROCESSOR, {})
+    family.refuse_unknown(preprocessor, PREPROCESSOR, **fields.PREPROCESSOR)
     default = (OPENAI_MEAN, OPENAI_STD) if kind == "clip" else (HALF, HALF)
+    if preprocessor.get("do_normalize") is False:
+        preprocessor = preprocessor | {"image_mean": (0.0,) * 3, "image_std": (1.0,) * 3}
     patch = vision["patch_size"]
     size = patch * math.isqrt(vision["num_patches"]) if kind == "siglip2" else vision["image_size"]
+    if kind != "siglip2":
+        _require_size(preprocessor, size)
     image = ViT(
         patch_size=patch,
         image_size=size,
@@ -217,7 +227,6 @@ def _encoder(theirs: str, ours: str, depth: int) -> list[Rule]:
 def _describe(kind: str, pretrained: Pretrained) -> dict[str, Any]:
     model: Any = pretrained.model
     image, text = model.image, model.text
-    name = _FAMILIES[kind].name
     activations = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
 
     def transformer(tower: Any) -> dict[str, Any]:
@@ -231,7 +240,7 @@ def _describe(kind: str, pretrained: Pretrained) -> dict[str, Any]:
             "attention_dropout": 0.0,
         }
 
-    side = family.square(image, name)
+    side = family.square(image)
     text_config = transformer(text) | {
         "vocab_size": text.vocab_size,
         "max_position_embeddings": text.context_length,
@@ -278,7 +287,7 @@ def _preprocessor(kind: str, pretrained: Pretrained, side: int) -> dict[str, Any
     }
     if kind == "siglip2":
         if resize.mode != "squash":
-            raise ClipjaxError("Siglip2 cannot express resize.mode='crop': there it is 'squash'")
+            raise ClipjaxError("resize.mode='crop': there it is 'squash'")
         return facts | {
             "image_processor_type": "Siglip2ImageProcessor",
             "max_num_patches": math.prod(image.grid),
@@ -333,21 +342,63 @@ def _nearest(kind: str, model: Any) -> DualEncoder:
 
 def _sizes(tower: Any) -> dict[str, Any]:
     names = ("width", "depth", "heads", "mlp_dim", "activation", "eps")
-    return {name: getattr(tower, name) for name in names}
+    sizes = {name: getattr(tower, name) for name in names}
+    if sizes["activation"] not in _ACTIVATIONS.values():
+        sizes["activation"] = "gelu"
+    return sizes
 
 
 def _resize(kind: str, description: Description) -> Resize:
     facts = description.files.get(PREPROCESSOR, {})
-    resample = facts.get("resample", 3)
-    if resample not in _RESAMPLE:
-        raise ClipjaxError(
-            f"{PREPROCESSOR}: resample={resample!r} is not supported here (only 2, bilinear, and 3, bicubic)"
-        )
+    method = _RESAMPLE[facts.get("resample", 2 if kind == "siglip2" else 3)]
+    crop = _crops(kind, facts)
+    if crop and kind == "clip" and _edges(facts.get("size"))[0] is None:
+        crop = False  # brought to the size before, so nothing is left to cut
+    return Resize("crop" if crop else "squash", method, "down" if crop else "even")
+
+
+def _crops(kind: str, facts: Mapping[str, Any]) -> bool:
+    """Whether pictures keep their aspect ratio and lose their margins."""
     if "do_center_crop" in facts:
-        crop = bool(facts["do_center_crop"])
-    else:
-        crop = kind == "clip" and "height" not in dict(facts.get("size") or {})
-    return Resize("crop" if crop else "squash", _RESAMPLE[resample], "down" if crop else "even")
+        return bool(facts["do_center_crop"])
+    siglip = "siglip" in str(facts.get("image_processor_type", "")).lower()
+    return kind == "clip" and not siglip
+
+
+def _edges(size: Any) -> tuple[int | None, tuple[int, int] | None]:
+    """(shortest edge, (height, width)) that a size in a preprocessor's configuration says."""
+    if size is None:
+        return 0, None  # what the library takes for itself
+    if isinstance(size, int):
+        return size, (size, size)
+    if not isinstance(size, Mapping):
+        raise ClipjaxError(f"{PREPROCESSOR}: size={size!r} is neither a number nor an object")
+    if "shortest_edge" in size:
+        return int(size["shortest_edge"]), None
+    if {"height", "width"} <= size.keys():
+        return None, (int(size["height"]), int(size["width"]))
+    raise ClipjaxError(
+        f"{PREPROCESSOR}: size={dict(size)!r} is not supported here (only shortest_edge, or height and width)"
+    )
+
+
+def _require_size(facts: Mapping[str, Any], side: int) -> None:
+    """Refuses pictures that come to another size on the way than the tower's."""
+    for name in ("size", "crop_size"):
+        if facts.get(name) is None:
+            continue
+        if name == "crop_size" and facts.get("do_center_crop") is False:
+            continue
+        edge, shape = _edges(facts[name])
+        if (edge if shape is None else shape) not in (side, (side, side)):
+            raise ClipjaxError(
+                f"{PREPROCESSOR}: {name}={facts[name]!r} is not the size of the tower's pictures, {side}"
+            )
+    if facts.get("do_center_crop") is False and "shortest_edge" in (facts.get("size") or ()):
+        raise ClipjaxError(
+            f"{PREPROCESSOR}: size has shortest_edge and do_center_crop is false: pictures that are no "
+            "squares would not fit the tower"
+        )
 
 
 def special_tokens(description: Description) -> dict[str, Any]:
@@ -366,10 +417,57 @@ def _tokens(kind: str, description: Description) -> dict[str, Any]:
     if kind == "clip":
         return settings
     config = description.files.get("tokenizer_config.json", {})
-    clean = {"siglip": "canonical", "siglip2": "lower"}[kind]
-    if config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+    named = str(config.get("tokenizer_class"))
+    vocab_size = description.shape("text_model.embeddings.token_embedding.weight", 2)[0]
+    if named in ("PreTrainedTokenizerFast", "TokenizersBackend"):
         clean = "keep"  # what such a tokenizer does is all in its tokenizer.json
+    elif "Gemma" in named or "Siglip2" in named or vocab_size == GEMMA or kind == "siglip2":
+        clean = "lower"  # SigLIP 2, also where its one resolution makes it a SiglipModel
+    else:
+        clean = "canonical"
     return settings | {"bos": "", "clean": clean}
+
+
+def _notes(kind: str, pretrained: Pretrained) -> list[str]:
+    found = []
+    model: Any = pretrained.model
+    resize, tokenizer, image = pretrained.resize, pretrained.tokenizer, model.image
+    if resize.mode == "crop" and resize.half_pixel == "even":
+        found.append(
+            "transformers rounds an odd margin down where this model's pictures were cut with it "
+            "rounded to even: embeddings of such pictures differ (cosines down to 0.996 were seen). "
+            "Train with Resize('crop', half_pixel='down') to agree"
+        )
+    if tokenizer is not None and tokenizer.repairs:
+        left = "" if tokenizer.clean == "clip" else "rare "
+        found.append(
+            "transformers does not mend texts as this model's tokenizer does: those with mojibake or "
+            f"{left}HTML entities get other tokens there"
+        )
+    if kind == "siglip" and pretrained.context_length < 64:
+        found.append(
+            "transformers' zero-shot pipeline pads texts for SigLIP to 64 tokens whatever the folder "
+            "says, which is more than this model takes: call model and processor yourself, or train "
+            "with context_length=64"
+        )
+    if kind == "siglip2":
+        patches = math.prod(image.grid)
+        found.append(
+            "Siglip2's processor keeps the aspect ratio of pictures, and this model has seen squares: "
+            "resize to a square first"
+        )
+        if (image.patch_size, patches) != (16, 256) or pretrained.context_length != 64:
+            found.append(
+                "Siglip2Processor goes by numbers of its own, not the folder's: call it with "
+                f"patch_size={image.patch_size}, max_num_patches={patches}, "
+                f"max_length={pretrained.context_length}"
+            )
+        if tokenizer is not None and tokenizer.standalone()[0] == "tokenizer.json":
+            found.append(
+                "AutoProcessor and AutoTokenizer take Gemma's tokenizer for Siglip2 whatever the folder "
+                "holds, and fail: read this one with PreTrainedTokenizerFast.from_pretrained(FOLDER)"
+            )
+    return found
 
 
 def _family(kind: str, name: str) -> Family:
@@ -385,6 +483,8 @@ def _family(kind: str, name: str) -> Family:
         describe=functools.partial(_describe, kind),
         resize=functools.partial(_resize, kind),
         tokens=functools.partial(_tokens, kind),
+        notes=functools.partial(_notes, kind),
+        **({"prepare": without_patch_bias} if kind == "clip" else {}),
     )
 
 

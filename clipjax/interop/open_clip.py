@@ -18,6 +18,7 @@ from clipjax.data import Resize
 from clipjax.errors import ClipjaxError
 from clipjax.interop import family, huggingface
 from clipjax.interop.family import HALF, OPENAI_MEAN, OPENAI_STD, Description, Family
+from clipjax.interop.rewrite import without_patch_bias
 from clipjax.interop.table import (
     Rule,
     Split,
@@ -46,6 +47,57 @@ _TIMM = {
     "large": (1024, 24, 16, 4096),
     "so400m": (1152, 27, 16, 4304),
     "giantopt": (1536, 40, 16, 6144),
+}
+_EITHER: dict[str, tuple[Any, ...]] = {
+    # What OpenCLIP's towers can be, and ours cannot.
+    **dict.fromkeys(("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner"), (False,)),
+    **dict.fromkeys(("scale_attn", "scale_fc", "final_ln_after_pool"), (False,)),
+    "ls_init_value": (None,),
+    "block_type": (None, "default"),
+    "pool_type": ("tok", "argmax", "eos", "last"),
+    # What is read.
+    **dict.fromkeys(("width", "layers", "mlp_ratio", "act_kwargs", "norm_kwargs"), family.ANY),
+    "output_tokens": family.ANY,
+}
+_VISION_FIELDS = _EITHER | {
+    "pos_embed_type": ("learnable",),
+    "attentional_pool": (False,),
+    "global_average_pool": (False,),  # this and the next are of releases before 2.20
+    "input_patchnorm": (False,),
+    "timm_pool": ("map",),
+    "timm_proj": ("none", "linear", None),
+    **dict.fromkeys(("head_width", "patch_size", "image_size", "no_ln_pre"), family.ANY),
+    **dict.fromkeys(("timm_model_name", "timm_proj_bias"), family.ANY),
+    **dict.fromkeys(("attn_pooler_queries", "attn_pooler_heads"), family.ANY),
+    # What only training sees.
+    **dict.fromkeys(("patch_dropout", "timm_model_pretrained", "timm_drop"), family.ANY),
+    "timm_drop_path": family.ANY,
+}
+_TEXT_FIELDS = _EITHER | {
+    "embed_cls": (False,),
+    "hf_model_name": (None, ""),
+    "tokenizer_mode": (None, ""),
+    **dict.fromkeys(("context_length", "vocab_size", "heads", "pad_id", "eos_id"), family.ANY),
+    **dict.fromkeys(("no_causal_mask", "proj_bias", "proj_type"), family.ANY),
+    **dict.fromkeys(("hf_tokenizer_name", "tokenizer_kwargs"), family.ANY),
+    # What says something of hf_model_name alone.
+    **dict.fromkeys(("hf_model_pretrained", "hf_proj_type", "hf_pooler_type"), family.ANY),
+}
+_DECODER_FIELDS = _TEXT_FIELDS | {
+    "mlp_ratio": (4,),
+    **dict.fromkeys(("dim_head", "n_queries", "attn_pooler_heads"), family.ANY),
+}
+_MODEL_FIELDS = {
+    "nonscalar_logit_scale": (False,),
+    "quick_gelu": (False, True),
+    **dict.fromkeys(("embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg"), family.ANY),
+    **dict.fromkeys(("custom_text", "init_logit_scale", "init_logit_bias"), family.ANY),
+    **dict.fromkeys(("cast_dtype", "output_dict", "preprocess_cfg"), family.ANY),
+}
+_PREPROCESS_FIELDS = {
+    "mode": ("RGB",),
+    **dict.fromkeys(("size", "mean", "std", "interpolation", "resize_mode"), family.ANY),
+    "fill_color": family.ANY,  # of a resize_mode that is refused
 }
 _TIMM_TANH = ("giantopt_patch16", "base_patch32")  # the others have the exact GELU
 
@@ -148,12 +200,13 @@ def _read_model(description: Description) -> Any:
     preprocess = config.get("preprocess_cfg", {})
     facts = config.get("model_cfg", config)
     where = f"{CONFIG}: model_cfg"
-    family.refuse_unless(facts, where, nonscalar_logit_scale=(False,))
+    family.refuse_unknown(facts, where, **_MODEL_FIELDS)
+    family.refuse_unknown(preprocess, f"{CONFIG}: preprocess_cfg", **_PREPROCESS_FIELDS)
     if "multimodal_cfg" in facts:
         return _read_coca(facts, preprocess, where)
     vision, text = family.field(facts, "vision_cfg", where), family.field(facts, "text_cfg", where)
-    _refuse_extras(vision, f"{where}.vision_cfg")
-    _refuse_extras(text, f"{where}.text_cfg")
+    family.refuse_unknown(vision, f"{where}.vision_cfg", **_VISION_FIELDS)
+    family.refuse_unknown(text, f"{where}.text_cfg", **_TEXT_FIELDS)
     embed_dim = family.field(facts, "embed_dim", where)
     quick = bool(facts.get("quick_gelu", False))
     half = HALF if "siglip" in str(vision.get("timm_model_name")) else None
@@ -168,6 +221,7 @@ def _read_model(description: Description) -> Any:
         image, projection = _resnet(vision, embed_dim, pixels), "none"
     else:
         image, projection = _vit(vision, quick, pixels), "linear"
+    _require_size(preprocess, image)
     proj = text.get("proj_type", "linear")
     if proj not in ("linear", "none"):
         raise ClipjaxError(f"{where}.text_cfg: proj_type={proj!r} is not supported here")
@@ -192,8 +246,9 @@ def _read_coca(facts: dict[str, Any], preprocess: dict[str, Any], where: str) ->
     decoder = family.field(facts, "multimodal_cfg", where)
     embed_dim, quick = family.field(facts, "embed_dim", where), bool(facts.get("quick_gelu", False))
     coca = {"attentional_pool": (True,), "embed_cls": (True,), "timm_model_name": (None,)}
-    _refuse_extras(vision, f"{where}.vision_cfg", **coca)
-    _refuse_extras(text, f"{where}.text_cfg", **coca)
+    family.refuse_unknown(vision, f"{where}.vision_cfg", **(_VISION_FIELDS | coca))
+    family.refuse_unknown(text, f"{where}.text_cfg", **(_TEXT_FIELDS | coca))
+    family.refuse_unknown(decoder, f"{where}.multimodal_cfg", **_DECODER_FIELDS)
     for name, tower in (("vision_cfg", vision), ("text_cfg", text)):
         needed = "attentional_pool" if name == "vision_cfg" else "embed_cls"
         family.field(tower, needed, f"{where}.{name}")
@@ -203,8 +258,10 @@ def _read_coca(facts: dict[str, Any], preprocess: dict[str, Any], where: str) ->
         "std": family.three(preprocess.get("std", OPENAI_STD), "preprocess_cfg.std"),
     }
     words = _text({k: v for k, v in text.items() if k != "pool_type"}, quick, f"{where}.text_cfg")
+    image = _vit(vision, quick, pixels)
+    _require_size(preprocess, image)
     return CoCa(
-        image=_vit(vision, quick, pixels),
+        image=image,
         text=dataclasses.replace(
             words,
             pool="class",
@@ -231,30 +288,15 @@ def _read_coca(facts: dict[str, Any], preprocess: dict[str, Any], where: str) ->
     )
 
 
-def _refuse_extras(tower: dict[str, Any], where: str, **accepted: tuple[Any, ...]) -> None:
-    """What OpenCLIP's towers can be, and ours cannot."""
-    plain = (
-        "qk_norm",
-        "scaled_cosine_attn",
-        "scale_heads",
-        "scale_attn_inner",
-        "scale_attn",
-        "scale_fc",
-    )
-    values: dict[str, tuple[Any, ...]] = dict.fromkeys(plain, (False,))
-    values |= {
-        "ls_init_value": (None,),
-        "pos_embed_type": ("learnable",),
-        "final_ln_after_pool": (False,),
-        "pool_type": ("tok", "argmax", "eos", "last"),
-        "attentional_pool": (False,),
-        "embed_cls": (False,),
-        "hf_model_name": (None, ""),
-        "block_type": (None, "default"),
-        "timm_pool": ("map",),
-        "timm_proj": ("none", "linear", None),
-    }
-    family.refuse_unless(tower, where, **(values | accepted))
+def _require_size(preprocess: dict[str, Any], image: ViT | ResNet) -> None:
+    """Refuses pictures that are brought to another size than the tower's."""
+    size = preprocess.get("size")
+    shape = (size, size) if isinstance(size, int) else size
+    if shape is not None and tuple(shape) != image.image_shape:
+        raise ClipjaxError(
+            f"{CONFIG}: preprocess_cfg.size={size!r} is not the size of the tower's pictures, "
+            f"{list(image.image_shape)}"
+        )
 
 
 def _vit(vision: dict[str, Any], quick: bool, pixels: dict[str, Any]) -> ViT:
@@ -590,6 +632,9 @@ def _describe(custom: bool, pretrained: Pretrained) -> dict[str, Any]:
         words["proj_bias"] = True
     if pretrained.tokenizer is not None and pretrained.tokenizer.clean != "clip":
         words["hf_tokenizer_name"] = "."  # what stands beside the configuration
+        if pretrained.tokenizer.clean in ("repair_lower", "repair_canonical"):
+            theirs = {ours: theirs for theirs, ours in _CLEAN.items()}
+            words["tokenizer_kwargs"] = {"clean": theirs[pretrained.tokenizer.clean]}
     facts |= {"vision_cfg": _describe_image(model, quick), "text_cfg": words}
     if isinstance(model, CoCa):
         facts |= _describe_coca(model)
@@ -676,12 +721,12 @@ def _variants(tower: Any, quick: bool) -> dict[str, Any]:
 
 def _timm_name(image: ViT) -> str:
     sizes = (image.width, image.depth, image.heads, image.hidden)
-    side = family.square(image, "OpenCLIP")
+    side = family.square(image)
     for name, known in _TIMM.items():
         if known == sizes:
             return f"vit_{name}_patch{image.patch_size}_siglip_{side}"
     raise ClipjaxError(
-        f"OpenCLIP cannot express model.image: its attention-pooled ViTs are timm's, and none has "
+        f"model.image: OpenCLIP's attention-pooled ViTs are timm's, and none has "
         f"width {image.width}, depth {image.depth}, heads {image.heads}, mlp_dim {image.hidden}"
     )
 
@@ -697,7 +742,7 @@ def _nearest_openai(model: Any) -> DualEncoder:
     if isinstance(image, ViT):
         names = ("width", "depth", "patch_size", "image_size")
     sizes = ("vocab_size", "context_length", "width", "depth")
-    family.square(image, "OpenAI's CLIP")
+    family.square(image)
     return _openai(
         {n: getattr(image, n) for n in names}, {n: getattr(text, n) for n in sizes}, model.embed_dim
     )
@@ -718,16 +763,40 @@ def _resize(description: Description) -> Resize:
     return Resize("squash" if mode == "squash" else "crop", method)
 
 
+_CLEAN = {"canonicalize": "repair_canonical", "lower": "repair_lower", "whitespace": "repair"}
+"""OpenCLIP mends the text (ftfy, HTML entities) before any of these; theirs -> ours."""
+
+
 def _tokens(description: Description) -> dict[str, Any]:
     settings = huggingface.special_tokens(description)
     facts = description.files.get(CONFIG, {})
     text = facts.get("model_cfg", facts).get("text_cfg", {})
-    clean = (text.get("tokenizer_kwargs") or {}).get("clean", "whitespace")
-    known = {"canonicalize": "canonical", "lower": "lower", "whitespace": "keep"}
-    if clean not in known:
+    options = text.get("tokenizer_kwargs") or {}
+    family.refuse_unknown(
+        options, f"{CONFIG}: tokenizer_kwargs", clean=family.ANY, strip_sep_token=(False,)
+    )
+    clean = options.get("clean", "whitespace")
+    if clean not in _CLEAN:
         raise ClipjaxError(f"{CONFIG}: tokenizer_kwargs.clean={clean!r} is not supported here")
     bare = {"bos": ""} if text.get("pool_type") == "last" else {}
-    return settings | bare | {"clean": known[clean]}
+    return settings | bare | {"clean": _CLEAN[clean]}
+
+
+def _notes(pretrained: Pretrained) -> list[str]:
+    found = []
+    resize, tokenizer = pretrained.resize, pretrained.tokenizer
+    if resize.mode == "crop" and resize.half_pixel == "down":
+        found.append(
+            "OpenCLIP rounds an odd margin to even where this model's pictures were cut half a pixel "
+            "higher or further left (resize.half_pixel='down'): embeddings of such pictures differ"
+        )
+    if tokenizer is not None and not tokenizer.repairs:
+        found.append(
+            "OpenCLIP mends every text before it is tokenized (curly quotes, full-width letters, "
+            "ligatures, HTML entities, mojibake, runs of spaces), and this model's tokenizer does "
+            "not: such texts get other tokens there. Train with BPE(clean='repair') to agree"
+        )
+    return found
 
 
 def _family(name: str, custom: bool) -> Family:
@@ -743,6 +812,8 @@ def _family(name: str, custom: bool) -> Family:
         describe=functools.partial(_describe, custom),
         resize=_resize,
         tokens=_tokens,
+        prepare=without_patch_bias,
+        notes=_notes,
     )
 
 
@@ -758,6 +829,7 @@ OPENAI = Family(
     describe=lambda pretrained: {},
     resize=lambda description: Resize("crop"),
     tokens=lambda description: {},
+    prepare=without_patch_bias,
 )
 OPEN_CLIP = _family("OpenCLIP's CLIP", custom=False)
 OPEN_CLIP_CUSTOM = _family("OpenCLIP's CustomTextCLIP", custom=True)

@@ -30,6 +30,7 @@ CONFIG_FILES = (
     "preprocessor_config.json",
     "tokenizer_config.json",
 )
+_WRAPPERS = ("module.", "_orig_mod.")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "spiece.model",
@@ -93,10 +94,20 @@ def open_source(path: str | Path, config: str | Path | None = None) -> Source:
             "open_clip_config.json" if {"model_cfg", "vision_cfg"} & facts.keys() else "config.json"
         )
         files = {n: f for n, f in files.items() if n not in CONFIG_FILES[:2]} | {name: facts}
-    tensors = read_tensors(weights)
+    tensors = _unwrapped(read_tensors(weights))
     if any(name.startswith("img/") for name in tensors):  # big_vision's older files lack the prefix
         tensors = {f"params/{name}": tensor for name, tensor in tensors.items()}
     return Source(weights, tensors, files)
+
+
+def _unwrapped(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Without what PyTorch's wrappers put before every name: DistributedDataParallel, torch.compile."""
+    while tensors:
+        prefix = next((p for p in _WRAPPERS if all(name.startswith(p) for name in tensors)), None)
+        if prefix is None:
+            break
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def _weights_in(folder: Path) -> Path:

@@ -20,6 +20,7 @@ SUFFIXES = (".safetensors", ".npz", ".pt", ".pth", ".bin")
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
 MAX_EXPANSION = 200  # times the npz file's size
 FREE_EXPANSION = 2**30  # bytes that an npz file of any size may expand to
+_LFS = b"version https://git-lfs.github.com/"
 _DTYPES: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
@@ -40,6 +41,11 @@ def read_tensors(path: str | Path) -> Mapping[str, np.ndarray]:
     path = Path(path)
     if not path.is_file():
         raise ClipjaxError(f"there is no file {str(path)!r}")
+    with path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise ClipjaxError(
+                f"{path} is a pointer of Git LFS, not the weights themselves: fetch them with `git lfs pull`"
+            )
     if path.name.endswith(".index.json"):
         return _read_shards(path)
     if path.suffix == ".safetensors":

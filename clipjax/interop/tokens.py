@@ -31,12 +31,16 @@ class TokenizerFiles:
     pad_id: int
 
 
-def tokenizer_files(pretrained: Pretrained, siglip: bool = False) -> TokenizerFiles:
+def tokenizer_files(
+    pretrained: Pretrained, siglip: bool = False, mends: bool = False
+) -> TokenizerFiles:
     """The files from which `transformers.AutoTokenizer` makes the tokenizer.
 
     Args:
       pretrained: has a tokenizer.
-      siglip: whether a SentencePiece model may be written as SigLIP's tokenizer.
+      siglip: whether it is for SigLIP, which sees its padding, and whose SentencePiece tokenizer a
+        vocabulary of that kind may be written as.
+      mends: whether the reader mends texts before, as OpenCLIP does.
 
     Raises:
       ClipjaxError: what the tokenizer does cannot be written so that others do the same.
@@ -44,7 +48,7 @@ def tokenizer_files(pretrained: Pretrained, siglip: bool = False) -> TokenizerFi
     model: Any = pretrained.model
     tokenizer = pretrained.tokenizer
     assert tokenizer is not None
-    name, contents = tokenizer.standalone()
+    name, contents = tokenizer.standalone(cleaning=not (mends and tokenizer.repairs))
     config: dict[str, Any] = {
         "model_max_length": pretrained.context_length,
         "padding_side": "right",
@@ -63,6 +67,7 @@ def tokenizer_files(pretrained: Pretrained, siglip: bool = False) -> TokenizerFi
         config |= {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
+            "split_special_tokens": True,  # "<eos>" in a text is text
         }
     elif siglip and tokenizer.bos_id is None and tokenizer.clean == "canonical":
         config |= {"tokenizer_class": "SiglipTokenizer", "do_lower_case": True}
@@ -73,6 +78,8 @@ def tokenizer_files(pretrained: Pretrained, siglip: bool = False) -> TokenizerFi
         )
     roles = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": pad_id}
     config |= {f"{r}_token": tokenizer.token(i) for r, i in roles.items() if i is not None}
+    if siglip:  # no attention mask: training saw the padding, and so must whoever reads this
+        config["model_input_names"] = ["input_ids"]
     return TokenizerFiles({name: contents, "tokenizer_config.json": _json(config)}, pad_id)
 
 
@@ -100,7 +107,7 @@ def renumbered(pretrained: Pretrained) -> Pretrained:
 def _swapped(tokenizer: TokenizerModel, old: int, new: int) -> TokenizerModel:
     from tokenizers import Tokenizer as Vocabulary
 
-    name, contents = tokenizer.standalone()
+    name, contents = tokenizer.standalone(cleaning=False)
     if name != "tokenizer.json":
         raise ClipjaxError(
             f"transformers' CLIP cannot have an end-of-text token of id {old}, and a SentencePiece "
@@ -120,11 +127,8 @@ def _swapped(tokenizer: TokenizerModel, old: int, new: int) -> TokenizerModel:
     ids = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
     pad, bos, eos = (None if i is None else swap.get(i, i) for i in ids)
     assert pad is not None and eos is not None
-    # All cleaning but clip's is part of the standalone tokenizer.json.
-    clean = tokenizer.clean if tokenizer.clean == "clip" else "keep"
-    return TokenizerModel(
-        "tokenizers", Vocabulary.from_str(json.dumps(facts)), pad, bos, eos, clean
-    )
+    swapped = Vocabulary.from_str(json.dumps(facts))
+    return TokenizerModel("tokenizers", swapped, pad, bos, eos, tokenizer.clean)
 
 
 def _json(facts: dict[str, Any]) -> bytes:

@@ -167,8 +167,6 @@ def _tensors(loaded: Any, path: Path) -> dict[str, np.ndarray]:
     found = dict(_named(loaded, path))
     if not found:
         raise ClipjaxError(f"{path} holds no tensors")
-    if all(name.startswith("module.") for name in found):  # trained with DistributedDataParallel
-        found = {name.removeprefix("module."): tensor for name, tensor in found.items()}
     return found
 
 

@@ -9,7 +9,8 @@ permutation. Then InfoNCE of q' with k' and the mixed negatives; nothing is norm
 step.
 
 What differs here: image-text pairs, both directions; negatives come from the batch instead of a queue, so those
-mixed with the row's own key are left out; the statistics that the paper draws are logged (`scores/...`).
+mixed with the row's own key are left out; keys carry no gradient, as those of a momentum encoder do not; the
+statistics that the paper draws are logged (`scores/...`).
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class FeatureTransformation(Pairwise):
             return terms, {}
 
         def direction(query, key):
+            key = jax.lax.stop_gradient(key)
             q, k = apart * query + (1 - apart) * key, apart * key + (1 - apart) * query
             negative = mixed * key + (1 - mixed) * engine.rows_at(key, partner)
             seen, _ = engine.reduce(

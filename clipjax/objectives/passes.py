@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -82,7 +83,8 @@ class Pass:
     route: Route
     tensor: tuple[str, ...]
 
-    def map(self, function, in_specs, out_specs):
+    def map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        """`function`, which is given what one device has, on all devices."""
         if self.mesh is None:
             return function
         return jax.shard_map(
@@ -122,6 +124,7 @@ class Pass:
         return tuple(None if b.table or self.route.ring else P(axes or None) for b in self.blocks)
 
     def forward(self, rows, cols, shared):
+        """Statistics of this device's rows and columns, and the columns that it gathered."""
         rows = self._rows(rows)
         tables, moving = self._parted(cols)
         placed = {i: self._place_table(i, c) for i, c in enumerate(cols)}  # positions do not matter
@@ -162,6 +165,7 @@ class Pass:
         return row_states, col_states, tuple(gathered.get(i) for i in count)
 
     def backward(self, rows, cols, shared, gathered, row_cts, col_cts):
+        """Cotangents of this device's rows and columns, and of `shared`."""
         rows = self._rows(rows)
         tables, moving = self._parted(cols)
         d = self.blocks[0].sweep.no_grads(rows, shared)
@@ -267,8 +271,8 @@ class Pass:
         devices, n = self._size(axes), jax.tree.leaves(states)[0].shape[0] if states else 0
         fill = -n % devices
         states = jax.tree.map(lambda a: jnp.pad(a, [(0, fill)] + [(0, 0)] * (a.ndim - 1)), states)
-        merged = self._part(states, axes)
-        return jax.tree.map(lambda a: lax.all_gather(a, axes, tiled=True)[:n], merged)
+        part = self._part(states, axes)
+        return jax.tree.map(lambda a: lax.all_gather(a, axes, tiled=True)[:n], part)
 
     def _part(self, states, axes):
         """Merges statistics over the devices along `axes`; each device gets its part of them."""

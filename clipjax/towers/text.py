@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import repeat
 from flax import nnx
 
@@ -101,6 +102,21 @@ class TextTransformer(TransformerTower):
 
     def build(self, rngs: nnx.Rngs) -> TextTransformerModule:
         return TextTransformerModule(self, rngs)
+
+    def used_lengths(self, ids: np.ndarray) -> np.ndarray:
+        """How many tokens of each row of int32 [n, L] are seen: what follows changes no pooled vector.
+
+        Returns:
+          int [n], from 1 to L; L where the tower sees its padding.
+        """
+        n, length = ids.shape
+        if self.causal and self.pool == "eos":
+            is_end = ids == self.eos_id
+            return np.where(is_end.any(axis=1), is_end.argmax(axis=1) + 1, length)
+        if self.pad_id is None or self.class_position or self.pool == "none":
+            return np.full(n, length)
+        is_text = (ids != self.pad_id) | (ids == self.eos_id)
+        return np.where(is_text.any(axis=1), length - is_text[:, ::-1].argmax(axis=1), 1)
 
 
 class TextTransformerModule(nnx.Module):

@@ -1,4 +1,4 @@
-"""MoCHi on the common recipe."""
+"""MoCHi on the common recipe, from the step on at which the hardest negatives mean something."""
 
 import dataclasses
 from pathlib import Path
@@ -9,4 +9,4 @@ from clipjax.methods.mochi import MoCHi
 
 def config() -> Run:
     run = load_config(Path(__file__).with_name("recipe.py"))
-    return dataclasses.replace(run, objective=MoCHi())
+    return dataclasses.replace(run, objective=MoCHi(mixed=8, with_query=4, start=100))

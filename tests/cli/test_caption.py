@@ -1,6 +1,7 @@
 """`clipjax caption`, on a tiny CoCa that was saved as a model's folder."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -104,6 +105,19 @@ def test_greedy_is_the_default_and_the_table_shows_captions(folder, pictures, ca
     assert "1.png" in table and f"{row['score']:.2f}" in table
 
 
+def test_a_bad_picture_costs_no_other_its_caption(folder, pictures, capsys):
+    """Skipped, named and counted, as by the other commands; hidden files are no pictures."""
+    (pictures / "cut.png").write_bytes((pictures / "0.png").read_bytes()[:40])
+    (pictures / "._0.png").write_bytes(b"finder")
+    assert main(["caption", "--model", str(folder), str(pictures), "--json"]) == 1
+    shown = capsys.readouterr()
+    found = json.loads(shown.out.splitlines()[-1])
+    assert [Path(row["image"]).name for row in found["captions"]] == ["0.png", "1.png", "2.png"]
+    assert list(found["skipped"]) == [str(pictures / "cut.png")] and "cut.png" in shown.err
+    for name in ("cut.png", "._0.png"):
+        (pictures / name).unlink()
+
+
 def test_help_lists_the_options_of_the_strategy(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["caption", "--strategy", "beam", "--help"])
@@ -123,7 +137,7 @@ def test_mistakes_are_told_before_a_model_is_opened(folder, pictures, tmp_path, 
 
     assert "there is no picture 'nowhere.png'" in fails("--model", folder, "nowhere.png")
     assert "holds no pictures (.jpg" in fails("--model", folder, tmp_path)
-    assert "not an image" in fails("--model", folder, pictures / "notes.txt")
+    assert "not one of 1 pictures can be read" in fails("--model", folder, pictures / "notes.txt")
     assert "--width" in fails("--model", folder, pictures, "--width", 3)  # no option of greedy
     assert "width=0" in fails("--model", folder, pictures, "--strategy", "beam", "--width", 0)
     assert "invalid choice: 'bean'" in fails("--model", folder, pictures, "--strategy", "bean")

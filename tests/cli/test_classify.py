@@ -135,7 +135,7 @@ def test_unusual_pictures_are_read(run, model, tmp_path):
     [
         (["--labels", "red,red"], "the label 'red' is given 2 times"),
         (["--labels", "red,"], "a label is empty"),
-        (["--labels", "missing.txt"], "--labels 'missing.txt': no readable file"),
+        (["--labels", "missing.txt"], "--labels 'missing.txt' is not readable"),
         (["--labels", "a,b", "--templates", "photo"], "has no {} where the label goes"),
         (["--labels", "a,b", "--templates", "cifar11"], "did you mean 'cifar10'"),
         (["--labels", "a,b", "--top", "0"], "--top 0: must be at least 1"),

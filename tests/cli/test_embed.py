@@ -219,7 +219,7 @@ def test_tfds(run, model, tmp_path, monkeypatch):
         (["t.txt", "--out", "x.parquet", "--batch-size", "0"], "batch_size=0"),
         (["t.txt", "--out", "x.parquet", "--captions"], "the source is texts already"),
         (["empty.txt", "--out", "x.parquet"], "holds no text"),
-        (["latin.txt", "--out", "x.parquet"], "not UTF-8"),
+        (["latin.txt", "--out", "x.parquet"], "not readable as UTF-8"),
         (["t.bin", "--out", "x.parquet"], "SOURCE is a folder of pictures"),
         (["tfds:x", "--out", "x.parquet"], "write tfds:NAME:SPLIT"),
         (["."], "the following arguments are required: --out"),

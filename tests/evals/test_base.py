@@ -1,12 +1,13 @@
 import dataclasses
 import types
 
+import numpy as np
 import pytest
 
 from clipjax.component import from_json, to_json
 from clipjax.data import Tfds
 from clipjax.errors import ClipjaxError, RunFailed
-from clipjax.evals import Evaluator, Every, Retrieval, ZeroShot, build_runners
+from clipjax.evals import KNN, Evaluator, Every, Retrieval, ZeroShot, build_runners
 from clipjax.evals.base import Runner
 
 PREDICTOR = types.SimpleNamespace(image_size=2, context_length=5)
@@ -97,3 +98,39 @@ def test_evaluators_survive_json():
         ZeroShot(source, name="z", class_names={"en": ("a", "b")}, templates=("a {}",)),
     ):
         assert from_json(to_json(evaluator)) == evaluator
+
+
+def test_what_several_evaluators_need_of_a_model_is_made_once(shades, table, reads):
+    captions = (("red",), ("green",), ("green",), ("blue",))
+    source = shades(captions, labels=(0, 0, 1, 2), class_names=("red", "green", "blue"))
+    texts = {"red": [1, 0, 0], "green": [0, 1, 0], "blue": [0, 0, 1], "a red": [1, 0, 0]}
+    texts |= {"a green": [0, 1, 0], "a blue": [0, 0, 1]}
+
+    class Counting(table):
+        pictures = encoded = 0
+
+        def encode_image_rows(self, read, count):
+            self.pictures += count
+            return super().encode_image_rows(read, count)
+
+        def encode_text(self, tokens):
+            self.encoded += len(tokens)
+            return super().encode_text(tokens)
+
+    predictor = Counting(np.array([[1, 0, 0], [0.6, 0.8, 0], [0, 1, 0], [0, 0, 1]]), texts)
+    evaluators = [
+        ZeroShot(source),
+        ZeroShot(source, name="twice", templates=("{}", "a {}")),
+        Retrieval(source),
+        KNN(train=source, source=source, k=1),
+        KNN(train=source, source=source, k=2, name="knn2"),
+    ]
+    runners = build_runners(evaluators)
+    together = {k: v for _, runner in runners for k, v in runner(predictor).items()}
+    # Four pictures; three names, each with two templates, of which the bare one is also the caption.
+    assert (predictor.pictures, predictor.encoded, reads()) == (4, 6, 4)
+    alone = {k: v for each in evaluators for k, v in each.run(predictor).items()}
+    assert together == alone
+    # Another model is asked anew, and the first one's embeddings are not kept for it.
+    other = Counting(np.eye(3)[[1, 0, 2, 2]], texts)
+    assert runners[0][1](other) == ZeroShot(source).run(other) != runners[0][1](predictor)

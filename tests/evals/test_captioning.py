@@ -51,7 +51,7 @@ class Writer:
     def __init__(self):
         from clipjax.data import Resize
 
-        self.resize, self.asked = Resize(), []
+        self.resize, self.asked, self.prefixes = Resize(), [], set()
 
     def caption_rows(self, read, count, strategy, prompt, seed):
         self.asked.append((strategy, prompt, seed))
@@ -65,6 +65,8 @@ class Writer:
 
     def encode_text(self, texts):
         table = {"a d": [0.8, 0.6, 0], "a c": [0, 1, 0], "the": [0, 0, 1]}
+        self.prefixes |= {text.startswith("A photo depicts ") for text in texts}
+        texts = [text.removeprefix("A photo depicts ") for text in texts]
         return np.array([table.get(text[:3].lower(), [0.6, 0, 0.8]) for text in texts], np.float32)
 
 
@@ -91,6 +93,24 @@ def test_figures_compare_with_the_references_of_the_first_language():
     harmonic = [2 * a * b / (a + b) for a, b in both]
     assert results["captioning/RefCLIPScore"] == pytest.approx(np.mean(harmonic))
     assert len(results) == 8 + 2 * 6
+
+
+def test_a_caption_that_two_people_wrote_counts_twice():
+    """CIDEr-D is a mean over references."""
+    captions = (("a dog", "a dog", "the animal"), CAPTIONS[1], CAPTIONS[2])
+    results = Captioning(Shades(captions, languages=())).run(Writer())
+    everything = [tokens(*own) for own in captions]
+    assert results["captioning/CIDEr-D"] == metrics.cider_d(tokens(*WRITTEN), everything).mean()
+    once = [tokens(*dict.fromkeys(own)) for own in captions]
+    assert results["captioning/CIDEr-D"] > metrics.cider_d(tokens(*WRITTEN), once).mean()
+
+
+def test_clip_score_asks_as_the_paper_does():
+    writer = Writer()
+    Captioning(Shades(), languages=("en",)).run(writer)
+    assert writer.prefixes == {True}
+    Captioning(Shades(), languages=("en",), prefix="").run(plain := Writer())
+    assert plain.prefixes == {False}
 
 
 def test_without_languages_every_caption_is_a_reference():

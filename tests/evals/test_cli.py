@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import jax
@@ -148,13 +149,15 @@ def test_probes(evaluate, world, monkeypatch):
     assert -2 <= found["linear_probe/log10_C"] <= 7.5
     fixed = evaluate("one", *where, "--task", "linear_probe", "--log10-c", 2)
     assert fixed["linear_probe/log10_C"] == 2.0
+    pooled = evaluate("one", *where, "--task", "knn", "--k", 3, "--features", "pooled")
+    assert pooled["knn/top1"] == 1.0
     near = evaluate("one", *where, "--task", "knn", "--k", 3, "--temperature", 0.2)
     assert near["knn/top1"] == 1.0 and near["knn/plain/top1"] == 1.0
     embedded = []
     monkeypatch.setattr(
-        "clipjax.evals.features.embed_images",
-        lambda predictor, images, rows: (
-            embedded.append(rows) or embed_images(predictor, images, rows)
+        "clipjax.evals.once.embed_images",
+        lambda predictor, images, rows, output: (
+            embedded.append(rows) or embed_images(predictor, images, rows, output)
         ),
     )
     few = evaluate(
@@ -256,6 +259,86 @@ def test_a_table_of_several_models(world, capsys, one_device):
         assert float(cell) == pytest.approx(found[models[0]][name.strip()], abs=5e-5)
 
 
+def test_a_users_evaluator_is_a_task_with_its_fields_as_options(evaluate, world, tmp_path):
+    file = tmp_path / "my_brightness.py"
+    file.write_text(
+        """
+import dataclasses
+from clipjax.data import Source
+from clipjax.evals import Evaluator
+
+@dataclasses.dataclass(frozen=True)
+class MeanBrightness(Evaluator):
+    source: Source
+    name: str = "brightness"
+    factor: float = 1.0
+    \"\"\"Multiplies it.\"\"\"
+
+    def run(self, predictor):
+        return {f"{self.name}/mean": self.factor * len(self.source.open())}
+"""
+    )
+    where = ["--imports", file, "--dataset", world / "test"]
+    own = evaluate("one", *where, "--task", "mean_brightness", "--factor", 0.5)
+    assert own == {"brightness/mean": 6.0}
+    both = evaluate("one", *where, "--task", "MeanBrightness", "--task", "geometry", "--limit", 4)
+    assert both["brightness/mean"] == 12.0 and "geometry/alignment" in both
+
+
+def test_tars_with_labels_and_tables_with_other_columns(evaluate, world, tmp_path):
+    """CLIP_benchmark's classification tars hold `.cls`."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i, name in enumerate(COLORS):
+            for suffix, content in (
+                ("png", (world / "test" / name / "0.png").read_bytes()),
+                ("cls", str(i).encode()),
+                ("txt", f"a {name} thing".encode()),
+            ):
+                info = tarfile.TarInfo(f"{i}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    prompts = tmp_path / "p.json"
+    prompts.write_text(json.dumps({"names": list(COLORS), "templates": ["a {} thing"]}))
+    tars = ["--dataset", tmp_path / "a.tar", "--label-key", "cls"]
+    found = evaluate("one", *tars, "--task", "zeroshot", "--prompts", prompts)
+    folder = evaluate("one", "--dataset", tmp_path / "a.tar", "--task", "retrieval")
+    assert found["zeroshot/top1"] == folder["retrieval/image_to_text/R@1"]
+    rows = [f"{world}/test/{name}/0.png,a {name} thing,{name}" for name in COLORS]
+    table = tmp_path / "table"
+    table.mkdir()
+    for name in COLORS:
+        shutil.copy(world / "test" / name / "0.png", table / f"{name}.png")
+    rows = [f"{name}.png,a {name} thing,{name}" for name in COLORS]
+    (table / "captions.csv").write_text("\n".join(["filepath,title,kind", *rows]))
+    keys = ["--image-key", "filepath", "--caption-key", "title", "--label-key", "kind"]
+    two = evaluate("one", "--dataset", table, *keys, "--task", "retrieval", "--task", "zeroshot")
+    assert two["retrieval/image_to_text/R@1"] == folder["retrieval/image_to_text/R@1"]
+    assert two["zeroshot/top5"] == 1.0
+
+
+def test_intervals_and_differences_on_the_same_pictures(evaluate, world):
+    models = ["one", "two"]
+    options = ["--dataset", world / "test-pairs", "--task", "retrieval", "--bootstrap", 300]
+    one, two = evaluate(models, *options).values()
+    low, high = one["interval_95"][RETRIEVED]
+    assert low <= one[RETRIEVED] <= high
+    apart = two["difference"][RETRIEVED]
+    assert apart["mean"] == pytest.approx(two[RETRIEVED] - one[RETRIEVED])
+    assert apart["low"] <= apart["mean"] <= apart["high"] and 0 < apart["p"] <= 1
+    assert "difference" not in one
+
+
+def test_figures_are_printed_whatever_becomes_of_the_picture(world, capsys, one_device, tmp_path):
+    odd = tmp_path / "odd"
+    for name in ("ba$$ guitar", "$5 or $10"):
+        (odd / name).mkdir(parents=True)
+        shutil.copy(world / "test" / "red" / "0.png", odd / name)
+    picture = tmp_path / "c.png"
+    options = ["--dataset", str(odd), "--confusion", str(picture), "--json"]
+    assert main(["eval", str(world / "one"), *options]) == 0
+    assert "zeroshot/top1" in capsys.readouterr().out and Image.open(picture).width > 300
+
+
 def test_evaluators_from_a_file(evaluate, world, tmp_path):
     file = tmp_path / "my_evals.py"
     file.write_text(
@@ -288,6 +371,12 @@ def test_a_run_and_a_model_side_by_side(evaluate, world, tmp_path, capsys):
     own = evaluate(run, "--batch-size", 3)
     results = json.loads((run / "results.json").read_text())
     assert own["step"] == 1 and own[RETRIEVED] == results[RETRIEVED]
+    # The run has ended: its one checkpoint is evaluated once, and not again.
+    assert evaluate(run, "--watch", "--batch-size", 3) == own
+    (line,) = (run / "watched.jsonl").read_text().splitlines()
+    assert json.loads(line) == own
+    assert main(["eval", str(run), "--watch"]) == 0
+    assert (run / "watched.jsonl").read_text().splitlines() == [line]
 
 
 @pytest.fixture(scope="module")
@@ -358,6 +447,13 @@ def test_a_scaling_law_that_cannot_be_fitted_is_refused(finished, capsys, refuse
         (["--dataset", "nine", "--data-dir", "/none"], "the data set 'nine' is not in '/none'"),
         (["--dataset", "x:train", "--task", "knn"], "say with --train-dataset"),
         (["--dataset", "x", "--task", "few_shot", "--shots", "two"], "--shots two"),
+        (["--dataset", "x", "--task", "zeroshot", "--ties", "last"], "--ties last: choose of"),
+        (["--dataset", "x:test[", "--confusion", "none/c.png"], "no folder to write 'none/c.png'"),
+        (["--dataset", "x", "--confusion", "c.pgn"], "'c.pgn': pictures are written as"),
+        (["--dataset", "x", "--bootstrap", 5], "--bootstrap 5: an interval takes at least 100"),
+        (["--dataset", "x", "--poll", 5], "--poll needs --watch"),
+        (["--dataset", "x", "--watch", "--table", "md"], "--watch prints"),
+        (["--dataset", "x[:5]"], "name the split before its slice, as in x:test[:5]"),
         (["--dataset", "x.json", "--task", "compositional"], "needs --images"),
         (
             ["--dataset", "x", "--task", "compositional", "--task", "knn", "--images", "."],

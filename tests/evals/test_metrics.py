@@ -258,3 +258,32 @@ def test_scores_of_pairs(real):
     np.testing.assert_allclose(
         metrics.pair_scores(image[:50], image[50:100], tile=16), expected, atol=1e-7
     )
+
+
+def test_ties_in_order_are_those_of_a_stable_sort():
+    """Few distinct directions, so that most scores tie, exactly."""
+    rng = np.random.default_rng(0)
+    image = np.eye(4, dtype=np.float32)[rng.integers(0, 4, 30)]
+    text = np.eye(4, dtype=np.float32)[rng.integers(0, 4, 70)]
+    owner = np.concatenate([np.arange(30), rng.integers(0, 30, 40)])
+    ranks = metrics.retrieval_ranks(image, text, owner, tile=16, ties="first")
+    score = image @ text.T
+    order = np.argsort(-score, axis=1, kind="stable")
+    by_image = [1 + np.argmax(owner[row] == i) for i, row in enumerate(order)]
+    others = [
+        1 + sum(owner[j] != i for j in row[: rank - 1])
+        for i, (row, rank) in enumerate(zip(order, by_image, strict=True))
+    ]
+    np.testing.assert_array_equal(ranks.image_to_text, others)
+    order = np.argsort(-score.T, axis=1, kind="stable")
+    by_text = [1 + np.argmax(row == own) for row, own in zip(order, owner, strict=True)]
+    np.testing.assert_array_equal(ranks.text_to_image, by_text)
+    label = rng.integers(0, 70, 30)
+    order = np.argsort(-score, axis=1, kind="stable")
+    wanted = [1 + np.argmax(row == own) for row, own in zip(order, label, strict=True)]
+    np.testing.assert_array_equal(
+        metrics.class_ranks(image, text, label, ties="first", tile=7), wanted
+    )
+    np.testing.assert_array_equal(
+        metrics.predictions(image, text, label, ties="first"), score.argmax(axis=1)
+    )

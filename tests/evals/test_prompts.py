@@ -142,8 +142,16 @@ def test_what_is_not_there_is_refused_by_name(tmp_path):
     with pytest.raises(ClipjaxError, match="no file of templates"):
         read_templates(str(tmp_path / "none.txt"))
     (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(ClipjaxError, match="holds no template"):
+    with pytest.raises(ClipjaxError, match="templates .*is empty"):
         read_templates(str(tmp_path / "empty.txt"))
+    (tmp_path / "latin.txt").write_bytes("caf\xe9 {}".encode("cp1252"))
+    with pytest.raises(ClipjaxError, match="not readable as UTF-8"):
+        read_templates(str(tmp_path / "latin.txt"))
+    (tmp_path / "marked.txt").write_bytes("a {}\r\na\u2028b {}\n".encode("utf-8-sig"))
+    assert read_templates(str(tmp_path / "marked.txt")) == ("a {}", "a\u2028b {}")
+    (tmp_path / "braces.json").write_text('{"names": ["a"], "templates": ["a {c}"]}')
+    with pytest.raises(ClipjaxError, match=r"'a \{c\}' lacks the \{\}"):
+        read_classes(str(tmp_path / "braces.json"))
     (tmp_path / "bare.txt").write_text("a photo\n")
     with pytest.raises(ClipjaxError, match="lacks the {}"):
         read_templates(str(tmp_path / "bare.txt"))

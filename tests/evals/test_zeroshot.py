@@ -122,6 +122,21 @@ def test_bad_input_is_refused_by_name(shades, table):
         ZeroShot(labeled, classes="caption", languages=("fr",)).run(predictor)
 
 
+def test_classes_of_one_name_are_merged_or_ranked_in_order(shades, table, caplog):
+    """Two classes "red": by themselves every picture of them would be wrong, or every second one."""
+    source = shades(ONE_CAPTION, labels=(0, 3, 1, 2))
+    names = (*NAMES, "red")
+    predictor = table([IMAGES[0], IMAGES[0], *IMAGES[2:]], TEXTS)
+    results = ZeroShot(source, class_names=names).run(predictor)
+    assert results["zeroshot/top1"] == 1.0
+    assert "1 names stand for several classes each (such as 'red'), which are merged" in caplog.text
+    # argmax takes the first: the picture of label 0 is right, that of label 3 is not.
+    first = ZeroShot(source, class_names=names, ties="first").run(predictor)
+    assert first["zeroshot/top1"] == 0.75 and first["zeroshot/top5"] == 1.0
+    with pytest.raises(ClipjaxError, match="ties='last'"):
+        ZeroShot(source, ties="last")
+
+
 def write(path, content):
     path.write_text(json.dumps(content))
     return str(path)

@@ -16,16 +16,25 @@ import clipjax
 from clipjax import ClipjaxError, Pretrained
 from clipjax.cli import main
 from clipjax.data import BPE, Resize
+from clipjax.data.tokenizers import cleaned
 from clipjax.interop import export_weights, import_weights, open_clip
-from clipjax.interop.family import Description, require_expressible
+from clipjax.interop.convert import FAMILIES
+from clipjax.interop.family import Description, differences
 from clipjax.interop.resample import resample_positions, with_context_length, with_image_size
-from clipjax.interop.tokens import renumbered
+from clipjax.interop.tokens import renumbered, tokenizer_files
 from clipjax.models import DualEncoder, Lora
 from clipjax.params import abstract, map_with_path, paths
+from clipjax.start import StartFrom
 from clipjax.towers import TextTransformer, ViT
 
 CAPTIONS = ["a red apple", "two green apples on a table", "ÉTÉ à la plage", "x"]
-TEXTS = [*CAPTIONS, "  Red\tAPPLE ", "<eos> 日本 unseen!"]
+TEXTS = [
+    *CAPTIONS,
+    "  Red\tAPPLE ",
+    "<eos> 日本 unseen!",
+    "“a” ﬁsh’s ＲＥＤ！",
+    "red &amp;amp; blue",
+]
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3)).astype(np.uint8)
 SHAPE = {"width": 32, "depth": 2, "heads": 2}
 OURS = DualEncoder(
@@ -40,7 +49,7 @@ def ours():
     """A model of our own, as a run leaves it: our BPE, whose end token has the number 2."""
     _, params, state = abstract(lambda: OURS.build(nnx.Rngs(0)))
     params = map_with_path(lambda path, leaf: named_weights.tensor(path, leaf.shape), params)
-    tokenizer = BPE(vocab_size=300).build(CAPTIONS)
+    tokenizer = BPE(vocab_size=300, clean="repair").build(CAPTIONS)
     return Pretrained(OURS, params, state, tokenizer, 12, 16, Resize("crop", half_pixel="down"))
 
 
@@ -305,7 +314,7 @@ def test_full_size_siglip_has_its_timm_name(size, width, name):
         image, text, embed_dim=width, logit_bias_init=-10.0, image_projection="none",
         text_projection="affine",
     )  # fmt: skip
-    require_expressible(model, open_clip.OPEN_CLIP_CUSTOM.nearest(model), "OpenCLIP")
+    assert not differences(model, open_clip.OPEN_CLIP_CUSTOM.nearest(model))
     bare = Pretrained(model, {}, {}, None, 64, 224)
     facts = open_clip.OPEN_CLIP_CUSTOM.describe(bare)["open_clip_config.json"]["model_cfg"]
     assert facts["vision_cfg"]["timm_model_name"] == name
@@ -338,6 +347,36 @@ def test_another_image_size_on_request(name, size, golden, tmp_path, capsys):
         with_image_size(resized, size + 1)
     back = with_image_size(resized, size)
     assert same_params(back, resized)
+
+
+def test_a_model_of_ones_own_at_another_size(ours, tmp_path, capsys):
+    """From the command line as in Python, and refused where there is nothing to choose."""
+    ours.save(tmp_path / "model")
+    out = ["--out", tmp_path / "larger", "--image_size", 32]
+    code, said = run(capsys, "import", tmp_path / "model", *out)
+    assert code == 0, said.err
+    larger = clipjax.open_pretrained(tmp_path / "larger")
+    assert larger.image_size == 32 and same_params(larger, with_image_size(ours, 32))
+    other = ["--out", tmp_path / "x", "--family", "openai"]
+    code, said = run(capsys, "import", tmp_path / "model", *other)
+    assert code == 2 and "is clipjax's own" in said.err
+
+
+def test_a_run_starts_at_another_size(ours):
+    wanted = dataclasses.replace(
+        OURS,
+        image=dataclasses.replace(OURS.image, image_size=32),
+        text=dataclasses.replace(OURS.text, context_length=8),
+    )
+    _, params, state = abstract(lambda: wanted.build(nnx.Rngs(0)))
+    start = StartFrom("somewhere")
+    with pytest.raises(ClipjaxError, match="positions' has shape"):
+        start.leaves(params, state, lambda path: ours)
+    leaves, _ = StartFrom("somewhere", resample=True).leaves(params, state, lambda path: ours)
+    larger = with_context_length(with_image_size(ours, 32), 8)
+    assert leaves.keys() == dict(paths(larger.params)).keys()
+    for name, leaf in paths(larger.params):
+        np.testing.assert_array_equal(leaves[name], leaf)
 
 
 def test_a_shorter_context_on_request(golden, tmp_path, capsys):
@@ -393,3 +432,187 @@ def test_params_are_untouched_by_an_export(ours, tmp_path):
     export_weights(ours, tmp_path / "out", "hf")
     after = dict(paths(ours.params))
     assert all(np.array_equal(after[name], leaf) for name, leaf in paths(before))
+
+
+# What other libraries do otherwise, and what their configurations say that nobody here has read
+
+
+def test_a_patch_bias_goes_into_the_positions(ours, tmp_path):
+    """CLIP's ViTs have none: the default ViT can be written all the same, to the same embeddings."""
+    image = dataclasses.replace(OURS.image, patch_bias=True)
+    bias = np.linspace(-1, 1, 32, dtype=np.float32)
+    patch = ours.params["image"]["patch"] | {"bias": bias}
+    biased = dataclasses.replace(
+        ours,
+        model=dataclasses.replace(OURS, image=image),
+        params=ours.params | {"image": ours.params["image"] | {"patch": patch}},
+    )
+    export_weights(biased, tmp_path / "out", "hf")
+    again = import_weights(tmp_path / "out")
+    assert not again.model.image.patch_bias
+    np.testing.assert_allclose(
+        again.predictor(batch_size=8).encode_image(PICTURES),
+        biased.predictor(batch_size=8).encode_image(PICTURES),
+        atol=1e-6,
+    )
+
+
+def test_an_export_says_what_its_library_does_otherwise(ours, tmp_path, caplog):
+    def notes(to, **changes):
+        caplog.clear()
+        pretrained = dataclasses.replace(ours, **changes)
+        export_weights(pretrained, tmp_path / f"{to}{len(list(tmp_path.iterdir()))}", to)
+        return caplog.text
+
+    plain = BPE(vocab_size=300).build(CAPTIONS)
+    assert "half_pixel='down'" in notes("open_clip") and "mends" not in notes("open_clip")
+    assert "OpenCLIP mends every text" in notes("open_clip", tokenizer=plain)
+    assert "rare HTML entities" in notes("hf") and "rounds an odd" not in notes("hf")
+    even = notes("hf", tokenizer=plain, resize=Resize("crop"))
+    assert "rounds an odd margin down" in even and "HTML" not in even
+    assert not notes("hf", tokenizer=plain, resize=Resize("squash"))
+
+
+def test_all_that_a_format_cannot_express_is_named_at_once(tmp_path):
+    image = dataclasses.replace(OURS.image, pool="mean", pre_norm=False)
+    model = dataclasses.replace(OURS, image=image, image_projection="affine")
+    with pytest.raises(ClipjaxError) as refused:
+        export_weights(Pretrained(model, {}, {}, None, 12, 16), tmp_path / "out", "hf")
+    clip, siglip = str(refused.value).split("\n")
+    for field in ("pool='mean'", "pre_norm=False", "image_projection='affine'"):
+        assert field in clip
+    assert "SiglipModel cannot express" in siglip and "logit_bias_init=None" in siglip
+
+
+def test_where_a_model_can_go_is_known_before_it_is_trained(capsys):
+    config = Path(__file__).parents[2] / "configs" / "quickstart.py"
+    code, said = run(capsys, "config", config, "--exports")
+    assert code == 0
+    assert "hf: yes, as CLIPModel" in said.out
+    assert "open_clip: yes, as OpenCLIP's CLIP\n" in said.out
+    assert "mends every text" not in said.out
+    code, said = run(capsys, "config", config, "--exports", "--model.image.pool", "mean")
+    assert code == 0 and "model.image.pool='mean': there it is 'class'" in said.out
+
+
+def test_siglips_padding_is_not_masked(golden, tmp_path):
+    """transformers masks what `attention_mask` says, and training never masked."""
+    siglip = import_weights(golden("hf_siglip").write(tmp_path / "source"))
+    files = tokenizer_files(
+        dataclasses.replace(siglip, tokenizer=BPE(vocab_size=300).build(CAPTIONS)), siglip=True
+    )
+    facts = json.loads(files.files["tokenizer_config.json"])
+    assert facts["model_input_names"] == ["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("name", "facts", "clean"),
+    [
+        ("hf_siglip", {"tokenizer_class": "SiglipTokenizer"}, "canonical"),
+        ("hf_siglip", {"tokenizer_class": "GemmaTokenizer"}, "lower"),
+        ("hf_siglip2", {"tokenizer_class": "GemmaTokenizerFast"}, "lower"),
+        ("hf_siglip", {"tokenizer_class": "PreTrainedTokenizerFast"}, "keep"),
+    ],
+)
+def test_siglip2s_texts_keep_their_punctuation(name, facts, clean, golden):
+    """SigLIP 2 at one resolution is a SiglipModel: its tokenizer tells it from SigLIP."""
+    case = golden(name)
+    shapes = {n: t.shape for n, t in case.tensors.items()}
+    description = Description(shapes, case.files | {"tokenizer_config.json": facts})
+    family = next(family for family in FAMILIES if family.claims(description))
+    assert family.tokens(description)["clean"] == clean
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": {"shortest_edge": 32}}, "size={'shortest_edge': 32} is not the size"),
+        ({"size": 32}, "size=32 is not the size"),
+        ({"crop_size": {"height": 20, "width": 24}}, "crop_size=.* is not the size"),
+        ({"size": {"longest_edge": 24}}, "only shortest_edge, or height and width"),
+        ({"size": [24, 24]}, "neither a number nor an object"),
+        ({"do_center_crop": False}, "pictures that are no squares"),
+        ({"do_resize": False}, "do_resize=False is not supported"),
+        ({"do_rescale": False}, "do_rescale=False is not supported"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor=.* is not supported"),
+        ({"resample": 1}, "resample=1 is not supported"),
+        ({"do_sharpen": True}, "do_sharpen=True is not known here"),
+    ],
+)
+def test_other_preprocessing_is_refused_by_field(change, message, clip_folder):
+    facts = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}
+    facts |= {"do_center_crop": True, "do_resize": True, "resample": 3}
+    file = clip_folder / "preprocessor_config.json"
+    file.write_text(json.dumps(facts))
+    assert import_weights(clip_folder).resize == Resize("crop", half_pixel="down")
+    file.write_text(json.dumps(facts | change))
+    with pytest.raises(ClipjaxError, match=message):
+        import_weights(clip_folder)
+
+
+def test_preprocessing_in_its_older_forms(clip_folder):
+    file = clip_folder / "preprocessor_config.json"
+    file.write_text('{"size": 24}')
+    assert import_weights(clip_folder).resize.mode == "crop"
+    file.write_text('{"size": {"height": 24, "width": 24}, "do_normalize": false}')
+    plain = import_weights(clip_folder)
+    assert plain.resize.mode == "squash"
+    assert (plain.model.image.mean, plain.model.image.std) == ((0, 0, 0), (1, 1, 1))
+
+
+def test_configuration_fields_that_nobody_read_are_refused(clip_folder, golden, tmp_path):
+    path = clip_folder / "config.json"
+    facts = json.loads(path.read_text())
+    facts["vision_config"]["use_registers"] = True
+    path.write_text(json.dumps(facts))
+    with pytest.raises(ClipjaxError, match="vision_config: use_registers=True is not known here"):
+        import_weights(clip_folder)
+    folder = golden("open_clip_vit").write(tmp_path / "oc")
+    path = folder / "open_clip_config.json"
+    known = json.loads(path.read_text())
+
+    def refused(message, where, **changes):
+        facts = json.loads(json.dumps(known))
+        (facts["model_cfg"][where] if where else facts["model_cfg"]).update(changes)
+        path.write_text(json.dumps(facts))
+        with pytest.raises(ClipjaxError, match=message):
+            import_weights(folder)
+
+    refused("global_average_pool=True is not supported", "vision_cfg", global_average_pool=True)
+    refused("input_patchnorm=True is not supported", "vision_cfg", input_patchnorm=True)
+    refused("quick_gelu=True is not known", "vision_cfg", quick_gelu=True)
+    refused("quickgelu=True is not known here.*did you mean 'quick_gelu'", None, quickgelu=True)
+    known["preprocess_cfg"] = {"size": 32}
+    refused("preprocess_cfg.size=32 is not the size", None)
+
+
+@pytest.mark.parametrize(
+    ("clean", "text", "wanted"),
+    [
+        # What OpenCLIP's own cleaning functions make of these.
+        ("whitespace", "  Caf\xe9 “red”  ﬁsh &amp;amp; ＡＢＣ ", 'Caf\xe9 "red" fish & ABC'),
+        ("lower", "A “pattypan” squash.", 'a "pattypan" squash.'),
+        ("canonicalize", "A “pattypan” squash.", "a pattypan squash"),
+        ("canonicalize", "snake_case — isn’t", "snake case — isnt"),
+    ],
+)
+def test_openclip_mends_texts_before_anything_else(clean, text, wanted):
+    facts = {"model_cfg": {"text_cfg": {"tokenizer_kwargs": {"clean": clean}}}}
+    settings = open_clip.OPEN_CLIP.tokens(Description({}, {"open_clip_config.json": facts}))
+    assert cleaned(text, settings["clean"]) == wanted
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_of_wrappers_are_stripped(prefix, clip_folder):
+    plain = import_weights(clip_folder)
+    file = clip_folder / "model.safetensors"
+    save_file({prefix + name: tensor for name, tensor in load_file(file).items()}, file)
+    assert same_params(import_weights(clip_folder), plain)
+
+
+def test_a_pointer_of_git_lfs_is_called_that(tmp_path):
+    (tmp_path / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid x\n"
+    )
+    with pytest.raises(ClipjaxError, match="pointer of Git LFS"):
+        import_weights(tmp_path)

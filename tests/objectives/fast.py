@@ -4,8 +4,7 @@ import functools
 
 import jax
 
-jit = functools.partial(
-    jax.jit,
-    # The older emitters compile in half the time.
-    compiler_options={"xla_cpu_use_fusion_emitters": False},
-)
+# The older emitters compile in half the time; jaxlib 0.12 has them no more.
+OLDER = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 12) else {}
+
+jit = functools.partial(jax.jit, compiler_options=OLDER)

@@ -9,15 +9,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import stub
 import torch
 
-stub.install()
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import named_weights as weights  # noqa: E402
-import open_clip  # noqa: E402
-import transformers  # noqa: E402
-from PIL import Image  # noqa: E402
+import named_weights as weights
+import open_clip
+import transformers
+from PIL import Image
 
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
@@ -79,28 +77,71 @@ def check_openai(folder, golden):
 
 
 def check_own(folder, to):
+    """Files and strings through the other library, against what clipjax made of them.
+
+    Returns:
+      by what was compared, the largest difference.
+    """
     ours = np.load(folder / "ours.npz")
-    captions = json.loads((folder / "captions.json").read_text())
-    pictures = [Image.fromarray(ours[f"picture{i}"]) for i in range(len(ours["image"]))]
-    path = folder / to
-    image = None
-    if to == "hf":
-        model = transformers.AutoModel.from_pretrained(path).eval()
-        processor = transformers.AutoProcessor.from_pretrained(path, backend="pil")
-        batch = processor(text=captions, images=pictures, padding="max_length", truncation=True,
-                          return_tensors="pt")  # fmt: skip
-        with torch.no_grad():
-            image = unit(features(model.get_image_features(pixel_values=batch["pixel_values"])))
-            text = unit(features(model.get_text_features(input_ids=batch["input_ids"])))
-    else:
-        model = open_clip.create_model(f"local-dir:{path}").eval()
-        ids = open_clip.get_tokenizer(f"local-dir:{path}")(captions)
-        with torch.no_grad():
+    facts = json.loads((folder / "facts.json").read_text())
+    pictures = [Image.open(file).convert("RGB") for file in facts["files"]]
+    # Where the export said that its library cuts pictures otherwise.
+    cuts = {"clip_down": "open_clip", "clip_even": "hf"}.get(folder.name) == to
+    found = {}
+    with torch.no_grad():
+        if to == "open_clip":
+            model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder / to}")
+            model.eval()
+            ids = open_clip.get_tokenizer(f"local-dir:{folder / to}")(facts["captions"])
+            image = unit(model.encode_image(torch.stack([preprocess(p) for p in pictures])))
             text = unit(model.encode_text(ids))
-    worst = np.abs(text - ours["text"]).max()
-    if image is not None:
-        worst = max(worst, np.abs(image - ours["image"]).max())
-    return worst
+        elif to == "hf-siglip2":
+            image, text = siglip2(folder / to, facts, pictures)
+        else:
+            image, text, found["pipeline"] = hugging_face(folder / to, facts, pictures, ours)
+    found["text"] = np.abs(text - ours["text"]).max()
+    found["image"] = np.abs(image - ours["image"]).max()
+    if cuts:
+        del found["image"]
+        found.pop("pipeline", None)
+    return found
+
+
+def hugging_face(path, facts, pictures, ours):
+    model = transformers.AutoModel.from_pretrained(path).eval()
+    images = {}
+    for backend in ("pil", "torchvision"):
+        processor = transformers.AutoProcessor.from_pretrained(path, backend=backend)
+        batch = processor(text=facts["captions"], images=pictures, padding="max_length",
+                          truncation=True, return_tensors="pt")  # fmt: skip
+        out = model(**batch)
+        images[backend] = unit(out.image_embeds)
+    gap = np.abs(images["torchvision"] - ours["image"]).max()
+    print(f"{'':42} torchvision's backend: {gap:.1e}")
+    processor = transformers.AutoProcessor.from_pretrained(path, backend="pil")
+    classify = transformers.pipeline(
+        "zero-shot-image-classification", model=model, tokenizer=processor.tokenizer,
+        image_processor=processor.image_processor,
+    )  # fmt: skip
+    answers = classify(facts["files"], candidate_labels=facts["labels"], hypothesis_template="{}")
+    scores = [[next(a["score"] for a in row if a["label"] == label) for label in facts["labels"]]
+              for row in answers]  # fmt: skip
+    return images["pil"], unit(out.text_embeds), np.abs(scores - ours["probabilities"]).max()
+
+
+def siglip2(path, facts, pictures):
+    """As the notes of the export tell: squares, the folder's numbers, its own tokenizer's class."""
+    model = transformers.AutoModel.from_pretrained(path).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(path, backend="pil")
+    side = int(model.config.vision_config.num_patches**0.5) * processor.patch_size
+    squares = [picture.resize((side, side), processor.resample) for picture in pictures]
+    numbers = {"patch_size": processor.patch_size, "max_num_patches": processor.max_num_patches}
+    batch = processor(squares, return_tensors="pt", **numbers)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
+    texts = tokenizer(facts["captions"], padding="max_length", truncation=True, max_length=64,
+                      return_tensors="pt")  # fmt: skip
+    out = model(**texts, **batch)
+    return unit(out.image_embeds), unit(out.text_embeds)
 
 
 def main(root):
@@ -109,10 +150,12 @@ def main(root):
     for folder in sorted(p for p in root.iterdir() if p.is_dir()):
         own = (folder / "ours.npz").exists()
         for path in sorted(p for p in folder.iterdir() if p.is_dir() and p.name != "source"):
-            if path.name.startswith("big_vision"):
-                continue  # its reader is load_big_vision_weights, which made the golden
+            if path.name.startswith("big_vision") or path.name == "pictures":
+                continue  # big_vision's reader is load_big_vision_weights, which made the golden
             if own:
-                worst = check_own(folder, path.name)
+                found = check_own(folder, path.name)
+                worst = max(found.values())
+                print(f"{'':42} " + "  ".join(f"{k} {v:.1e}" for k, v in found.items()))
             else:
                 goldens = Path(__file__).parent.parent / "goldens"
                 golden = json.loads((goldens / f"{folder.name}.json").read_text())

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import conftest
@@ -24,7 +25,12 @@ from clipjax.models import DualEncoder
 from clipjax.params import split
 from clipjax.towers import TextTransformer, ViT
 
-CAPTIONS = ["a red apple", "two green apples on a table", "the cat sat", "ÉTÉ à la plage", "x"]
+CAPTIONS = [
+    "a red apple", "two green apples on a table", "the cat sat", "ÉTÉ à la plage", "x",
+    "A “pattypan” squash – the chef’s", "ﬁsh &amp; chips", "fish &amp;amp; chips", "赤い リンゴ（２個）",
+    "सेब", "  spaced\tout\n text ", "👩‍🚀 and 🍎", "<eos> is text, <bos> too", "100 % ＦＵＬＬ width",
+]  # fmt: skip
+LABELS = ["a red apple", "the cat’s mat", "赤い リンゴ"]
 
 
 def main(out):
@@ -36,44 +42,64 @@ def main(out):
                 export_weights(pretrained, out / name / to, to)
             except ClipjaxError as error:
                 print(f"{name} -> {to}: {error}")
-    for name, model in own_models().items():
-        tokenizer = BPE(vocab_size=300).build(CAPTIONS)
+    for name, (model, resize) in own_models().items():
+        tokenizer = BPE(vocab_size=300, clean="repair").build(CAPTIONS)
         _, params, state = split(model.build(nnx.Rngs(1)))
         params = jax.tree.map(lambda x: np.asarray(x) * 1.5, params)
-        resize = Resize("crop", half_pixel="down") if name == "clip" else Resize("squash")
-        pretrained = Pretrained(model, params, state, tokenizer, 16, 32, resize)
+        size = model.image.image_size
+        length = model.text.context_length
+        pretrained = Pretrained(model, params, state, tokenizer, length, size, resize)
+        files = write_pictures(out / name / "pictures")
         predictor = pretrained.predictor()
-        pictures = list(photos.pictures())
-        (out / name).mkdir(parents=True)
         np.savez(
             out / name / "ours.npz",
-            image=predictor.encode_image(pictures),
+            image=predictor.encode_image(files),
             text=predictor.encode_text(CAPTIONS),
-            **{f"picture{i}": p for i, p in enumerate(pictures)},
+            probabilities=predictor.classify(files, LABELS).probabilities,
         )
-        (out / name / "captions.json").write_text(json.dumps(CAPTIONS))
-        for to in ("hf", "open_clip"):
+        facts = {"captions": CAPTIONS, "labels": LABELS, "files": files}
+        (out / name / "facts.json").write_text(json.dumps(facts))
+        for to in ("hf", "hf-siglip2", "open_clip"):
             try:
                 export_weights(pretrained, out / name / to, to)
             except ClipjaxError as error:
                 print(f"{name} -> {to}: {error}")
 
 
+def write_pictures(folder):
+    """PNG and JPEG files by turns; their paths."""
+    folder.mkdir(parents=True)
+    files = []
+    for i, pixels in enumerate(photos.pictures()):
+        files.append(str(folder / f"{i}.{('png', 'jpg')[i % 2]}"))
+        Image.fromarray(pixels).save(files[-1])
+    return files
+
+
 def own_models():
+    """By name, a model and how it sees pictures: what users have, defaults included."""
     shape = {"width": 64, "depth": 2, "heads": 2}
-    text = {"vocab_size": 300, "context_length": 16, **shape}
-    clip_image = ViT(image_size=32, patch_size=8, pre_norm=True, patch_bias=False, **shape)
-    siglip_image = ViT(image_size=32, patch_size=8, pool="map", **shape)
+    text = {"vocab_size": 300, "context_length": 24, **shape}
+    sizes = {"image_size": 32, "patch_size": 8, **shape}
+    sigmoid = {"embed_dim": 64, "image_projection": "none", "text_projection": "affine"}
+    # transformers' pipeline pads SigLIP's texts to 64 tokens, whatever a folder says.
+    last = TextTransformer(
+        pool="last", causal=False, pad_id=None, **(text | {"context_length": 64})
+    )
+
+    def clip(**image):
+        return DualEncoder(ViT(**sizes, **image), TextTransformer(**text), embed_dim=24)
+
+    def siglip():
+        image = ViT(pool="map", **sizes)
+        return DualEncoder(image, last, logit_bias_init=-10.0, **sigmoid)
+
     return {
-        "clip": DualEncoder(clip_image, TextTransformer(**text), embed_dim=24),
-        "siglip": DualEncoder(
-            siglip_image,
-            TextTransformer(pool="last", causal=False, pad_id=None, **text),
-            embed_dim=64,
-            image_projection="none",
-            text_projection="affine",
-            logit_bias_init=-10.0,
-        ),
+        "clip_down": (clip(pre_norm=True), Resize("crop", half_pixel="down")),
+        "clip_even": (clip(), Resize("crop")),
+        "clip_squash": (clip(pre_norm=True), Resize("squash", "bilinear")),
+        "siglip": (siglip(), Resize("squash")),
+        "siglip2": (siglip(), Resize("squash", "bilinear")),
     }
 
 

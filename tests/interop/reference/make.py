@@ -14,14 +14,12 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import stub
 import torch
 
-stub.install()
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import named_weights as weights  # noqa: E402
-import open_clip  # noqa: E402
-import transformers  # noqa: E402
+import named_weights as weights
+import open_clip
+import transformers
 
 OUT = Path(__file__).parent.parent / "goldens"
 N = 3

@@ -1,27 +1,18 @@
 """Makes goldens/preprocessing.npz: what the reference pipelines make of pictures.
 
-OpenCLIP's and OpenAI's is torchvision's Resize, CenterCrop and Normalize. Where only a torchvision
-without its compiled part is to be had, name its folder in TORCHVISION: the transforms of Pillow images
-need no more. transformers' are its image processors, on Pillow.
+OpenCLIP's and OpenAI's is torchvision's Resize, CenterCrop and Normalize; transformers' are its image
+processors, on Pillow.
 """
 
-import os
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms import transforms as T
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-
-if "TORCHVISION" in os.environ:
-    package = types.ModuleType("torchvision")
-    package.__path__ = [os.environ["TORCHVISION"]]
-    package.disable_beta_transforms_warning = lambda: None
-    sys.modules["torchvision"] = package
-from torchvision.transforms import transforms as T
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import photos

@@ -10,10 +10,7 @@ from pathlib import Path
 
 import emoji
 import numpy as np
-import stub
-
-stub.install()
-from open_clip.tokenizer import SimpleTokenizer, get_pairs  # noqa: E402
+from open_clip.tokenizer import SimpleTokenizer, get_pairs
 
 LANGUAGES = ("en", "es", "ja", "ko", "pt", "it", "fr", "de", "fa", "id", "zh", "ru", "tr", "ar")
 TRICKY = [

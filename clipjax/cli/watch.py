@@ -1,0 +1,81 @@
+"""`clipjax eval RUN --watch`: a run's checkpoints evaluated as they come, beside the run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clipjax.cli.models import say
+from clipjax.errors import ClipjaxError
+
+if TYPE_CHECKING:
+    from clipjax.evals import Evaluator, Runner
+
+FILE = "watched.jsonl"
+"""In the run's folder: a line a checkpoint, its step and its figures."""
+
+
+def watch(options: argparse.Namespace, evaluators: tuple[Evaluator, ...]) -> int:
+    """Evaluates each checkpoint that has no line in the file yet; returns once the run has ended.
+
+    Checkpoints that the run deletes before their turn are left out, with a note.
+    """
+    from clipjax.checkpoint import FOLDER, complete_steps
+    from clipjax.evals import build_runners
+    from clipjax.restore import open_pretrained, open_run
+    from clipjax.tracking import print_results
+
+    folder: Path = options.models[0]
+    if not folder.is_dir():
+        raise ClipjaxError(f"--watch {folder}: there is no such folder")
+    poll = 30.0 if options.poll is None else options.poll
+    done = _watched(folder / FILE)
+    runners: list[tuple[Evaluator, Runner]] = build_runners(evaluators)
+    while True:
+        ended = (folder / "results.json").is_file()  # before looking, so that the last one is seen
+        new = [step for step in complete_steps(folder) if step not in done]
+        for step in new:
+            done.add(step)
+            try:
+                path = folder / FOLDER / str(step)
+                if not runners:
+                    runners = open_run(path, batch_size=options.batch_size).runners
+                predictor = open_pretrained(path).predictor(batch_size=options.batch_size)
+            except (ClipjaxError, OSError) as error:
+                if (folder / FOLDER / str(step)).is_dir():
+                    raise
+                say(f"step {step} is gone before it could be read: {error}")
+                continue
+            if not runners:
+                raise ClipjaxError(
+                    f"{folder} has no evaluators of its own: give --dataset or --evals"
+                )
+            figures: dict[str, float] = {}
+            for _, runner in runners:
+                figures |= runner(predictor)
+            print_results(f"{folder} at step {step}", figures)
+            line = json.dumps({"step": step} | figures)
+            with (folder / FILE).open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            if options.json:
+                print(line, flush=True)
+        if ended and not new:
+            return 0
+        if not new:
+            time.sleep(poll)
+
+
+def _watched(file: Path) -> set[int]:
+    """The steps that have a line; one that a kill cut short is written again."""
+    if not file.is_file():
+        return set()
+    found = set()
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            found.add(int(json.loads(line)["step"]))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found
