@@ -295,9 +295,9 @@ class Sum(Objective):
 
     def __call__(self, encoded, context):
         parts = leaves(self)
-        return add_up(
-            parts, context, [leaf.objective(encoded, leaf.own(context)) for leaf in parts]
-        )
+        outcomes = [leaf.objective(encoded, leaf.own(context)) for leaf in parts]
+        loss, metrics, results = add_up(parts, context, outcomes)
+        return loss, named(metrics), results
 
     @property
     def needs(self):
@@ -363,27 +363,28 @@ def leaves(objective: Objective) -> tuple[Leaf, ...]:
 
 def add_up(
     parts: Iterable[Leaf], context: Context, outcomes: Iterable[Outcome]
-) -> tuple[jax.Array, Metrics, dict[str, Results]]:
-    """The weighted sum of the terms' losses, their metrics, and their results by term.
-
-    A metric that two terms call alike gets the term's name in front.
-    """
+) -> tuple[jax.Array, dict[str, Metrics], dict[str, Results]]:
+    """The weighted sum of the terms' losses, and by term their metrics (see `named`) and results."""
     total = jnp.zeros((), jnp.float32)
-    scalars: list[tuple[str, Metrics]] = []
+    metrics: dict[str, Metrics] = {}
     results: dict[str, Results] = {}
     for leaf, outcome in zip(parts, outcomes, strict=True):
         total = total + leaf.weight(context.step) * outcome[0]
         own = {f"loss/{leaf.name}": outcome[0]} if leaf.number is not None else {}
-        scalars.append((leaf.name, own | outcome[1]))
+        metrics[leaf.name] = own | outcome[1]
         if len(outcome) > 2:
             results[leaf.name] = jax.lax.stop_gradient(outcome[2])  # type: ignore[misc]
-    names = [name for _, own in scalars for name in own]
-    metrics = {
+    return total, metrics, results
+
+
+def named(metrics: dict[str, Metrics]) -> Metrics:
+    """All terms' metrics; one that two terms call alike gets the term's name in front."""
+    names = [name for own in metrics.values() for name in own]
+    return {
         (name if names.count(name) == 1 else f"{term}/{name}"): value
-        for term, own in scalars
+        for term, own in metrics.items()
         for name, value in own.items()
     }
-    return total, metrics, results
 
 
 def needs_of(objective: Chosen, name: str, batch: Batch) -> frozenset[str]:

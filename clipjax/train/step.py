@@ -35,6 +35,7 @@ from clipjax.objectives.base import (
     PerExample,
     add_up,
     leaves,
+    named,
     needs_of,
     union,
 )
@@ -226,7 +227,7 @@ def _whole_batch(model, parts, moving, context, aux, key):
         seen = dataclasses.replace(context, **model.heads(moving, key))
         outcomes = [leaf.objective(encoded, leaf.own(seen, aux)) for leaf in parts]
         loss, metrics, results = add_up(parts, context, outcomes)
-        return loss, (metrics | _facts(encoded), model_state, results)
+        return loss, (named(metrics) | _facts(encoded), model_state, results)
 
     (loss, (metrics, model_state, results)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
         moving
@@ -254,7 +255,7 @@ def _accumulated(mesh: Mesh, k: int):
         aux_rows = {p.name: cut(aux[p.name].rows) for p in alone}
 
         def first_pass():
-            """The coupled part of the loss, its metrics and results, chosen rows; cotangents by micro-batch,
+            """The coupled part of the loss, its metrics, facts and results, chosen rows; cotangents by micro-batch,
             and the gradient that comes of heads which the objectives call themselves."""
 
             def embed(_, inputs):
@@ -264,11 +265,11 @@ def _accumulated(mesh: Mesh, k: int):
                 seen = dataclasses.replace(context, **model.heads(moving, key))
                 outcomes = [p.objective(encoded, p.own(seen, aux)) for p in coupled]
                 loss, metrics, results = add_up(coupled, context, outcomes)
-                return loss, (metrics | _facts(encoded), results)
+                return loss, (metrics, _facts(encoded), results)
 
             _, stacked = jax.lax.scan(embed, None, (micro, keys))
             full = Encoded(whole(stacked.rows), jax.tree.map(lambda x: x[0], stacked.shared))
-            (loss, (metrics, results)), (cotangent, grads) = jax.value_and_grad(
+            (loss, (metrics, facts, results)), (cotangent, grads) = jax.value_and_grad(
                 loss_fn, argnums=(0, 1), has_aux=True
             )(full, moving)
             still = jax.lax.stop_gradient(full)
@@ -285,7 +286,7 @@ def _accumulated(mesh: Mesh, k: int):
                 lambda g: jnp.broadcast_to(g / k, (k, *g.shape)), cotangent.shared
             )
             cotangents = Encoded(cut(cotangent.rows), shared)
-            return loss, metrics, results, cotangents, grads, chosen
+            return loss, metrics, facts, results, cotangents, grads, chosen
 
         def second_pass(cotangents, grads, chosen):
             """The per-example part of the loss, its metrics and results, all gradients, the model's new state."""
@@ -331,9 +332,9 @@ def _accumulated(mesh: Mesh, k: int):
             return losses.sum(), metrics, whole(results), grads, jax.tree.map(_joined, states)
 
         if first_needs:
-            loss, metrics, results, cotangents, grads, chosen = first_pass()
+            loss, metrics, facts, results, cotangents, grads, chosen = first_pass()
         else:
-            loss, metrics, results, cotangents, chosen = 0.0, {}, {}, None, {}
+            loss, metrics, facts, results, cotangents, chosen = 0.0, {}, {}, {}, None, {}
             grads = jax.tree.map(jnp.zeros_like, moving)
         local_loss, local_metrics, local_results, grads, model_state = second_pass(
             cotangents, grads, chosen
@@ -341,7 +342,7 @@ def _accumulated(mesh: Mesh, k: int):
         return (
             loss + local_loss,
             grads,
-            metrics | local_metrics,
+            named(metrics | local_metrics) | facts,
             model_state,
             results | local_results,
         )

@@ -3,7 +3,7 @@
 import dataclasses
 
 from clipjax.objectives import Context, PairEngine
-from clipjax.objectives.base import add_up, leaves
+from clipjax.objectives.base import add_up, leaves, named
 
 
 def evaluate(objective, encoded, batch=None, engine=None, states=None, **facts):
@@ -17,4 +17,6 @@ def evaluate(objective, encoded, batch=None, engine=None, states=None, **facts):
         )
         for p in parts
     }
-    return add_up(parts, context, [p.objective(encoded, p.own(context, aux)) for p in parts])
+    outcomes = [p.objective(encoded, p.own(context, aux)) for p in parts]
+    loss, metrics, results = add_up(parts, context, outcomes)
+    return loss, named(metrics), results
