@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INTEROP := .venv-interop
 
-.PHONY: quickstart test test-interop check lint clean
+.PHONY: quickstart test test-interop test-stores check lint clean
 
 # Downloads only Python packages; the data set is made from two of them.
 quickstart: $(VENV)/.installed-quickstart
@@ -26,6 +26,10 @@ CHECK := tests/test_component.py tests/test_sharding.py tests/test_public_names.
 
 check: lint
 	$(BIN)/python -m pytest -n 2 -x $(CHECK) --deselect tests/methods/test_registry.py::test_every_config_trains
+
+# Against servers of S3 and Google Cloud Storage on loopback, with faults on the way.
+test-stores: $(VENV)/.installed-test-stores
+	$(BIN)/python -m pytest tests/stores
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

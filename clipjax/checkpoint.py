@@ -12,13 +12,14 @@ import dataclasses
 import errno
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
 
+from clipjax import orbax_s3
 from clipjax.checksums import checksums
 from clipjax.component import Component
 from clipjax.errors import ClipjaxError, DamagedCheckpoint, Unavailable, did_you_mean
@@ -26,6 +27,7 @@ from clipjax.files import scratch
 from clipjax.meta import Meta
 from clipjax.optim.duration import Duration, Every, as_every
 from clipjax.params import map_with_path, paths
+from clipjax.stores import COMMITTED, absolute, is_remote, move_tree, place
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
@@ -79,9 +81,25 @@ class Checkpointing(Component):
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, run_folder: Path, config: Checkpointing | None = None):
-        """Opens (and, when `config` is given, creates) `run_folder/checkpoints`."""
-        self.folder = Path(run_folder).absolute() / FOLDER
+    def __init__(
+        self,
+        run_folder: Path,
+        config: Checkpointing | None = None,
+        before_save: Callable[[], None] = lambda: None,
+    ):
+        """Opens (and, when `config` is given, creates) `run_folder/checkpoints`.
+
+        Args:
+          run_folder: the run's.
+          config: when to save and what to keep; None: only to read.
+          before_save: called before a save: what a run that goes on from it will look for must be there.
+        """
+        self._before_save = before_save
+        self.folder = absolute(place(run_folder)) / FOLDER
+        in_bucket = {}
+        if is_remote(self.folder):
+            orbax_s3.teach()
+            in_bucket = {"temporary_path_class": ocp.path.atomicity.CommitFileTemporaryPath}
         self._config = config
         self._metas: dict[int, Meta] = {}
         self._manager = ocp.CheckpointManager(
@@ -95,6 +113,7 @@ class Checkpoints:
                 enable_async_checkpointing=config is not None,
                 # What a kill during a save leaves is as large as a checkpoint.
                 cleanup_tmp_directories=config is not None,
+                **in_bucket,
             ),
         )
         # In memory, since what is on the disk differs from process to process while a save is under way.
@@ -132,6 +151,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
+        self._before_save()
         kept = ({MILESTONE: 1.0} if milestone else {}) | self._best(figures or {})
         self._saved_with[step] = kept
         meta = dataclasses.replace(
@@ -343,13 +363,13 @@ def _no_order(metrics: Any) -> float:
 
 def set_aside(run_folder: Path, step: int) -> Path:
     """Moves a checkpoint out of the way, into the run's `aside/`; returns where it is now."""
-    folder = Path(run_folder) / ASIDE
+    folder = place(run_folder) / ASIDE
     folder.mkdir(exist_ok=True)
-    place = folder / str(step)
-    if place.exists():
-        place = scratch(place)
-    (Path(run_folder) / FOLDER / str(step)).rename(place)
-    return place
+    target = folder / str(step)
+    if target.exists():
+        target = scratch(target)
+    move_tree(place(run_folder) / FOLDER / str(step), target)
+    return target
 
 
 def latest_step(run_folder: Path) -> int | None:
@@ -359,14 +379,16 @@ def latest_step(run_folder: Path) -> int | None:
 
 def complete_steps(run_folder: Path) -> list[int]:
     """Steps of all complete checkpoints in a run's folder, ascending; one process alone may ask."""
-    folder = Path(run_folder) / FOLDER
+    folder = place(run_folder) / FOLDER
     if not folder.is_dir():
         return []
-    return sorted(
-        int(p.name)
-        for p in folder.iterdir()
-        if p.name.isdigit() and ocp.utils.is_checkpoint_finalized(p)
-    )
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and _is_complete(p))
+
+
+def _is_complete(folder: Path) -> bool:
+    if is_remote(folder):
+        return (folder / COMMITTED).exists()
+    return ocp.utils.is_checkpoint_finalized(folder)
 
 
 PASSING = {
@@ -401,7 +423,7 @@ def locate(path: Path) -> tuple[Path, int]:
     Raises:
       ClipjaxError: there is no checkpoint of clipjax at `path`.
     """
-    path = Path(path)
+    path = place(path)
     if not path.is_dir():
         raise ClipjaxError(
             f"{path} is no folder: give a run's folder or one of its checkpoints/<step>"

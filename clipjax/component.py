@@ -126,3 +126,19 @@ def _descendants(cls: type) -> list[type]:
     for child in cls.__subclasses__():
         found += [child, *_descendants(child)]
     return found
+
+
+def differences(one: Any, other: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted path, value, other value) for everything that differs between two JSON trees."""
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        one, other = dict(enumerate(one)), dict(enumerate(other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        names = dict.fromkeys([*one, *other])
+        return [
+            difference
+            for name in names
+            for difference in differences(
+                one.get(name), other.get(name), f"{path}.{name}".lstrip(".")
+            )
+        ]
+    return [] if one == other else [(path, one, other)]

@@ -28,6 +28,7 @@ from clipjax.optim import Duration, Ema, Every, Optimizer, SpikeGuard
 from clipjax.optim.duration import as_every
 from clipjax.sharding import Sharding
 from clipjax.start import Start
+from clipjax.stores import place
 from clipjax.tracking import TensorBoard, Tracker
 
 
@@ -119,7 +120,7 @@ def load_config(path: Path) -> Run:
     Raises:
       ClipjaxError: the file is missing, does not run, or returns something else.
     """
-    path = Path(path)
+    path = place(path)
     if path.suffix == ".json":
         return load_run(path)
     module = load_module(path)
@@ -152,9 +153,9 @@ def load_run(path: Path) -> Run:
     from clipjax.component import from_json
 
     try:
-        run = from_json(json.loads(Path(path).read_text()))
+        run = from_json(json.loads(place(path).read_text()))
     except OSError as error:
-        raise ClipjaxError(f"{path}: {error.strerror}") from error
+        raise ClipjaxError(f"{path}: {error.strerror or 'no such file'}") from error
     except json.JSONDecodeError as error:
         raise ClipjaxError(f"{path}: not JSON ({error})") from error
     if not isinstance(run, Run):

@@ -39,6 +39,10 @@ class Unavailable(ClipjaxError):
     exit_code = EXIT_UNAVAILABLE
 
 
+class Absent(Unavailable):
+    """A process that did not come in time: nobody should wait for it again, not even to end."""
+
+
 class Preempted(ClipjaxError):
     """A signal asked the run to stop; it has saved and can be started again."""
 

@@ -8,6 +8,8 @@ import secrets
 import socket
 from pathlib import Path
 
+from clipjax.stores import is_remote, persistent, place
+
 TEMPORARY = ".tmp"
 """How the names of files end that are not whole yet."""
 
@@ -16,17 +18,21 @@ def replace_file(path: str | Path, content: str | bytes) -> None:
     """Writes a file in one rename.
 
     Args:
-      path: its folder must exist.
+      path: its folder must exist. In a bucket it is written as one object.
       content: text is written as UTF-8.
 
     Raises:
       OSError: it cannot be written; what was there is as it was.
     """
-    path = Path(path)
+    path = place(path)
+    content = content.encode("utf-8", "replace") if isinstance(content, str) else content
+    if is_remote(path):  # an object appears whole or not at all
+        persistent(f"writing {path}", lambda: path.write_bytes(content))
+        return
     temporary = scratch(path)
     try:
         with temporary.open("xb") as file:
-            file.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())  # else a power cut may leave an empty file under the new name
         os.replace(temporary, path)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,11 +26,13 @@ from jax.sharding import Mesh
 from clipjax.component import from_json, to_json
 from clipjax.data import Resize, TokenizerModel, load_tokenizer
 from clipjax.errors import ClipjaxError, did_you_mean
+from clipjax.files import replace_file
 from clipjax.mesh import MeshShape
 from clipjax.models import Model
 from clipjax.params import Tree, abstract, paths
 from clipjax.predictor import Predictor
 from clipjax.sharding import Sharding
+from clipjax.stores import delivered, fetched, is_remote, place
 
 FORMAT = 1
 MODEL_FILE, WEIGHTS_FILE, TOKENIZER_FOLDER = "model.json", "model.safetensors", "tokenizer"
@@ -157,15 +158,11 @@ class Pretrained:
         """
         from safetensors.numpy import save_file
 
-        folder = Path(folder)
+        folder = place(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ClipjaxError(f"{folder} exists and is not empty: name a new folder for the model")
-        folder.mkdir(parents=True, exist_ok=True)
         tree = {"params": self.params, "model_state": self.model_state}
         flat = {name: np.array(leaf, order="C") for name, leaf in paths(jax.device_get(tree))}
-        save_file(flat, folder / WEIGHTS_FILE)
-        if self.tokenizer is not None:
-            self.tokenizer.save(folder / TOKENIZER_FOLDER)
         facts = {
             "format": FORMAT,
             "model": to_json(self.model),
@@ -173,14 +170,18 @@ class Pretrained:
             "image_size": self.image_size,
             "resize": to_json(self.resize),
         }
-        temporary = folder / (MODEL_FILE + ".tmp")
-        temporary.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-        os.replace(temporary, folder / MODEL_FILE)
+        with delivered(folder, last=MODEL_FILE) as target:
+            target.mkdir(parents=True, exist_ok=True)
+            save_file(flat, target / WEIGHTS_FILE)
+            if self.tokenizer is not None:
+                self.tokenizer.save(target / TOKENIZER_FOLDER)
+            text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+            replace_file(target / MODEL_FILE, text)
 
 
 def is_pretrained(path: Path) -> bool:
     """Whether `path` is a folder that `Pretrained.save` wrote."""
-    return (Path(path) / MODEL_FILE).is_file()
+    return (place(path) / MODEL_FILE).is_file()
 
 
 def read_pretrained(folder: str | Path) -> Pretrained:
@@ -192,7 +193,10 @@ def read_pretrained(folder: str | Path) -> Pretrained:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    folder = Path(folder)
+    folder = place(folder)
+    if is_remote(folder):
+        with fetched(folder) as copy:
+            return read_pretrained(copy)
     try:
         facts = json.loads((folder / MODEL_FILE).read_text())
         flat = load_file(folder / WEIGHTS_FILE)

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from clipjax.errors import EXIT_PREEMPTED, ClipjaxError
+from clipjax.errors import EXIT_UNAVAILABLE, ClipjaxError
 
 log = logging.getLogger(__name__)
 START_SECONDS = "CLIPJAX_START_SECONDS"
@@ -49,8 +49,8 @@ def start_processes() -> None:
     """
     env = os.environ
     timeouts: dict[str, Any] = {
-        "initialization_timeout": _seconds(env, START_SECONDS, 300),
-        "heartbeat_timeout_seconds": _seconds(env, HEARTBEAT_SECONDS, 100),
+        "initialization_timeout": seconds_of(env, START_SECONDS, 300),
+        "heartbeat_timeout_seconds": seconds_of(env, HEARTBEAT_SECONDS, 100),
     }
     if address := env.get("JAX_COORDINATOR_ADDRESS"):
         index, count = _rank(env, address)
@@ -175,7 +175,7 @@ def _join(where: str, timeouts: dict[str, Any], **known: Any) -> None:
 
 
 @contextlib.contextmanager
-def ended_after(seconds: float, message: str, code: int = EXIT_PREEMPTED) -> Iterator[None]:
+def ended_after(seconds: float, message: str, code: int = EXIT_UNAVAILABLE) -> Iterator[None]:
     """Ends the process, with a message and an exit code, when the block takes longer.
 
     For calls that wait for other processes in native code, which no exception gets out of.
@@ -202,7 +202,8 @@ def _number(env: Mapping[str, str], name: str) -> int:
         return 1
 
 
-def _seconds(env: Mapping[str, str], name: str, default: int) -> int:
+def seconds_of(env: Mapping[str, str], name: str, default: int) -> int:
+    """A time that an environment variable sets."""
     text = env.get(name, str(default))
     if not text.isdigit() or int(text) < 1:
         raise ClipjaxError(f"{name}={text!r}: give whole seconds, at least 1")

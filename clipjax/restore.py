@@ -18,7 +18,7 @@ from clipjax.mesh import MeshShape
 from clipjax.params import abstract, join, select
 from clipjax.predictor import Predictor
 from clipjax.pretrained import Pretrained, is_pretrained, read_pretrained
-from clipjax.stores import place
+from clipjax.stores import fetched, is_remote, place
 
 if TYPE_CHECKING:
     from clipjax.config import Run
@@ -115,6 +115,10 @@ def open_pretrained(path: str | Path, mesh: Mesh | None = None) -> Pretrained:
       ClipjaxError: there is no model, or it names components that are unknown here.
     """
     path = place(path)
+    is_run = path.parent.name == "checkpoints" or (path / "checkpoints").is_dir()
+    if is_remote(path) and not is_run:
+        with fetched(path) as copy:
+            return open_pretrained(copy, mesh)
     if is_pretrained(path):
         return read_pretrained(path)
     from clipjax.interop.source import is_source

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
-from clipjax.errors import ClipjaxError, did_you_mean
+from clipjax.errors import Absent, ClipjaxError, did_you_mean
 
 VERBS = {
     "train": "train CONFIG --workdir DIR, or continue what DIR holds",
@@ -61,6 +61,9 @@ def _main(arguments: list[str]) -> int:
         if debug:
             raise
         print(f"clipjax: {error}", file=sys.stderr)
+        if isinstance(error, Absent):  # an orderly end would wait for the absent
+            sys.stderr.flush()
+            os._exit(error.exit_code)
         return error.exit_code
     except BrokenPipeError:  # `clipjax config ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left has no reader

@@ -15,6 +15,7 @@ from clipjax.interop import big_vision, huggingface, open_clip, tokens
 from clipjax.interop.family import Family, differences
 from clipjax.params import paths
 from clipjax.pretrained import Pretrained
+from clipjax.stores import delivered, is_remote, place
 from clipjax.towers import TextTransformer
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,10 @@ def export_weights(pretrained: Pretrained, folder: str | Path, to: str) -> Famil
     """
     from safetensors.numpy import save_file
 
-    folder = Path(folder)
+    folder = place(folder)
+    if is_remote(folder):
+        with delivered(folder) as target:
+            return export_weights(pretrained, target, to)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ClipjaxError(f"{folder} exists and is not empty: name a new folder for the export")
     pretrained = pretrained.folded()

@@ -19,6 +19,7 @@ from clipjax.report import charts
 from clipjax.report.confusion import row_shares
 from clipjax.report.contents import CaptionExample, Confusion, Example, Similarities
 from clipjax.report.pictures import heat_uri, picture_uri, strip_uri
+from clipjax.stores import is_remote, place
 from clipjax.tracking import headline, read_metrics
 from clipjax.tracking.goodput import Goodput, goodput, read_attempts
 
@@ -135,7 +136,7 @@ def write_report(
     """
     import jinja2
 
-    folder = Path(run_dir)
+    folder = place(run_dir)
     log = read_metrics(folder / "metrics.jsonl")
     points = charts.curves(log)
     templates = jinja2.Environment(
@@ -148,7 +149,7 @@ def write_report(
     templates.filters["figure"] = figure
     templates.filters["picture"] = picture_uri
     page = templates.get_template("template.html").render(
-        title=title or folder.resolve().name,
+        title=title or (folder if is_remote(folder) else folder.resolve()).name,
         facts=dict(facts or {}) | _facts(log),
         written=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         tiles=_tiles(results, chance or {}),

@@ -21,8 +21,10 @@ import jax
 from clipjax.component import Component
 from clipjax.errors import ClipjaxError
 from clipjax.files import replace_file
+from clipjax.stores import Spool, place
 
 log = logging.getLogger(__name__)
+WANDB_FILE = "wandb_id"
 
 Scalars = Mapping[str, Any]
 
@@ -108,12 +110,14 @@ class Tracking:
           resume_step: the step that the run resumes from, None for a new run.
         """
         self._writers: list[Writer] = []
+        self._spool = Spool(place(workdir), ("metrics.jsonl", WANDB_FILE))
         if jax.process_index() == 0:
+            folder = self._spool.__enter__().folder
             try:
                 for tracker in trackers:
-                    self._writers.append(tracker.build(Path(workdir), config or {}, resume_step))
+                    self._writers.append(tracker.build(folder, config or {}, resume_step))
                 # Last, because opening it drops lines: a tracker that fails leaves the file alone.
-                self._writers.append(MetricsLog(Path(workdir) / "metrics.jsonl", resume_step))
+                self._writers.append(MetricsLog(folder / "metrics.jsonl", resume_step))
             except BaseException:
                 self.close()
                 raise
@@ -125,6 +129,11 @@ class Tracking:
             for writer in self._writers:
                 writer.write(step, floats)
 
+    def flush(self) -> None:
+        """Sees that a run's folder in a bucket has what was written so far."""
+        if self._writers:
+            self._spool.flush()
+
     def close(self) -> None:
         """Closes every writer, also when one of them fails to."""
         errors = []
@@ -134,6 +143,10 @@ class Tracking:
             except Exception as error:
                 errors.append(error)
         self._writers = []
+        try:
+            self._spool.__exit__()
+        except Exception as error:
+            errors.append(error)
         if errors:
             raise errors[0]
 
@@ -186,9 +199,10 @@ class MetricsLog:
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`; none if there is no file. Lines cut off by a kill are left out."""
-    lines = []
-    if Path(path).is_file():
-        for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+    lines: list[dict[str, Any]] = []
+    path = place(path)
+    if path.is_file():
+        for text in path.read_bytes().decode("utf-8", "replace").splitlines():
             try:
                 line = json.loads(text)
             except ValueError:
@@ -258,7 +272,7 @@ class _WandbWriter:
     ):
         wandb = _import_wandb()
         # The id in the run's folder is what lets a resumed run continue the same curves.
-        id_file = workdir / "wandb_id"
+        id_file = workdir / WANDB_FILE
         resumed = resume_step is not None and id_file.exists()
         run_id = id_file.read_text().strip() if resumed else secrets.token_hex(4)
         id_file.parent.mkdir(parents=True, exist_ok=True)

@@ -10,26 +10,30 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from clipjax.checkpoint import FOLDER, complete_steps, latest_step, set_aside
-from clipjax.component import from_json, to_json
+from clipjax.component import differences, from_json, to_json
 from clipjax.config import Run
 from clipjax.errors import ClipjaxError, Unavailable
 from clipjax.files import TEMPORARY, replace_file
+from clipjax.lease import FOLDER as LEASE_FOLDER
+from clipjax.lease import leased
 from clipjax.meta import Meta, unpack_tokenizer
+from clipjax.stores import absolute, is_remote, remove_tree
 from clipjax.tracking.goodput import ATTEMPTS_FILE, read_attempts
+from clipjax.train.agreement import decide, meeting
 
 log = logging.getLogger(__name__)
+VISIBLE_SECONDS = 60.0
+"""How long a shared file system may take to show one host what another has written."""
 RUN_FILE = "run.json"
 TOKENIZER_FOLDER = "tokenizer"
 LOCK_FILE = ".lock"
@@ -46,7 +50,7 @@ def claim(run: Run, workdir: Path) -> None:
         raise ClipjaxError(f"{workdir} is a file: --workdir names a folder for the run")
     # What a run killed before it wrote anything may have left.
     if not workdir.is_dir() or all(
-        p.name == LOCK_FILE or p.name.endswith(TEMPORARY) for p in workdir.iterdir()
+        p.name in (LOCK_FILE, LEASE_FOLDER) or p.name.endswith(TEMPORARY) for p in workdir.iterdir()
     ):
         return
     saved = workdir / RUN_FILE
@@ -62,22 +66,8 @@ def claim(run: Run, workdir: Path) -> None:
         ) from error
     with contextlib.suppress(ClipjaxError):  # an earlier version's names are no change
         before = to_json(from_json(before))
-    for path, old, new in changes(before, to_json(run)):
+    for path, old, new in differences(before, to_json(run)):
         log.warning("continuing %s with %s = %s (was %s)", workdir, path, new, old)
-
-
-def changes(before: Any, after: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted path, old value, new value) for everything that differs between two runs as JSON."""
-    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        before, after = dict(enumerate(before)), dict(enumerate(after))
-    if isinstance(before, dict) and isinstance(after, dict):
-        names = list(dict.fromkeys([*before, *after]))
-        return [
-            c
-            for n in names
-            for c in changes(before.get(n), after.get(n), f"{path}.{n}".lstrip("."))
-        ]
-    return [] if before == after else [(path, before, after)]
 
 
 @contextlib.contextmanager
@@ -96,47 +86,73 @@ def hold(workdir: Path, start: int | None) -> Iterator[None]:
       ClipjaxError: it cannot be written to.
     """
     with contextlib.ExitStack() as stack:
-        refusal: ClipjaxError | None = None
-        if jax.process_index() == 0:
+
+        def take() -> str:
             try:
                 workdir.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_locked(workdir / LOCK_FILE))
-                if latest_step(workdir) != start:
-                    refusal = Unavailable(
-                        f"{workdir}: another process has trained here just now; start again"
-                    )
-            except BlockingIOError:
-                refusal = Unavailable(
+                mark = stack.enter_context(_locked(workdir))
+            except BlockingIOError as error:
+                raise Unavailable(
                     f"another process is training in {workdir}: wait for it, stop it, or give "
                     "another --workdir"
-                )
+                ) from error
             except OSError as error:
-                refusal = ClipjaxError(
+                raise ClipjaxError(
                     f"{workdir} cannot be written to ({error}): give another --workdir"
+                ) from error
+            if latest_step(workdir) != start:
+                raise Unavailable(
+                    f"{workdir}: another process has trained here just now; start again"
                 )
-        if jax.process_count() > 1:
-            code = refusal.exit_code if refusal else 0
-            told = int(multihost_utils.broadcast_one_to_all(np.asarray(code, np.int32)))
-            if told and refusal is None:
-                kind = Unavailable if told == Unavailable.exit_code else ClipjaxError
-                refusal = kind(f"process 0 cannot use {workdir}; its own message says why")
-        if refusal:
-            raise refusal
+            return mark
+
+        mark = decide(f"whether {workdir} is free", take)
+        with meeting(f"looking for {workdir}") as compare:
+            if not is_remote(workdir) and not _shows(workdir / LOCK_FILE, mark):
+                raise ClipjaxError(
+                    f"{workdir} is not the folder that process 0 works in: give a --workdir that all hosts share"
+                )
+            compare({})
         yield
 
 
+def _shows(path: Path, mark: str) -> bool:
+    """Whether this process reads what process 0 wrote; a network file system may take its time."""
+    if jax.process_index() == 0:
+        return True
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while True:
+        with contextlib.suppress(OSError):
+            if path.read_text() == mark:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+
+
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[str]:
+    """Holds the folder; gives what its lock file says meanwhile."""
+    if is_remote(folder):
+        with leased(folder) as holder:
+            yield holder
+        return
     import fcntl
 
-    with path.open("ab") as file:
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context((folder / LOCK_FILE).open("ab"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise
         except OSError as error:  # some network file systems have no locks
-            log.info("%s cannot be locked (%s): two runs in it would go unnoticed", path, error)
-        yield
+            log.info("%s cannot be locked (%s): taking a lease of it", folder, error)
+            stack.enter_context(leased(folder))
+        mark = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(4)}"
+        file.truncate(0)
+        file.write(mark.encode())
+        file.flush()
+        yield mark
 
 
 def write_run_files(workdir: Path, meta: Meta) -> None:
@@ -154,6 +170,10 @@ def write_run_files(workdir: Path, meta: Meta) -> None:
     run = json.dumps(meta.run, indent=2, ensure_ascii=False)
     replace_file(workdir / RUN_FILE, run + "\n")
     tokenizer = workdir / TOKENIZER_FOLDER
+    if is_remote(workdir):
+        remove_tree(tokenizer)
+        unpack_tokenizer(meta.tokenizer, tokenizer)
+        return
     temporary = workdir / (TOKENIZER_FOLDER + TEMPORARY)
     shutil.rmtree(temporary, ignore_errors=True)
     unpack_tokenizer(meta.tokenizer, temporary)
@@ -170,7 +190,7 @@ def keep_compilations(workdir: Path) -> None:
 
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
-    jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / COMPILED_FOLDER))
+    jax.config.update("jax_compilation_cache_dir", str(absolute(workdir) / COMPILED_FOLDER))
     compilation_cache.reset_cache()  # jax looks for a cache once, and something was compiled before
 
 

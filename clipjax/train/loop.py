@@ -25,6 +25,7 @@ from clipjax.evals.base import Runner
 from clipjax.optim.duration import as_every
 from clipjax.stores import place
 from clipjax.tracking import Progress, Tracking, read_metrics
+from clipjax.train.agreement import decide, meeting
 from clipjax.train.cadence import Cadences
 from clipjax.train.folder import (
     add_attempt,
@@ -95,11 +96,11 @@ def train(
                 restarts,
                 elapsed=time.time() - began,
             )
-            checkpoints = stack.enter_context(
-                contextlib.closing(Checkpoints(workdir, run.checkpoint))
-            )
             tracking = stack.enter_context(
                 Tracking(workdir, run.trackers, session.meta.run, resume_step=session.start)
+            )
+            checkpoints = stack.enter_context(
+                contextlib.closing(Checkpoints(workdir, run.checkpoint, tracking.flush))
             )
             progress = stack.enter_context(
                 Progress(session.total_steps, run.data.batch_size, session.start or 0)
@@ -112,6 +113,7 @@ def train(
             raise Preempted(nothing_lost(signal.name)) from None
         results = loop.last_evaluation(state)
         with loop.stopping_after(session.total_steps):
+            tracking.flush()
             finish(session, state, results, time.time() - began, watch)
     return results
 
@@ -127,8 +129,12 @@ def start(
     """Sets the run up, takes hold of its folder (until `stack` is left) and reads or makes its state."""
     damaged: set[int] = set()
     while True:
-        newest = latest_step(workdir)
-        at = choose_start(workdir, from_step, damaged)
+        newest, at = decide(
+            "the step to begin at",
+            lambda: [latest_step(workdir), choose_start(workdir, from_step, damaged)],
+        )
+        with meeting(f"looking into {workdir}", Unavailable) as compare:
+            compare({"the newest checkpoint": latest_step(workdir)})
         if damaged and at is None:
             raise ClipjaxError(
                 f"no checkpoint in {workdir} can be read; move its checkpoints/ away to begin anew"

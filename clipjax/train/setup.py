@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
@@ -31,6 +33,7 @@ from clipjax.objectives.base import leaves, union
 from clipjax.objectives.pairs import PairEngine
 from clipjax.optim import Scale
 from clipjax.predictor import Predictor
+from clipjax.train.agreement import meeting, surroundings
 from clipjax.train.folder import claim
 from clipjax.train.resume import restore
 from clipjax.train.state import Blueprint, Leaves, TrainState
@@ -152,46 +155,57 @@ def setup(run: Run, workdir: Path, start: int | None = None, new_data: bool = Fa
       new_data: whether the data may be other than they were when the checkpoint was written.
 
     Raises:
-      ClipjaxError: something does not fit together.
+      ClipjaxError: something does not fit together, or the processes of the run differ.
       DamagedCheckpoint: the checkpoint cannot be read.
     """
-    claim(run, workdir)
-    mesh = run.mesh.build()
-    check_batch(run.data.batch_size, mesh, run.accumulate)
-    run.sharding.check_heads(run.model, mesh)
-    check_best(run)
-    for tracker in run.trackers:
-        tracker.check()
-    saved = read_meta(workdir, start) if start is not None else None
-    tokenizer = (
-        run.data.tokenizer.build(run.data.iter_captions())
-        if saved is None
-        else saved_tokenizer(saved)
-    )
-    check_vocabulary(run, tokenizer)
-    loader = run.data.build(tokenizer, run.seed, *process_rows(mesh))
-    meta = Meta(
-        run=to_json(run),
-        tokenizer=pack_tokenizer(tokenizer),
-        num_examples=loader.num_examples,
-        fingerprint=loader.fingerprint(),
-    )
-    if saved is not None:
-        check_data(saved, meta, workdir, new_data)
-    seen = saved.examples(start or 0) if saved else 0
-    shift = seen - (start or 0) * run.data.batch_size
-    scale = Scale(run.data.batch_size, loader.num_examples, shift)
-    if shift:
-        log.info("%d examples were seen so far, in %d steps of other sizes", seen, start)
-    total_steps = run.duration.last_step(scale)
-    if run.duration.amount == 0:
-        raise ClipjaxError(
-            f"duration={run.duration.amount} {run.duration.unit}: there is nothing to train"
+    with meeting("setting the run up") as compare:
+        claim(run, workdir)
+        mesh = run.mesh.build()
+        check_batch(run.data.batch_size, mesh, run.accumulate)
+        run.sharding.check_heads(run.model, mesh)
+        check_best(run)
+        for tracker in run.trackers:
+            tracker.check()
+        saved = read_meta(workdir, start) if start is not None else None
+        tokenizer = (
+            run.data.tokenizer.build(run.data.iter_captions())
+            if saved is None
+            else saved_tokenizer(saved)
         )
-    if start is not None and start > total_steps:
-        raise ClipjaxError(
-            f"{workdir} is at step {start} already, and duration={run.duration.amount:g} "
-            f"{run.duration.unit} ends at step {total_steps}: lengthen it, or give another --workdir"
+        check_vocabulary(run, tokenizer)
+        loader = run.data.build(tokenizer, run.seed, *process_rows(mesh))
+        meta = Meta(
+            run=to_json(run),
+            tokenizer=pack_tokenizer(tokenizer),
+            num_examples=loader.num_examples,
+            fingerprint=loader.fingerprint(),
+        )
+        if saved is not None:
+            check_data(saved, meta, workdir, new_data)
+        seen = saved.examples(start or 0) if saved else 0
+        shift = seen - (start or 0) * run.data.batch_size
+        scale = Scale(run.data.batch_size, loader.num_examples, shift)
+        if shift:
+            log.info("%d examples were seen so far, in %d steps of other sizes", seen, start)
+        total_steps = run.duration.last_step(scale)
+        if run.duration.amount == 0:
+            raise ClipjaxError(
+                f"duration={run.duration.amount} {run.duration.unit}: there is nothing to train"
+            )
+        if start is not None and start > total_steps:
+            raise ClipjaxError(
+                f"{workdir} is at step {start} already, and duration={run.duration.amount:g} "
+                f"{run.duration.unit} ends at step {total_steps}: lengthen it, or give another --workdir"
+            )
+        compare(
+            surroundings(meta.run)
+            | {
+                "configuration": meta.run,
+                "examples": meta.num_examples,
+                "data": meta.fingerprint,
+                "tokenizer": hashlib.sha256(json.dumps(meta.tokenizer).encode()).hexdigest()[:12],
+                "last step": total_steps,
+            }
         )
     blueprint = Blueprint.draw(
         run.model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import jax
 
 from clipjax.chips import peak_flops
+from clipjax.stores import copy_tree, is_remote, remove_tree
 
 PARTS = ("starting", "training", "data", "evaluation", "saving")
 """`starting` ends with the first step, which compiles; `data` is the part of `training` that waited for data."""
@@ -117,13 +119,18 @@ class Profile:
         """Does nothing without `steps`, the first and the last."""
         self._folder = workdir / PROFILE_FOLDER
         self._first, self._last = steps or (0, 0)
-        self._on = False
+        self._on, self._written = False, self._folder
 
     def before(self, step: int) -> None:
         """Starts with the first of the steps."""
         if step == self._first and jax.process_index() == 0:
-            jax.profiler.start_trace(str(self._folder))
-            self._on = True
+            folder = (
+                tempfile.mkdtemp(prefix="clipjax-")
+                if is_remote(self._folder)
+                else str(self._folder)
+            )
+            jax.profiler.start_trace(folder)
+            self._on, self._written = True, Path(folder)
 
     def ends_with(self, step: int) -> bool:
         """Whether this step is the last one of the trace."""
@@ -134,3 +141,6 @@ class Profile:
         if self._on:
             self._on = False
             jax.profiler.stop_trace()
+            if self._written != self._folder:
+                copy_tree(self._written, self._folder)
+                remove_tree(self._written)

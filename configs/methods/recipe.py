@@ -38,7 +38,6 @@ def config() -> Run:
             captions=CaptionChoice(languages=LANGUAGES),
             cache=True,
         ),
-        # A warm-up by share, so that a run of a few steps is a run too.
         optimizer=Muon(lr=2e-3, weight_decay=0.2, schedule=Cosine(warmup=Duration(10))),
         duration=Duration(200),
         evals=(

@@ -2,13 +2,34 @@
 
 import os
 import signal
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 STEPS = 12
+STOPS = """
+import dataclasses, os, signal, sys
+from pathlib import Path
+from clipjax import load_config
+
+TINY = load_config(Path({tiny!r}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stops(sys.modules["tiny"].Squares):
+    def open(self):
+        if os.environ["JAX_PROCESS_ID"] == "1":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().open()
+
+
+def config():
+    return dataclasses.replace(TINY, data=dataclasses.replace(TINY.data, source=Stops()))
+"""
 
 
 def logged(workdir):
@@ -34,7 +55,7 @@ def test_two_processes_stop_together_go_on_and_end_as_one_would(
     def start(steps):
         return spawn(
             "train", tiny, "--workdir", workdir, "--duration.amount", steps, *options,
-            devices=2, command=(LAUNCH / "local.sh", 2, os.sys.executable, "-m", "clipjax.cli"),
+            devices=2, command=(LAUNCH / "local.sh", 2, sys.executable, "-m", "clipjax.cli"),
         )  # fmt: skip
 
     process = start(100_000)
@@ -61,25 +82,35 @@ def test_two_processes_stop_together_go_on_and_end_as_one_would(
     assert read_metrics(workdir, figure).keys() == read_metrics(clipjax.workdir, figure).keys()
 
 
-@pytest.mark.parametrize("script", ["local.sh", "slurm.sbatch", "tpu_vm.sh"])
-def test_launchers_are_valid_shell(script):
-    subprocess.run(["bash", "-n", str(LAUNCH / script)], check=True)
+def test_processes_that_differ_say_so_and_end(tmp_path, spawn, tiny):
+    """One has another configuration; then one sees another folder; then one does not come at all."""
 
+    def run(words, config=tiny, **environment):
+        command = ("bash", "-c", f"exec {sys.executable} -m clipjax.cli train {config} {words}")
+        process = spawn(command=(LAUNCH / "local.sh", 2, *command), **environment)
+        return process, *process.communicate(timeout=300)
 
-def test_the_kubernetes_job_is_whole():
-    yaml = pytest.importorskip("yaml")
-    service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
-    spec = job["spec"]["template"]["spec"]
-    assert spec["subdomain"] == service["metadata"]["name"]
-    env = {e["name"]: e["value"] for e in spec["containers"][0]["env"]}
-    assert int(env["JAX_NUM_PROCESSES"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
-    assert env["JAX_COORDINATOR_ADDRESS"].startswith(f"{job['metadata']['name']}-0.")
-    rules = {
-        r["onExitCodes"]["values"][0]: r["action"] for r in job["spec"]["podFailurePolicy"]["rules"]
-    }
-    assert rules == {75: "Ignore", 2: "FailJob"}
-    command = spec["containers"][0]["command"][-1]
-    assert "JAX_PROCESS_ID=$JOB_COMPLETION_INDEX" in command
+    process, _, stderr = run(f"--workdir {tmp_path}/a --seed $JAX_PROCESS_ID")
+    assert process.returncode == 2, stderr
+    said = "configuration.seed is 0 in process 0 on {0} and 1 in process 1 on {0}"
+    assert stderr.count("clipjax: the processes differ: " + said.format(socket.gethostname())) == 2
+    assert not (tmp_path / "a").exists()
+
+    (tmp_path / "b1/checkpoints/3").mkdir(parents=True)
+    process, _, stderr = run(f"--workdir {tmp_path}/b$JAX_PROCESS_ID")
+    assert process.returncode == 69, stderr
+    said = "the newest checkpoint is null in process 0 on {0} and 3 in process 1 on {0}"
+    assert stderr.count("clipjax: the processes differ: " + said.format(socket.gethostname())) == 2
+
+    stops = tmp_path / "stops.py"
+    stops.write_text(STOPS.format(tiny=str(tiny)))
+    process, _, stderr = run(
+        f"--workdir {tmp_path}/c", stops, CLIPJAX_AGREE_SECONDS="8", CLIPJAX_GRACE="1"
+    )
+    assert process.returncode == 69, stderr
+    assert "process 1 of 2 did not finish setting the run up in 8 s" in stderr
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "c").exists()
 
 
 def test_local_sh_reports_the_first_failure(tmp_path):

@@ -11,8 +11,8 @@ import pytest
 
 from clipjax import open_pretrained
 from clipjax.checkpoint import Checkpoints
+from clipjax.component import differences
 from clipjax.params import paths
-from clipjax.train.folder import changes
 
 
 def weights(path):
@@ -276,7 +276,7 @@ def test_one_compilation_no_implicit_transfers_and_no_wasted_buffers(
 def test_what_changed_is_named_as_on_the_command_line():
     before = {"seed": 0, "evals": [{"every": {"amount": 4}, "name": "a"}], "trackers": []}
     after = {"seed": 0, "evals": [{"every": {"amount": 9}, "name": "a"}], "trackers": [1]}
-    assert changes(before, after) == [("evals.0.every.amount", 4, 9), ("trackers", [], [1])]
+    assert differences(before, after) == [("evals.0.every.amount", 4, 9), ("trackers", [], [1])]
 
 
 def test_config_prints_what_trains(clipjax, capsys):
