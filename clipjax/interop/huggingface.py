@@ -45,6 +45,10 @@ _KINDS = {"CLIPModel": "clip", "SiglipModel": "siglip", "Siglip2Model": "siglip2
 def _claims(kind: str, description: Description) -> bool:
     if not description.has("text_model.embeddings.token_embedding.weight"):
         return False
+    if not any(name.startswith("vision_model.") for name in description.shapes):
+        raise ClipjaxError(
+            "these weights are a text tower alone: what is read here has both towers"
+        )
     if description.has("vision_model.embeddings.class_embedding"):
         return kind == "clip"
     patch = description.shapes.get("vision_model.embeddings.patch_embedding.weight", ())

@@ -610,6 +610,13 @@ def test_prefixes_of_wrappers_are_stripped(prefix, clip_folder):
     assert same_params(import_weights(clip_folder), plain)
 
 
+def test_a_text_tower_alone_is_called_that(clip_folder):
+    file = clip_folder / "model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if n.startswith("text_")}, file)
+    with pytest.raises(ClipjaxError, match="a text tower alone"):
+        import_weights(clip_folder)
+
+
 def test_a_pointer_of_git_lfs_is_called_that(tmp_path):
     (tmp_path / "model.safetensors").write_text(
         "version https://git-lfs.github.com/spec/v1\noid x\n"
