@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-targets lint clean
 
 # Downloads only Python packages; the data set is made from two of them.
 quickstart: $(VENV)/.installed-quickstart
@@ -10,6 +10,10 @@ quickstart: $(VENV)/.installed-quickstart
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# Compiles small steps for TPUs and GPUs; needs neither.
+test-targets: $(VENV)/.installed-test $(VENV)/.installed-plan-tpu $(VENV)/.installed-plan-gpu
+	$(BIN)/python -m pytest tests/targets -n 2
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -62,9 +62,9 @@ class Transformer(Component):
     """Compile one block and loop over it, instead of compiling every block."""
     scan_unroll: int = 1
     """Blocks in one turn of the loop."""
-    remat: str = "none"
-    """Recomputed in the backward pass: none, lean (norms and activations), activation, dots (all but
-    matrix products), full; or what is kept instead, by name: "q,k,v,hidden"."""
+    remat: str = "norms"
+    """Recomputed in the backward pass: norms, none, lean (norms and activations), activation, dots
+    (all but matrix products), full; or what is kept instead, by name: "q,k,v,hidden"."""
     offload: str = ""
     """Of what is kept, the names that wait for the backward pass in the host's memory: "hidden"."""
 
