@@ -1,56 +1,79 @@
 """Checkpoints: save, restore, open (Orbax; asynchronous, atomic, restorable onto any mesh).
 
 A run's folder holds `run.json` and `checkpoints/<step>/`. Each checkpoint is complete by itself: the train
-state (parameters, optimizer, averages, objective state, RNG, step; the data position is a function of the step)
-and `meta`: the run as JSON and the tokenizer's files.
+state (parameters, optimizer, averages, objective state, RNG, step) and `meta` (clipjax/meta.py). Every array
+has its checksum there, so a checkpoint that was damaged on the disk is told from a whole one.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
+import errno
 import logging
 import math
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
+from clipjax.checksums import checksums
 from clipjax.component import Component
-from clipjax.errors import ClipjaxError, RunFailed, did_you_mean
-from clipjax.optim.duration import Duration
-from clipjax.params import paths
+from clipjax.errors import ClipjaxError, DamagedCheckpoint, Unavailable, did_you_mean
+from clipjax.files import scratch
+from clipjax.meta import Meta
+from clipjax.optim.duration import Duration, Every, as_every
+from clipjax.params import map_with_path, paths
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
-FORMAT = 1
+ASIDE = "aside"
+MILESTONE = "milestone"
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpointing(Component):
     """When to save and what to keep. The last step is always saved."""
 
-    every: Duration | None = Duration(1000)
-    """Distance between two saves; None: only `minutes` counts."""
-    minutes: float | None = None
-    """Save also when this many minutes have passed since the last save."""
+    every: Every | Duration | tuple[Every, ...] | None = Every(1000)
+    """When to save; several cadences, such as `(Every(1000), Every(10, "minutes"))`, save at each of them."""
     keep: int = 2
     """How many of the latest checkpoints stay."""
+    milestones: Every | None = None
+    """Checkpoints that stay for ever, and are saved whatever `every` says: `Every(50_000)`."""
     best: str | None = None
-    """Name of an evaluation metric whose best checkpoint stays too, such as `retrieval/image_to_text/R@1`."""
+    """Name of an evaluation metric whose best checkpoint stays too, such as `retrieval/image_to_text/R@1`. An
+    evaluation that beats all before it is saved, whatever `every` says."""
     best_is: Literal["max", "min"] = "max"
 
     def __post_init__(self) -> None:
         if self.keep < 1:
             raise ClipjaxError(f"checkpoint.keep={self.keep}: keep at least the latest one")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ClipjaxError(
-                f"checkpoint.minutes={self.minutes}: must be above 0, or None for steps alone"
-            )
+        several = self.every if isinstance(self.every, (tuple, list)) else (self.every,)
+        every = tuple(as_every(e, "checkpoint.every") for e in several if e is not None)
+        object.__setattr__(self, "every", every[0] if len(every) == 1 else every or None)
+        if self.milestones is not None:
+            milestones = as_every(self.milestones, "checkpoint.milestones")
+            object.__setattr__(self, "milestones", milestones)
+
+    @classmethod
+    def upgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        minutes = fields.pop("minutes", None)  # it had a field of its own
+        if minutes is not None:
+            steps = [as_every(fields["every"], "checkpoint.every")] if fields.get("every") else []
+            fields["every"] = (*steps, Every(minutes, "minutes"))
+        return fields
+
+    @property
+    def cadences(self) -> tuple[Every, ...]:
+        """All of `every`."""
+        return self.every if isinstance(self.every, tuple) else (self.every,) if self.every else ()  # type: ignore[return-value]
+
+    def beats(self, value: float, best: float) -> bool:
+        """Whether a figure is better than another; NaN never is."""
+        return value > best if self.best_is == "max" else value < best
 
 
 class Checkpoints:
@@ -60,17 +83,24 @@ class Checkpoints:
         """Opens (and, when `config` is given, creates) `run_folder/checkpoints`."""
         self.folder = Path(run_folder).absolute() / FOLDER
         self._config = config
+        self._metas: dict[int, Meta] = {}
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 create=config is not None,
                 read_only=config is None,
-                preservation_policy=config and _policy(config),
+                preservation_policy=config and _Keep(config),
+                # Orbax keeps figures only where this is given; the policy alone decides by them.
+                best_fn=config and _no_order,
                 enable_async_checkpointing=config is not None,
                 # What a kill during a save leaves is as large as a checkpoint.
                 cleanup_tmp_directories=config is not None,
             ),
         )
+        # In memory, since what is on the disk differs from process to process while a save is under way.
+        self._saved_with: dict[int, dict[str, float]] = {
+            step: self._manager.metrics(step) or {} for step in (self.steps() if config else ())
+        }
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
@@ -81,43 +111,69 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(
-        self, step: int, state: Any, meta: dict[str, Any], metrics: dict[str, float] | None
+        self,
+        step: int,
+        state: Any,
+        meta: Meta,
+        figures: dict[str, float] | None = None,
+        milestone: bool = False,
     ) -> None:
         """Starts an asynchronous save; returns once the state has been copied off the devices.
 
         Args:
           step: number of finished training steps.
           state: pytree of arrays.
-          meta: JSON-able.
-          metrics: evaluation results of this very step, if there are any.
+          meta: what goes beside it; step, figures and checksums are filled in here.
+          figures: evaluation results of this very step, if there are any.
+          milestone: whether it stays for ever.
 
         Raises:
-          RunFailed: this save, or the one before it, cannot be written.
+          Unavailable: this save, or the one before it, cannot be written.
         """
         if step in self._manager.all_steps():
             return
-        best = self._best(metrics or {})
+        kept = ({MILESTONE: 1.0} if milestone else {}) | self._best(figures or {})
+        self._saved_with[step] = kept
+        meta = dataclasses.replace(
+            meta, step=step, figures=dict(figures or {}), sums=checksums(state)
+        )
         with self._writing():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta.to_json())
                 ),
-                metrics=best,
+                metrics=kept or None,
                 force=True,
             )
 
-    def _best(self, metrics: dict[str, float]) -> dict[str, float] | None:
-        """The figure that `best` asks for; None where the evaluation of this step has none."""
+    def _best(self, figures: dict[str, float]) -> dict[str, float]:
+        """The figure that `best` asks for; none where the evaluation of this step has none."""
         best = self._config.best if self._config else None
-        if best is None or best in metrics:
-            return {best: metrics[best]} if best else None
-        if any(name.split("/")[0] == best.split("/")[0] for name in metrics):
+        if best is None or not figures:
+            return {}
+        if best in figures:
+            return {best: figures[best]}
+        if any(name.split("/")[0] == best.split("/")[0] for name in figures):
             # Worth no lost run: the save goes on without it.
             log.warning(
-                "checkpoint.best=%r is no evaluation metric%s", best, did_you_mean(best, metrics)
+                "checkpoint.best=%r is no evaluation metric%s", best, did_you_mean(best, figures)
             )
-        return None
+        return {}
+
+    def is_best(self, figures: dict[str, float]) -> bool:
+        """Whether these figures have the one that `best` asks for, better than any checkpoint has it."""
+        config = self._config
+        if config is None or config.best not in figures or math.isnan(figures[config.best]):
+            return False
+        before = [kept[config.best] for kept in self._saved_with.values() if config.best in kept]
+        return all(
+            math.isnan(other) or config.beats(figures[config.best], other) for other in before
+        )
+
+    def milestones(self) -> list[int]:
+        """Steps of the checkpoints that stay for ever, ascending."""
+        return sorted(s for s, kept in self._saved_with.items() if MILESTONE in kept)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -126,7 +182,7 @@ class Checkpoints:
         except (
             Exception
         ) as error:  # Orbax and TensorStore raise whatever the file system makes of it
-            raise RunFailed(
+            raise Unavailable(
                 f"a checkpoint cannot be written to {self.folder}: {_one_line(error)}; "
                 f"{self.describe_latest()}. Once there is room, the same command continues"
             ) from error
@@ -138,56 +194,85 @@ class Checkpoints:
             return "nothing was saved yet"
         return f"the last good checkpoint is {self.folder / str(latest)}"
 
-    def meta(self, step: int) -> dict[str, Any]:
-        """The JSON saved beside the state.
+    def meta(self, step: int) -> Meta:
+        """What was saved beside the state.
 
         Raises:
-          ClipjaxError: it cannot be read.
+          DamagedCheckpoint: it cannot be read.
+          Unavailable: not just now.
         """
-        with self._reading(step):
-            arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
-            return self._manager.restore(step, args=arguments)["meta"]
+        if step not in self._metas:
+            with self._reading(step):
+                arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
+                data = self._manager.restore(step, args=arguments)["meta"]
+                self._metas[step] = Meta.from_json(data, f"checkpoint {self.folder / str(step)}")
+        return self._metas[step]
 
     def restore(self, step: int, target: Any) -> Any:
-        """The state of `step` in the layout of `target`.
+        """The state of `step`, or a part of it, in the layout of `target`.
 
         Args:
           step: one of `steps()`.
           target: pytree of ShapeDtypeStructs with shardings; any mesh.
 
         Raises:
-          ClipjaxError: the checkpoint holds other leaves or shapes, or cannot be read.
+          ClipjaxError: the checkpoint holds other leaves or shapes.
+          DamagedCheckpoint: it cannot be read, or holds other numbers than were saved.
+          Unavailable: it cannot be read just now.
         """
-        self._check(step, target)
-        with self._reading(step):
-            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-            return self._manager.restore(step, args=arguments)["state"]
+        leaves = self.read(step, dict(paths(target)))
+        return map_with_path(lambda name, _: leaves[name], target)
+
+    def read(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """Some arrays of the state of `step` by their paths there; shapes, layouts and errors as in `restore`."""
+        self._check(step, wanted)
+        folder = self.folder / str(step) / "state"
+        with self._reading(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            saved = reader.metadata(folder).item_metadata.tree
+            # In the dtype that was saved, since the checksum is of that.
+            target = map_with_path(
+                lambda name, leaf: (
+                    jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=wanted[name].sharding)
+                    if name in wanted
+                    else ocp.PLACEHOLDER
+                ),
+                _plain_containers(saved),
+            )
+            restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+            arguments = ocp.args.PyTreeRestore(target, restore_args=restore_args)
+            leaves = dict(paths(reader.restore(folder, args=arguments)))
+            leaves = {name: leaves[name] for name in wanted}
+            self._verify(step, leaves)
+        return {name: leaf.astype(wanted[name].dtype) for name, leaf in leaves.items()}
+
+    def _verify(self, step: int, leaves: dict[str, jax.Array]) -> None:
+        saved = self.meta(step).sums
+        if not saved:  # format 1
+            return
+        for name, value in checksums(leaves).items():
+            if saved.get(name, value) != value:
+                raise ValueError(f"{name!r} is damaged: its checksum differs")
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
         try:
             yield
+        except ClipjaxError:
+            raise
         except Exception as error:  # damaged files make Orbax and TensorStore raise almost anything
-            others = [s for s in self.steps() if s != step]
-            raise ClipjaxError(
-                f"checkpoint {self.folder / str(step)} cannot be read: {_one_line(error)}. "
+            what = f"checkpoint {self.folder / str(step)} cannot be read: {_one_line(error)}"
+            if _passes(error):
+                raise Unavailable(f"{what}. The same command may find it later") from error
+            others = [s for s in self.steps() if s < step]
+            raise DamagedCheckpoint(
+                f"{what}. "
                 + (
-                    f"Move that folder out of {self.folder}, and step {others[-1]} is used instead"
+                    f"With --fallback, step {others[-1]} is used instead and that folder moved to {ASIDE}/"
                     if others
-                    else "There is no other checkpoint beside it"
-                )
+                    else "There is no earlier checkpoint beside it"
+                ),
+                step,
             ) from error
-
-    def restore_part(self, step: int, target: dict[str, Any]) -> Any:
-        """Only the named top-level parts of the state (`{"params": ..., "ema": ...}`)."""
-        self._check(step, target)
-        arguments = ocp.args.PyTreeRestore(
-            target,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-            partial_restore=True,
-        )
-        with self._reading(step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            return reader.restore(self.folder / str(step) / "state", args=arguments)
 
     def saved_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
         """Path -> shape of every array of the saved state."""
@@ -195,10 +280,10 @@ class Checkpoints:
             metadata = reader.metadata(self.folder / str(step) / "state").item_metadata.tree
         return {name: tuple(leaf.shape) for name, leaf in paths(metadata)}
 
-    def _check(self, step: int, target: Any) -> None:
+    def _check(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
         # Checked here because Orbax's own complaint comes with a storm of tracebacks on stderr.
         saved = self.saved_shapes(step)
-        for name, leaf in paths(target):
+        for name, leaf in wanted.items():
             model = name.startswith(("params/", "model_state/"))
             where = f"checkpoint {self.folder / str(step)} is of another " + (
                 "model" if model else "optimizer, ema or objective"
@@ -214,7 +299,7 @@ class Checkpoints:
         """Blocks until the save under way is complete.
 
         Raises:
-          RunFailed: it cannot be written.
+          Unavailable: it cannot be written.
         """
         with self._writing():
             self._manager.wait_until_finished()
@@ -225,29 +310,82 @@ class Checkpoints:
             self._manager.close()
 
 
-def _policy(config: Checkpointing):
-    policy = checkpoint_managers.preservation_policy
-    keep: list[Any] = [policy.LatestN(config.keep)]
-    if config.best:
-        sign = 1.0 if config.best_is == "max" else -1.0
+@dataclasses.dataclass(frozen=True)
+class _Keep:
+    """Orbax' preservation policy: the latest, the milestones and the best by what was saved with them."""
 
-        def score(metrics):
-            value = sign * metrics[config.best]
-            return -math.inf if math.isnan(value) else value
+    config: Checkpointing
 
-        keep.append(policy.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False))
-    return policy.AnyPreservationPolicy(keep)
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        figures = [info.metrics or {} for info in checkpoints]
+        latest = len(checkpoints) - self.config.keep
+        keep = [i >= latest or MILESTONE in figures[i] for i in range(len(checkpoints))]
+        scores = {i: f[self.config.best] for i, f in enumerate(figures) if self.config.best in f}
+        scores = {i: score for i, score in scores.items() if not math.isnan(score)}
+        if scores:
+            choose = max if self.config.best_is == "max" else min
+            keep[choose(scores, key=lambda i: (scores[i], i))] = True
+        return keep
+
+
+def _plain_containers(tree: Any) -> Any:
+    """Orbax' metadata in the containers that it restores into: dicts, lists, and None for nothing."""
+    if isinstance(tree, dict):
+        return {key: _plain_containers(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_plain_containers(value) for value in tree]
+    return tree
+
+
+def _no_order(metrics: Any) -> float:
+    return 0.0
+
+
+def set_aside(run_folder: Path, step: int) -> Path:
+    """Moves a checkpoint out of the way, into the run's `aside/`; returns where it is now."""
+    folder = Path(run_folder) / ASIDE
+    folder.mkdir(exist_ok=True)
+    place = folder / str(step)
+    if place.exists():
+        place = scratch(place)
+    (Path(run_folder) / FOLDER / str(step)).rename(place)
+    return place
 
 
 def latest_step(run_folder: Path) -> int | None:
     """Step of the newest complete checkpoint in a run's folder, or None; one process alone may ask."""
+    return max(complete_steps(run_folder), default=None)
+
+
+def complete_steps(run_folder: Path) -> list[int]:
+    """Steps of all complete checkpoints in a run's folder, ascending; one process alone may ask."""
     folder = Path(run_folder) / FOLDER
     if not folder.is_dir():
-        return None
-    complete = [
-        p for p in folder.iterdir() if p.name.isdigit() and ocp.utils.is_checkpoint_finalized(p)
-    ]
-    return max((int(p.name) for p in complete), default=None)
+        return []
+    return sorted(
+        int(p.name)
+        for p in folder.iterdir()
+        if p.name.isdigit() and ocp.utils.is_checkpoint_finalized(p)
+    )
+
+
+PASSING = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.ECONNRESET,
+    errno.ENETUNREACH,
+}
+PASSING_WORDS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "Input/output error",
+                 "Stale file handle", "Connection ")  # fmt: skip
+
+
+def _passes(error: Exception) -> bool:
+    """Whether an error of reading is the store's mood rather than the file's damage."""
+    if isinstance(error, OSError) and error.errno in PASSING:
+        return True
+    return any(word in str(error) for word in PASSING_WORDS)
 
 
 def _one_line(error: Exception) -> str:
@@ -280,24 +418,3 @@ def locate(path: Path) -> tuple[Path, int]:
     if step is None:
         raise ClipjaxError(f"{path / FOLDER} holds no complete checkpoint yet")
     return path, step
-
-
-def pack_tokenizer(tokenizer: Any) -> dict[str, str]:
-    """The files that `tokenizer.save` writes, as JSON-able text (base64)."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        files = sorted(Path(folder).iterdir())
-        return {file.name: base64.b64encode(file.read_bytes()).decode() for file in files}
-
-
-def unpack_tokenizer(files: dict[str, str], folder: Path) -> None:
-    """Writes what `pack_tokenizer` packed.
-
-    Raises:
-      ClipjaxError: a name that would leave the folder.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise ClipjaxError(f"a checkpoint's tokenizer names the file {name!r}: refused")
-        (folder / name).write_bytes(base64.b64decode(content))

@@ -27,7 +27,11 @@ class Component:
 
     @classmethod
     def upgraded(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields of a saved configuration, as this version calls them."""
+        """The fields of a saved configuration, as an earlier version wrote them, under today's names.
+
+        Args:
+          fields: what the file holds; may be changed.
+        """
         return fields
 
 

@@ -24,7 +24,8 @@ from clipjax.mesh import MeshShape
 from clipjax.models.base import Model
 from clipjax.objectives.base import Objective
 from clipjax.objectives.pairs import AllGather, Exchange
-from clipjax.optim import Duration, Ema, Optimizer
+from clipjax.optim import Duration, Ema, Every, Optimizer, SpikeGuard
+from clipjax.optim.duration import as_every
 from clipjax.sharding import Sharding
 from clipjax.start import Start
 from clipjax.tracking import TensorBoard, Tracker
@@ -59,18 +60,24 @@ class Run(Component):
     checkpoint: Checkpointing = Checkpointing()
     trackers: tuple[Tracker, ...] = (TensorBoard(),)
     """Where figures go besides `metrics.jsonl`."""
-    log_every: int = 10
-    """Steps between two lines of metrics."""
+    log_every: Every | Duration | int = Every(10)
+    """How often a line of metrics is written."""
     seed: int = 0
     """Initialization, data order, augmentation and dropout all follow from it."""
+    spikes: SpikeGuard | None = None
+    """Skips steps whose loss or gradient is out of proportion; None: only those that are not finite."""
     max_bad_steps: int = 10
-    """Non-finite steps in a row that end the run."""
+    """Skipped steps in a row that end the run."""
+    stall_minutes: float | None = 30.0
+    """Minutes after which a step that has not ended ends the process, with the stacks of all threads and code 76.
+    Starting, the first step (which compiles), evaluations and saves get four times as long. None: never."""
 
     def __post_init__(self) -> None:
-        if self.log_every < 1:
-            raise ClipjaxError(f"log_every={self.log_every}: must be at least 1")
+        object.__setattr__(self, "log_every", as_every(self.log_every, "log_every"))
         if self.max_bad_steps < 1:
             raise ClipjaxError(f"max_bad_steps={self.max_bad_steps}: must be at least 1")
+        if self.stall_minutes is not None and not self.stall_minutes > 0:
+            raise ClipjaxError(f"stall_minutes={self.stall_minutes:g}: must be above 0, or None")
 
 
 def load_module(path: Path) -> ModuleType:

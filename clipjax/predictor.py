@@ -92,7 +92,11 @@ class Predictor:
       resize: how pictures of another size are brought to `image_size`.
       params: the parameters, as `clipjax.params.split` makes them.
       model_state: the model's other arrays, or `{}`.
+      between_batches: called before each batch, in all processes alike; what it raises ends the call. For
+        trainers, which must not be deaf while they evaluate.
     """
+
+    between_batches: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -517,6 +521,8 @@ class Predictor:
             return jax.tree.map(lambda x: np.asarray(x, _host_type(x)), output)
 
         for index in self._indices(count):
+            if self.between_batches is not None:
+                self.between_batches()
             batch = self._batch(read, index, shape)
             with on_mesh(self.mesh):
                 running.append(function(self.params, self.model_state, batch))

@@ -23,6 +23,7 @@ from clipjax.stores import place
 if TYPE_CHECKING:
     from clipjax.config import Run
     from clipjax.evals.base import Evaluator, Runner
+    from clipjax.meta import Meta
 
 # What only runs need (Orbax, evaluators, reports) is imported where a run is opened, and what reads
 # other people's weights where there are any: a model's folder opens in half the time without.
@@ -146,7 +147,8 @@ def load(path: str | Path, mesh: Mesh | None = None, batch_size: int | None = No
 
 def _restore(path: Path, mesh: Mesh) -> tuple[Path, int, Run, Pretrained]:
     """(run's folder, step, run, its model with the weights that evaluators see)."""
-    from clipjax.checkpoint import Checkpoints, locate, unpack_tokenizer
+    from clipjax.checkpoint import Checkpoints, locate
+    from clipjax.meta import unpack_tokenizer
 
     folder, step = locate(path)
     checkpoints = Checkpoints(folder)
@@ -161,8 +163,10 @@ def _restore(path: Path, mesh: Mesh) -> tuple[Path, int, Run, Pretrained]:
         mask = run.optimizer.trainable(params)
         if averaged:
             target["ema"] = select(mask, params)[0]
+            if any(n.startswith("ema_state/") for n in checkpoints.saved_shapes(step)):
+                target["ema_state"] = model_state
         layout = run.sharding.apply(target, mesh)
-        state = checkpoints.restore_part(
+        state = checkpoints.restore(
             step,
             jax.tree.map(
                 lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), target, layout
@@ -172,12 +176,12 @@ def _restore(path: Path, mesh: Mesh) -> tuple[Path, int, Run, Pretrained]:
         checkpoints.close()
     params = join(state["ema"], select(mask, state["params"])[1]) if averaged else state["params"]
     with tempfile.TemporaryDirectory() as scratch:
-        unpack_tokenizer(meta["tokenizer"], Path(scratch))
+        unpack_tokenizer(meta.tokenizer, Path(scratch))
         tokenizer = load_tokenizer(scratch)
     pretrained = Pretrained(
         model=run.model,
         params=params,
-        model_state=state.get("model_state", {}),
+        model_state=state.get("ema_state", state.get("model_state", {})),
         tokenizer=tokenizer,
         context_length=run.data.context_length,
         image_size=run.data.image_size,
@@ -186,15 +190,10 @@ def _restore(path: Path, mesh: Mesh) -> tuple[Path, int, Run, Pretrained]:
     return folder, step, run, pretrained
 
 
-def _read_run(meta: dict[str, Any], folder: Path) -> Run:
-    from clipjax.checkpoint import FORMAT
+def _read_run(meta: Meta, folder: Path) -> Run:
     from clipjax.config import Run
 
-    if meta.get("format") != FORMAT:
-        raise ClipjaxError(
-            f"{folder} was written in format {meta.get('format')}, and this clipjax reads format {FORMAT}"
-        )
-    run = from_json(meta["run"])
+    run = from_json(meta.run)
     if not isinstance(run, Run):
         raise ClipjaxError(f"{folder}: its checkpoint describes a {type(run).__name__}, not a run")
     return run

@@ -15,7 +15,7 @@ from clipjax import Checkpointing, MeshShape, Run, Sharding
 from clipjax.data import BPE, Data, RandomResizedCrop, WebDataset
 from clipjax.models import CoCa
 from clipjax.objectives import Caption, Hierarchical, Softmax
-from clipjax.optim import Adafactor, Duration, Linear
+from clipjax.optim import Adafactor, Duration, Every, Linear
 
 VOCABULARY, TOKENS, PIXELS = 64000, 76, 288
 
@@ -46,6 +46,6 @@ def config() -> Run:
         exchange=Hierarchical(),
         pair_dtype="bfloat16",
         accumulate=8,
-        checkpoint=Checkpointing(every=Duration(1000)),
-        log_every=50,
+        checkpoint=Checkpointing(every=Every(1000), milestones=Every(50_000)),
+        log_every=Every(50),
     )

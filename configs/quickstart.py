@@ -47,5 +47,5 @@ def config() -> Run:
                 every=Every(100),
             ),
         ),
-        checkpoint=Checkpointing(every=Duration(100), best="retrieval/image_to_text/R@1"),
+        checkpoint=Checkpointing(every=Every(100), best="retrieval/image_to_text/R@1"),
     )

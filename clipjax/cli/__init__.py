@@ -1,14 +1,18 @@
 """The command line: one command per verb, each in the file of its name.
 
-Exit codes: 0 done; 1 the run failed; 2 bad input, nothing was started; 75 stopped by a signal after saving.
+Exit codes: 0 done; 1 the run failed; 2 bad input, nothing was started; 69 not to be had now; 75 stopped by a
+signal after saving; 76 stalled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
 
 from clipjax.errors import ClipjaxError, did_you_mean
 
@@ -35,11 +39,19 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code; errors meant for the user become one line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    with _unbreakable_stderr():
+        return _main(arguments)
+
+
+def _main(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
-    logging.basicConfig(
-        level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", handlers=[_Stderr()]
+    handler = _Stderr()
+    handler.setFormatter(
+        _Lines("%(where)s%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
     )
+    handler.addFilter(_first_process_alone)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     # Orbax logs the traceback of what it also raises.
     logging.getLogger("absl").setLevel(logging.ERROR if debug else logging.CRITICAL)
     logging.getLogger("clipjax").setLevel(logging.INFO)
@@ -51,8 +63,68 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"clipjax: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # `clipjax config ... | head`
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left has no reader
         return 0
+
+
+class _Unbreakable:
+    """A stream that nobody may be listening to any more: a lost terminal ends no run."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self.broken = False
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, call: Any, *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except (OSError, ValueError):  # broken pipe, hung-up terminal, full disk, closed file
+            self.broken = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _unbreakable_stderr() -> Iterator[None]:
+    before = sys.stderr
+    stream = _Unbreakable(before)
+    sys.stderr = stream  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if not stream.broken:  # else Python would fail, at its end, to write out what is left
+            sys.stderr = before
+
+
+def _process() -> int | None:
+    """Which of several processes this is; None while it is alone, or does not know yet."""
+    if "jax" not in sys.modules:
+        return None
+    from jax._src import distributed  # jax.process_index() would start the devices
+
+    state = distributed.global_state
+    return state.process_id if state.client is not None and (state.num_processes or 1) > 1 else None
+
+
+def _first_process_alone(record: logging.LogRecord) -> bool:
+    """What is not worth a warning is the same in all processes: one says it."""
+    return record.levelno >= logging.WARNING or not _process()
+
+
+class _Lines(logging.Formatter):
+    """Lines with the time, and with the process where there are several: `[p3] 12:01:07 INFO ...`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        process = _process()
+        record.where = "" if process is None else f"[p{process}] "
+        return super().format(record)
 
 
 class _Stderr(logging.StreamHandler):
@@ -92,6 +164,7 @@ def _help() -> str:
             "usage: clipjax COMMAND [OPTIONS]\n",
             *lines,
             "\nclipjax COMMAND --help lists a command's options; --debug shows an error's traceback.",
-            "Exit codes: 0 done; 1 the run failed; 2 bad input; 75 stopped by a signal after saving.",
+            "Exit codes: 0 done; 1 the run failed; 2 bad input; and, to be started again: 69 not to be had now;",
+            "75 stopped by a signal after saving; 76 no step ended in time.",
         ]
     )

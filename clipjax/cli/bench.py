@@ -14,6 +14,8 @@ BENCHES = {
     "loss": ("clipjax.bench.loss", "LossBench"),
     "memory": ("clipjax.bench.memory", "MemoryBench"),
     "retrieval": ("clipjax.bench.retrieval", "RetrievalBench"),
+    "step": ("clipjax.bench.step", "StepBench"),
+    "survive": ("clipjax.bench.survive", "SurviveBench"),
 }
 """Name -> module and class: a dataclass whose fields are the options, with `run() -> None`."""
 

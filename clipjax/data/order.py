@@ -115,6 +115,7 @@ class Streamed:
             )
         self._config, self._edges, self._seed, self._shuffle = config, edges, seed, shuffle
         self._batch_size, self._share = batch_size, batch_size // config.lanes
+        self._shift = 0
         self._counts = np.diff(edges)
         self._epochs: list[list[int]] = [[0] for _ in range(config.lanes)]
         self._lock = threading.Lock()
@@ -125,9 +126,9 @@ class Streamed:
 
     def at(self, position: int, attempt: int) -> tuple[int, int]:
         """The replacement is what stands a batch later in the same block, which is in memory."""
-        step, row = divmod(position, self._batch_size)
+        step, row = divmod(position - self._shift, self._batch_size)
         lane, place = divmod(row, self._share)
-        epoch, block, offset = self._locate(lane, step * self._share + place)
+        epoch, block, offset = self._locate(lane, self._begin(step) + place)
         indices = self._block(lane, epoch, block)
         return int(indices[(offset + attempt * self._share) % len(indices)]), position
 
@@ -135,7 +136,7 @@ class Streamed:
         """The runs that some rows of a step's batch are in, and those of the blocks after them."""
         found: set[int] = set()
         for lane in range(first_row // self._share, -(-(first_row + rows) // self._share)):
-            begin = step * self._share
+            begin = self._begin(step)
             epoch, block, offset = self._locate(lane, begin)
             # As many blocks as the batch touches, and one more.
             end = begin - offset
@@ -149,6 +150,23 @@ class Streamed:
                 if block == len(blocks.block_ends):
                     epoch, block = epoch + 1, 0
         return found
+
+    def go_on(self, shift: int) -> None:
+        """Goes on after batches of other sizes, which saw `shift` examples beyond those of as many of this size.
+
+        Raises:
+          ClipjaxError: the lanes have not all seen as many.
+        """
+        if shift % self._config.lanes:
+            raise ClipjaxError(
+                f"the {self._config.lanes} lanes of Stream cannot go on after batches that were not divided "
+                "into as many: change lanes back"
+            )
+        self._shift = shift
+
+    def _begin(self, step: int) -> int:
+        """How many records of each lane come before a step's."""
+        return step * self._share + self._shift // self._config.lanes
 
     def _locate(self, lane: int, place: int) -> tuple[int, int, int]:
         """(epoch, block, offset in the block) of a lane's `place`-th record since the run began."""

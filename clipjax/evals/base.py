@@ -19,25 +19,8 @@ from typing import Any
 
 from clipjax.component import Component
 from clipjax.errors import ClipjaxError
+from clipjax.optim.duration import Every as Every
 from clipjax.predictor import Predictor
-
-
-@dataclasses.dataclass(frozen=True)
-class Every(Component):
-    """How often an evaluator runs during training."""
-
-    steps: int
-    """Training steps from one evaluation to the next; the end of training always evaluates."""
-    at_start: bool = False
-    """Evaluate the untrained model too, for a curve that starts at chance."""
-
-    def __post_init__(self):
-        if self.steps < 1:
-            raise ClipjaxError(f"Every: steps={self.steps} must be at least 1")
-
-    def due(self, step: int) -> bool:
-        """Whether to evaluate after `step` finished steps (0: before the first)."""
-        return self.at_start if step == 0 else step % self.steps == 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,13 +3,13 @@
 Li et al. 2021, "Align before Fuse: Vision and Language Representation Learning with Momentum Distillation" (arXiv
 2107.07651). Status: the authors' code (salesforce/ALBEF) read.
 
-Contrast: an image is compared with the momentum encoder's texts of the batch and of a queue of earlier batches. With
-P the softmax over these keys and Q that of the momentum encoder's own image over the same keys, the loss is the
-cross-entropy of P against (1 - alpha) own key + alpha Q; texts alike; the mean of the two. Fusion: `Matching`, that
-is, image-text matching with negatives drawn from the softmax.
+Contrast: an image is compared with the momentum encoder's texts of the batch and of a queue of earlier batches.
+With P the softmax over these keys and Q that of the momentum encoder's own image over the same keys, the loss is
+the cross-entropy of P against (1 - alpha) own key + alpha Q; texts alike; the mean of the two. Fusion: `Matching`,
+that is, image-text matching with negatives drawn from the softmax.
 
-What differs here: no masked language modeling (a third term of the paper); rows of the queue that have the id of the
-row itself are left out, as the code does for retrieval alone; the queue begins empty instead of random; alpha's
+What differs here: no masked language modeling (a third term of the paper); rows of the queue that have the id of
+the row itself are left out, as the code does for retrieval alone; the queue begins empty instead of random; alpha's
 ramp is told in steps, not in an epoch.
 """
 

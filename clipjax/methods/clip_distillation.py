@@ -2,14 +2,14 @@
 
 Yang et al. 2023, "CLIP-KD: An Empirical Study of CLIP Model Distillation" (arXiv 2307.12732). Status: second hand.
 
-Feature distillation is the squared distance of the student's and the teacher's embeddings of the same input, the mean
-over inputs. Relational distillation is, for each row, the divergence KL(teacher || student) of the two softmaxes over
-the batch's similarities, images against texts and texts against images.
+Feature distillation is the squared distance of the student's and the teacher's embeddings of the same input, the
+mean over inputs. Relational distillation is, for each row, the divergence KL(teacher || student) of the two
+softmaxes over the batch's similarities, images against texts and texts against images.
 
 The teacher is a component: `Frozen("models/L14")` is another model of any architecture, encoded along the way;
 `MovingAverage` or `Itself`, the model; None, vectors from a file: fields `teacher_image` and `teacher_text`
-(`Embeddings`, written by `clipjax embed`). What differs here: a student of another width than the teacher's is compared
-by a head (`MlpHead("distilled", widths=(teacher's,))`, and `rows=("image_distilled", "text_distilled")`).
+(`Embeddings`, written by `clipjax embed`). What differs here: a student of another width than the teacher's is
+compared by a head (`MlpHead("distilled", widths=(teacher's,))`, and `rows=("image_distilled", "text_distilled")`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """DefSent+: descriptions to the entries they describe, among all entries at once.
 
-Liu et al. 2024, "DefSent+: Improving sentence embeddings of language models by projecting definition sentences into a
-quasi-isotropic or isotropic vector space of unlimited dictionary entries" (arXiv 2405.16153). Status: the authors'
-code (ryuliuxiaodong/DefSent-Plus) read.
+Liu et al. 2024, "DefSent+: Improving sentence embeddings of language models by projecting definition sentences into
+a quasi-isotropic or isotropic vector space of unlimited dictionary entries" (arXiv 2405.16153). Status: the
+authors' code (ryuliuxiaodong/DefSent-Plus) read.
 
 Each entry of a dictionary has a frozen vector W_e, a previous encoder's mean over its definitions; a definition is
 classified among all of them: -log softmax(W f(definition))_e. Then entries are embedded again by the new encoder.

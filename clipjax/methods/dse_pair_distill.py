@@ -3,8 +3,8 @@
 Barkan et al. 2019, "Scalable Attentive Sentence-Pair Modeling via Distilled Sentence Embedding" (arXiv 1908.05161).
 Status: the authors' code (microsoft/Distilled-Sentence-Embedding) read.
 
-A cross-encoder that reads both texts scores a pair; the student's score of the two embeddings is regressed on it, on
-logits: the mean of (student - teacher)^2.
+A cross-encoder that reads both texts scores a pair; the student's score of the two embeddings is regressed on it,
+on logits: the mean of (student - teacher)^2.
 
 What differs here: the pair is an image and a text, the cross-encoder a fusion head that the same run trains by
 `Matching`; each row gives its own pair and its hardest other text, since all pairs are out of reach; the student's

@@ -1,10 +1,10 @@
 """ESimCSE: a text against itself with some words said twice, and against a queue of earlier texts.
 
-Wu et al. 2021, "ESimCSE: Enhanced Sample Building Method for Contrastive Learning of Unsupervised Sentence Embedding"
-(arXiv 2109.04380). Status: the authors' code (caskcsg/sentemb) read.
+Wu et al. 2021, "ESimCSE: Enhanced Sample Building Method for Contrastive Learning of Unsupervised Sentence
+Embedding" (arXiv 2109.04380). Status: the authors' code (caskcsg/sentemb) read.
 
-In a second copy of a text a random number of tokens, below min(10, rate x length), stand twice, so that length tells
-nothing. InfoNCE at a fixed temperature compares the text with the copies of the batch and with a queue of a
+In a second copy of a text a random number of tokens, below min(10, rate x length), stand twice, so that length
+tells nothing. InfoNCE at a fixed temperature compares the text with the copies of the batch and with a queue of a
 momentum encoder's embeddings of earlier texts.
 
 What differs here: a term beside an image-text loss; a text of equal `id` in the queue is no negative; tokens are

@@ -1,15 +1,15 @@
 """Feature transformation: positives pushed apart, negatives mixed, in the space of embeddings.
 
-Zhu et al. 2021, "Improving Contrastive Learning by Visualizing Feature Transformation" (arXiv 2108.02982). Status: the
-authors' code (DTennant/CL-Visualizing-Feature-Transformation) read.
+Zhu et al. 2021, "Improving Contrastive Learning by Visualizing Feature Transformation" (arXiv 2108.02982). Status:
+the authors' code (DTennant/CL-Visualizing-Feature-Transformation) read.
 
-With l = 1 + Beta(2, 2) a pair q, k becomes q' = l q + (1 - l) k and k' = l k + (1 - l) q, whose product
-q.k - 2 l (l - 1) (1 - q.k) is a harder positive. With m ~ Beta(1.6, 1.6) a negative n becomes m n + (1 - m) n_p, p a
-random permutation. Then InfoNCE of q' with k' and the mixed negatives; nothing is normalized again; one l and one m
-a step.
+With l = 1 + Beta(2, 2) a pair q, k becomes q' = l q + (1 - l) k and k' = l k + (1 - l) q, whose product q.k - 2 l
+(l - 1) (1 - q.k) is a harder positive. With m ~ Beta(1.6, 1.6) a negative n becomes m n + (1 - m) n_p, p a random
+permutation. Then InfoNCE of q' with k' and the mixed negatives; nothing is normalized again; one l and one m a
+step.
 
-What differs here: image-text pairs, both directions; negatives come from the batch instead of a queue, so those mixed
-with the row's own key are left out; the statistics that the paper draws are logged (`scores/...`).
+What differs here: image-text pairs, both directions; negatives come from the batch instead of a queue, so those
+mixed with the row's own key are left out; the statistics that the paper draws are logged (`scores/...`).
 """
 
 from __future__ import annotations

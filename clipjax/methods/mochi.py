@@ -7,8 +7,8 @@ For a query q, the `hard` largest negatives are pooled. `mixed` vectors unit(a n
 `with_query` vectors unit(b q + (1 - b) n_j), b ~ U(0, 1/2), of random members of the pool are further negatives of
 this query alone. Gradients pass through the query, not through what is mixed.
 
-What differs here: image-text pairs; the pool comes from the batch, not from a queue; rows of equal `id` never enter it,
-nor do those more similar than `cap`, since of image-text pairs many fit each other.
+What differs here: image-text pairs; the pool comes from the batch, not from a queue; rows of equal `id` never enter
+it, nor do those more similar than `cap`, since of image-text pairs many fit each other.
 """
 
 from __future__ import annotations

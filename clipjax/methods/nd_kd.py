@@ -3,12 +3,12 @@
 Wang et al. 2023, "Improving Knowledge Distillation via Regularizing Feature Norm and Direction" (arXiv 2305.17007).
 Status: the authors' code (WangYZ1608/Knowledge-Distillation-via-ND) read.
 
-With s the student's feature, t the teacher's and e the unit mean of the teacher's features of the class, the loss is
-the mean of 1 - <s, e> / max(|s|, |t|): a student shorter than its teacher is pushed outwards along e, a longer one
-turned towards e alone.
+With s the student's feature, t the teacher's and e the unit mean of the teacher's features of the class, the loss
+is the mean of 1 - <s, e> / max(|s|, |t|): a student shorter than its teacher is pushed outwards along e, a longer
+one turned towards e alone.
 
-What differs here: image-text pairs have no classes: e is the teacher's embedding of the row's own text. Features must
-not be normalized: they come from a head (`MlpHead("feature", unit=False)` of the width of the embeddings).
+What differs here: image-text pairs have no classes: e is the teacher's embedding of the row's own text. Features
+must not be normalized: they come from a head (`MlpHead("feature", unit=False)` of the width of the embeddings).
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
 "Towards Cross-modal Backward-compatible Representation Learning for Vision-Language Models" (ICCV 2025; arXiv
 2405.14715). Status: reconstructed; the outline from another paper's description.
 
-A projection p from the new space to the old one is trained on texts alone: the cosine distance of
-unit(p(y_new + noise)) and y_old, where Gaussian noise stands for the distance of images from texts, so that p serves
-images too.
+A projection p from the new space to the old one is trained on texts alone: the cosine distance of unit(p(y_new +
+noise)) and y_old, where Gaussian noise stands for the distance of images from texts, so that p serves images too.
 
 Besides, the baseline that needs no training: `procrustes`, the orthogonal map nearest to taking new embeddings to
-old ones. What differs here: the second stage (LoRA on a few pairs) is `Lora` with `Softmax("image_old", "text_old")`.
+old ones. What differs here: the second stage (LoRA on a few pairs) is `Lora` with `Softmax("image_old",
+"text_old")`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """Optimizers, schedules, per-path groups, averaging of the weights."""
 
 from clipjax.optim.duration import Duration as Duration
+from clipjax.optim.duration import Every as Every
 from clipjax.optim.duration import Scale as Scale
 from clipjax.optim.ema import Ema as Ema
+from clipjax.optim.guard import SpikeGuard as SpikeGuard
 from clipjax.optim.optimizers import SGD as SGD
 from clipjax.optim.optimizers import Adafactor as Adafactor
 from clipjax.optim.optimizers import AdamW as AdamW

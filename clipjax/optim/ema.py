@@ -26,6 +26,13 @@ class Ema(Component):
             raise ClipjaxError(f"ema.decay={self.decay}: must lie in [0, 1)")
 
     def update(self, average: Any, params: Any, step: jax.Array) -> Any:
-        """`d * average + (1 - d) * params`, d = min(decay, (1 + step) / (10 + step)): short runs average too."""
+        """`d * average + (1 - d) * params`, d = min(decay, (1 + step) / (10 + step)): short runs average too.
+
+        Integers and bools have no mean: the newest are taken.
+        """
         d = jnp.minimum(self.decay, (1.0 + step) / (10.0 + step))
-        return jax.tree.map(lambda a, p: a + (1 - d) * (p - a), average, params)
+
+        def mean(a, p):
+            return a + (1 - d) * (p - a) if jnp.issubdtype(a.dtype, jnp.floating) else p
+
+        return jax.tree.map(mean, average, params)

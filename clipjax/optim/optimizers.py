@@ -103,27 +103,38 @@ class Optimizer(Component):
           total_steps: length of the run.
           scale: what a step means.
         """
-        factor = self.schedule.build(total_steps, scale)
+        # Steps of this size that the run would have taken so far, less those that it took.
+        ahead = scale.shift / scale.batch_size
+        factor = self.schedule.build(total_steps + round(ahead), scale)
 
         def learning_rate(step):
-            return self.lr * factor(step)
+            return self.lr * factor(step + ahead if ahead else step)
 
         decay = map_with_path(lambda name, _: self._decay(name), params)
         multiplier = map_with_path(lambda name, _: self._group(name).lr, params)
         starts = map_with_path(lambda name, _: self._group(name).starts.steps(scale), params)
-        transform = optax.chain(
-            *([optax.clip_by_global_norm(self.clip_norm)] if self.clip_norm else []),
-            self.rule(params),
-            optax.stateless(
-                lambda updates, p: jax.tree.map(
-                    lambda u, w, d: u + d * w if d else u, updates, p, decay
-                )
+        clip = optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity()
+        # Every stage is there, in use or not, and its state goes by its name: so that a run can go
+        # on with a stage switched on or off.
+        transform = optax.named_chain(
+            ("clip", clip),
+            ("rule", self.rule(params)),
+            (
+                "decay",
+                optax.stateless(
+                    lambda updates, p: jax.tree.map(
+                        lambda u, w, d: u + d * w if d else u, updates, p, decay
+                    )
+                ),
             ),
-            optax.stateless(
-                lambda updates, _: jax.tree.map(lambda u, m: u * m, updates, multiplier)
+            (
+                "scale",
+                optax.stateless(
+                    lambda updates, _: jax.tree.map(lambda u, m: u * m, updates, multiplier)
+                ),
             ),
-            *([_hold_until(starts)] if any(jax.tree.leaves(starts)) else []),
-            optax.scale_by_learning_rate(learning_rate),
+            ("hold", _hold_until(starts, ahead)),
+            ("lr", optax.scale_by_learning_rate(learning_rate)),
         )
         return transform, learning_rate
 
@@ -137,11 +148,13 @@ class Optimizer(Component):
         return self.weight_decay if _regex(self.decayed).search(name) else 0.0
 
 
-def _hold_until(starts: Any) -> optax.GradientTransformation:
+def _hold_until(starts: Any, ahead: float) -> optax.GradientTransformation:
     """Zero updates for each leaf until its number of steps in the tree `starts` has passed."""
 
     def update(updates, state, params=None):
-        held = jax.tree.map(lambda u, s: jnp.where(state.count >= s, u, 0), updates, starts)
+        held = jax.tree.map(
+            lambda u, s: jnp.where(state.count + ahead >= s, u, 0) if s else u, updates, starts
+        )
         return held, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
 
     def init(params):

@@ -1,6 +1,6 @@
 """The run's folder as one HTML file."""
 
-from clipjax.report.build import REPORT_FILE, read_metrics, write_report
+from clipjax.report.build import REPORT_FILE, write_report
 from clipjax.report.contents import (
     CaptionExample,
     Example,
@@ -20,6 +20,5 @@ __all__ = [
     "ScoredCaption",
     "Similarities",
     "environment",
-    "read_metrics",
     "write_report",
 ]

@@ -7,7 +7,6 @@ import datetime
 import functools
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from clipjax.files import replace_file
 from clipjax.report import charts
 from clipjax.report.confusion import row_shares
 from clipjax.report.contents import CaptionExample, Confusion, Example, Similarities
 from clipjax.report.pictures import heat_uri, picture_uri, strip_uri
-from clipjax.tracking import headline
+from clipjax.tracking import headline, read_metrics
+from clipjax.tracking.goodput import Goodput, goodput, read_attempts
 
 REPORT_FILE = "report.html"
 ACCENT = (42, 110, 219)
@@ -30,6 +31,9 @@ SMALL_CHARTS = {
     "logit_bias": "Logit bias",
     "grad_norm": "Gradient norm",
     "bad_steps": "Skipped steps",
+    "examples_per_second": "Examples a second",
+    "mfu": "Model FLOP utilization",
+    "data_share": "Share of a step's time that waits for data",
 }
 """Figures of training that get a chart besides the loss, where they are logged."""
 FULL_SCALE = {"CIDEr-D": 10.0, "CLIPScore": 2.5}
@@ -52,6 +56,25 @@ class ResultTable:
 
     columns: list[str]
     rows: list[tuple[str, list[str]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a part of the wall clock was spent on."""
+
+    name: str
+    share: float
+    time: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock:
+    """Goodput, ready to draw."""
+
+    share: float
+    wall: str
+    restarts: int
+    parts: list[Part]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +155,7 @@ def write_report(
         training_charts=_training_charts(points),
         evaluation_charts=_evaluation_charts(points, results),
         tables=_tables(results),
+        clock=_clock(goodput(log, read_attempts(folder))),
         heat=_heat(similarities) if similarities is not None else None,
         confusions=[_confused(c) for c in confusions],
         examples=examples,
@@ -143,24 +167,8 @@ def write_report(
         accent=ACCENT,
     )
     path = folder / REPORT_FILE
-    temporary = folder / (REPORT_FILE + ".tmp")
-    temporary.write_text(page, encoding="utf-8", errors="replace")
-    os.replace(temporary, path)
+    replace_file(path, page)
     return path
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; none if there is no file. Lines cut off by a kill are left out."""
-    lines = []
-    if Path(path).is_file():
-        for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            if isinstance(line, dict) and "step" in line:
-                lines.append(line)
-    return lines
 
 
 def figure(name: str, value: float) -> str:
@@ -191,6 +199,21 @@ def _facts(log: list[dict[str, Any]]) -> dict[str, str]:
     if seconds > 0:
         facts["logged time"] = str(datetime.timedelta(seconds=round(seconds)))
     return facts
+
+
+def _clock(spent: Goodput | None) -> Clock | None:
+    if spent is None or not math.isfinite(spent.share):
+        return None
+    parts = [
+        Part(name, seconds / spent.wall, _time(seconds))
+        for name, seconds in spent.seconds.items()
+        if seconds >= 0.0005 * spent.wall
+    ]
+    return Clock(spent.share, _time(spent.wall), spent.restarts, parts)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else str(datetime.timedelta(seconds=round(seconds)))
 
 
 def _tiles(results: Mapping[str, float], chance: Mapping[str, float]) -> dict[str, list[Tile]]:

@@ -8,6 +8,7 @@ from clipjax.tracking.writers import (
     Tracking,
     Wandb,
     Writer,
+    read_metrics,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "Writer",
     "headline",
     "print_results",
+    "read_metrics",
 ]

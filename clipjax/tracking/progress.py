@@ -129,8 +129,12 @@ class Progress:
 
     def _pace(self) -> str:
         speed, left = self.examples_per_second, self.seconds_left
+        mfu, data = (self._scalars.get(name, math.nan) for name in ("mfu", "data_share"))
         return "  ".join(
             ([] if speed is None else [f"{speed:,.0f} examples/s"])
+            + ([] if math.isnan(mfu) else [f"{100 * mfu:.1f} % MFU"])
+            # Below that it is no news: the batch was ready.
+            + ([f"{100 * data:.0f} % of it waiting for data"] if data >= 0.05 else [])
             + ([] if left is None else [f"ETA {datetime.timedelta(seconds=round(left))}"])
         )
 

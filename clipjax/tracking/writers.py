@@ -10,7 +10,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ import jax
 
 from clipjax.component import Component
 from clipjax.errors import ClipjaxError
+from clipjax.files import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -184,6 +184,20 @@ class MetricsLog:
         self._file.close()
 
 
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; none if there is no file. Lines cut off by a kill are left out."""
+    lines = []
+    if Path(path).is_file():
+        for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and "step" in line:
+                lines.append(line)
+    return lines
+
+
 def _keep_until(path: Path, last_step: int) -> None:
     """Rewrites the file without the lines after `last_step` and without what is no whole line.
 
@@ -205,12 +219,7 @@ def _keep_until(path: Path, last_step: int) -> None:
         return
     if broken:
         log.warning("%s: dropped %d unreadable line(s), as a killed run leaves them", path, broken)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(new)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace_file(path, new)
 
 
 class _TensorBoardWriter:

@@ -8,233 +8,397 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import json
+import dataclasses
 import logging
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from clipjax.checkpoint import Checkpointing, Checkpoints, latest_step
+from clipjax.checkpoint import Checkpoints, latest_step
 from clipjax.config import Run
 from clipjax.data.placement import to_global
-from clipjax.errors import ClipjaxError, Preempted, RunFailed
-from clipjax.optim import Scale
-from clipjax.report import read_metrics
-from clipjax.restore import Opened
+from clipjax.errors import ClipjaxError, DamagedCheckpoint, Preempted, RunFailed, Unavailable
+from clipjax.evals.base import Runner
+from clipjax.optim.duration import as_every
 from clipjax.stores import place
-from clipjax.tracking import Progress, Tracking
-from clipjax.train.folder import hold, replace_file, write_run_files
+from clipjax.tracking import Progress, Tracking, read_metrics
+from clipjax.train.cadence import Cadences
+from clipjax.train.folder import (
+    add_attempt,
+    choose_start,
+    hold,
+    keep_compilations,
+    make_way,
+    write_run_files,
+)
+from clipjax.train.outcome import METRICS_FILE, diverged, finish, is_logged, unwritable_fails
+from clipjax.train.resume import restore
 from clipjax.train.setup import Session, setup
-from clipjax.train.signals import StopRequest
+from clipjax.train.signals import Interrupted, StopRequest, name_of, nothing_lost
 from clipjax.train.state import TrainState
+from clipjax.train.votes import Votes
+from clipjax.train.watch import Profile, Watch
+from clipjax.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
-IN_FLIGHT = (
-    2  # steps dispatched ahead of the device; simulated devices deadlock when it is unbounded
-)
+IN_FLIGHT = 2
+"""Steps dispatched ahead of the device; simulated devices deadlock when it is unbounded."""
 
 
-def train(run: Run, workdir: Path) -> dict[str, float]:
+def train(
+    run: Run,
+    workdir: Path,
+    *,
+    from_step: int | None = None,
+    fallback: bool = False,
+    new_data: bool = False,
+    profile: tuple[int, int] | None = None,
+) -> dict[str, float]:
     """Trains `run` in `workdir`, or continues what is there; returns the final evaluation.
 
     Leaves in the folder: `run.json`, `tokenizer/`, `checkpoints/`, `metrics.jsonl`, what the trackers write, and at
     the end `results.json` and `report.html`.
 
+    Args:
+      run: the experiment.
+      workdir: its folder.
+      from_step: the checkpoint to go back to; None: the newest.
+      fallback: whether to go on from an earlier checkpoint where one is damaged.
+      new_data: whether the data may be other than they were.
+      profile: the first and the last step of a trace.
+
     Raises:
       ClipjaxError: something does not fit; nothing was written.
-      RunFailed: the loss diverged, too many records cannot be read, or the disk is full.
+      RunFailed: the loss diverged, or too many records cannot be read.
+      Unavailable: the folder is in use, or the disk is full.
       Preempted: a signal asked to stop; the state is saved.
     """
-    began = time.monotonic()
+    began = time.time()
     workdir = place(workdir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(unwritable_fails(workdir))
         stop = stack.enter_context(StopRequest())
-        session = setup(run, workdir)
-        stack.enter_context(hold(workdir, session.start))
-        state = session.restore_or_init()
-        write_run_files(workdir, session.meta)
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, run.checkpoint)))
-        tracking = stack.enter_context(
-            Tracking(workdir, run.trackers, session.meta["run"], resume_step=session.start)
-        )
-        progress = stack.enter_context(
-            Progress(session.total_steps, run.data.batch_size, session.start or 0)
-        )
-        state = steps(session, state, checkpoints, tracking, progress, stop)
-        total = session.total_steps
+        dog = Watchdog(run.stall_minutes and run.stall_minutes * 60)
+        stack.enter_context(dog)
         try:
-            results = evaluate(session, checkpoints, state, None)
-        except BaseException:
-            checkpoints.save(total, state, session.meta, None)
-            raise
-        if results and not is_logged(workdir, total, results):
-            tracking.write(total, results)
-        checkpoints.save(total, state, session.meta, results)
-        checkpoints.wait()
-        progress.evaluated(total, results)
-        finish(session, state, results, time.monotonic() - began)
+            session, state = start(run, workdir, stack, from_step, fallback, new_data)
+            lines = read_metrics(workdir / METRICS_FILE)
+            write_run_files(workdir, session.meta)
+            restarts = add_attempt(workdir, session.start, from_step, began, lines)
+            watch = Watch(
+                run.data.batch_size,
+                run.data.context_length,
+                session.flops_per_example(),
+                restarts,
+                elapsed=time.time() - began,
+            )
+            checkpoints = stack.enter_context(
+                contextlib.closing(Checkpoints(workdir, run.checkpoint))
+            )
+            tracking = stack.enter_context(
+                Tracking(workdir, run.trackers, session.meta.run, resume_step=session.start)
+            )
+            progress = stack.enter_context(
+                Progress(session.total_steps, run.data.batch_size, session.start or 0)
+            )
+            trace = Profile(workdir, profile)
+            stack.callback(trace.stop)
+            loop = Loop(session, checkpoints, tracking, progress, stop, dog, watch, trace)
+            state = loop.steps(state)
+        except Interrupted as signal:
+            raise Preempted(nothing_lost(signal.name)) from None
+        results = loop.last_evaluation(state)
+        with loop.stopping_after(session.total_steps):
+            finish(session, state, results, time.time() - began, watch)
     return results
 
 
-def steps(
-    session: Session,
-    state: TrainState,
-    checkpoints: Checkpoints,
-    tracking: Tracking,
-    progress: Progress,
-    stop: StopRequest,
-) -> TrainState:
-    """The loop. Returns the state after the last step."""
-    run, total, start = session.run, session.total_steps, session.start or 0
-    in_flight: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+def start(
+    run: Run,
+    workdir: Path,
+    stack: contextlib.ExitStack,
+    from_step: int | None,
+    fallback: bool,
+    new_data: bool,
+) -> tuple[Session, TrainState]:
+    """Sets the run up, takes hold of its folder (until `stack` is left) and reads or makes its state."""
+    damaged: set[int] = set()
+    while True:
+        newest = latest_step(workdir)
+        at = choose_start(workdir, from_step, damaged)
+        if damaged and at is None:
+            raise ClipjaxError(
+                f"no checkpoint in {workdir} can be read; move its checkpoints/ away to begin anew"
+            )
+        with contextlib.ExitStack() as held:
+            try:
+                session = setup(run, workdir, at, new_data)
+                held.enter_context(hold(workdir, newest))
+                keep_compilations(workdir)
+                state = session.restore_or_init()
+            except DamagedCheckpoint as error:
+                if not fallback:
+                    raise
+                log.warning("%s", error)
+                damaged.add(error.step)
+                continue
+            make_way(workdir, session.start)
+            Votes(session.mesh).settle([0])  # nobody looks before it is done
+            stack.enter_context(held.pop_all())
+            return session, state
 
-    def retire(at_most: int) -> None:
-        """Waits until no more than so many steps are under way; logs and checks those that are done."""
-        while len(in_flight) > at_most:
-            done, metrics = in_flight.popleft()
-            stop_if_diverged(session, checkpoints, done, metrics)
-            due = done % run.log_every == 0 or done in (1, total)
-            if due:
-                tracking.write(done, jax.device_get(metrics))
-            progress.update(done, metrics if due else None)
 
-    def evaluate_at(step: int) -> dict[str, float]:
-        if not session.due(step):
-            return {}
-        retire(0)
-        results = evaluate(session, checkpoints, state, step)
-        tracking.write(step, results)
-        progress.evaluated(step, results)
+class Loop:
+    """One attempt at a run at work."""
+
+    def __init__(
+        self,
+        session: Session,
+        checkpoints: Checkpoints,
+        tracking: Tracking,
+        progress: Progress,
+        stop: StopRequest,
+        dog: Watchdog,
+        watch: Watch,
+        trace: Profile,
+    ):
+        run = session.run
+        self._session, self._checkpoints, self._tracking = session, checkpoints, tracking
+        self._progress, self._stop, self._dog = progress, stop, dog
+        self._watch, self._trace = watch, trace
+        self._votes = Votes(session.mesh)
+        milestones = run.checkpoint.milestones
+        self._cadences = Cadences(
+            session.scale,
+            {
+                "log": (as_every(run.log_every, "log_every"),),
+                "save": run.checkpoint.cadences,
+                "milestone": (milestones,) if milestones else (),
+                **{
+                    f"evals/{evaluator.name}": (evaluator.every,) if evaluator.every else ()
+                    for evaluator, _ in session.evaluators
+                },
+            },
+        )
+        self._in_flight: collections.deque[tuple[int, dict[str, jax.Array], object]] = (
+            collections.deque()
+        )
+        self._stopped_by = 0
+        self._diverged: RunFailed | None = None
+        self._went_back_to: int | None = None
+        session.between_batches = self._between_batches
+
+    def steps(self, state: TrainState) -> TrainState:
+        """Trains to the end; returns the state after the last step."""
+        session, total, start = self._session, self._session.total_steps, self._session.start or 0
+        if session.start is None:
+            self._evaluate_after(0, state)
+        self._dog.beat("the first step", 4)
+        with contextlib.closing(session.loader.iterate(start, session.scale.shift)) as batches:
+            for step in range(start + 1, total + 1):
+                with self._watch.doing("data"):
+                    rows = next(batches)
+                self._trace.before(step)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, metrics = session.step(state, to_global(rows, session.mesh))
+                self._cast(step, metrics)
+                if self._trace.ends_with(step):
+                    self._retire(0)
+                    self._trace.stop()
+                self._retire(IN_FLIGHT)
+                if self._diverged is not None:
+                    state = self._go_back(step, state)
+                    continue
+                if step == total:
+                    break
+                figures = self._evaluate_after(step, state)
+                self._save_after(step, state, metrics, figures)
+                if self._stopped_by:
+                    self._end_early(step)
+            self._retire(0)
+        if self._diverged is not None:  # too late to go back
+            raise self._diverged
+        return state
+
+    def last_evaluation(self, state: TrainState) -> dict[str, float]:
+        """All figures of the trained model, logged and saved with it."""
+        session, total = self._session, self._session.total_steps
+        milestone = self._cadences.due("milestone", total)
+        self._stop.wait_for_steps()
+        self._dog.beat("the last evaluation", 4)
+        runners = [runner for _, runner in session.evaluators]
+        try:
+            results = self._evaluate(state, runners)
+        except Interrupted:
+            self._checkpoints.save(total, state, session.meta_at(total), None, milestone)
+            self._end_early(total)
+            raise
+        except BaseException:
+            self._checkpoints.save(total, state, session.meta_at(total), None, milestone)
+            raise
+        if results and not is_logged(session.workdir, total, results):
+            # With the time it took, which no other line will tell.
+            seconds = {n: v for n, v in self._watch.figures().items() if n.startswith("seconds/")}
+            self._tracking.write(total, results | seconds)
+        self._dog.beat("the last save", 4)
+        with self._watch.doing("saving"):
+            self._checkpoints.save(total, state, session.meta_at(total), results, milestone)
+            self._checkpoints.wait()
+        self._progress.evaluated(total, results)
+        self._dog.beat("the report", 4)
         return results
 
-    if session.start is None:
-        evaluate_at(0)
-    saving = SaveClock(run.checkpoint, session.scale)
-    with contextlib.closing(session.loader.iterate(start)) as batches:
-        for step in range(start + 1, total + 1):
-            state, metrics = session.step(state, to_global(next(batches), session.mesh))
-            in_flight.append((step, metrics))
-            retire(IN_FLIGHT)
-            if step == total:
-                break
-            results = evaluate_at(step)
-            stopped_by = stop.agreed(step)
-            if stopped_by or saving.due(step, may_ask=step % run.log_every == 0):
-                retire(0)
-                # Weights that yield no finite loss must not push a good checkpoint out.
-                if stopped_by or not int(metrics["bad_streak"]):
-                    checkpoints.save(step, state, session.meta, results)
-            if stopped_by:
-                checkpoints.wait()
-                raise Preempted(
-                    f"stopped by {stopped_by} after step {step} of {total}; saved in {session.workdir}: "
-                    "the same command continues"
-                )
-        retire(0)
-    return state
+    @contextlib.contextmanager
+    def stopping_after(self, step: int) -> Iterator[None]:
+        """In here a signal ends the run, whose `step` is saved."""
+        try:
+            with self._stop.at_once():
+                yield
+        except Interrupted:
+            self._end_early(step)
 
+    def _cast(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        vote = self._votes.cast([self._stop.number, *self._cadences.late()])
+        if isinstance(vote, np.ndarray):  # a single process: no need to wait
+            self._hear(vote)
+        self._in_flight.append((step, metrics, vote))
 
-def evaluate(
-    session: Session, checkpoints: Checkpoints, state: TrainState, step: int | None
-) -> dict[str, float]:
-    """`session.evaluate`; what an evaluator refuses in the middle of a run fails the run."""
-    try:
-        return session.evaluate(state, step)
-    except ClipjaxError as error:
-        checkpoints.wait()
-        raise RunFailed(f"{error}; {checkpoints.describe_latest()}") from error
+    def _hear(self, vote: np.ndarray) -> None:
+        stopped_by, *late = (int(number) for number in vote)
+        self._stopped_by = self._stopped_by or stopped_by
+        self._cadences.tell(late)
 
+    def _retire(self, at_most: int) -> None:
+        """Waits until no more than so many steps are under way; logs and checks those that are done."""
+        session = self._session
+        while len(self._in_flight) > at_most:
+            done, metrics, vote = self._in_flight.popleft()
+            self._diverged = self._diverged or diverged(session, self._checkpoints, done, metrics)
+            if self._diverged and not (session.run.spikes and session.run.spikes.rollback):
+                self._checkpoints.wait()
+                raise self._diverged
+            if not isinstance(vote, np.ndarray):
+                self._hear(np.asarray(vote))
+            if done == (session.start or 0) + 1:
+                self._stop.wait_for_steps()
+            self._dog.beat(f"step {done + 1}")
+            self._watch.stepped()
+            due = self._cadences.due("log", done) or done in (1, session.total_steps)
+            figures = None
+            if due:
+                loader = session.loader
+                skipped = {
+                    "skipped_records": loader.skipped,
+                    "unreachable_records": loader.unreachable,
+                }
+                figures = jax.device_get(metrics) | self._watch.figures() | skipped
+                self._tracking.write(done, figures)
+            self._progress.update(done, figures)
 
-def is_logged(workdir: Path, step: int, results: dict[str, float]) -> bool:
-    """Whether a run that was killed at its very end has written its last evaluation already."""
-    lines = read_metrics(workdir / "metrics.jsonl")
-    return any(line["step"] == step and line.keys() & results.keys() for line in lines)
+    def _evaluate_after(self, step: int, state: TrainState) -> dict[str, float]:
+        """The figures of the evaluators that are due."""
+        due = [
+            runner
+            for evaluator, runner in self._session.evaluators
+            if self._cadences.due(f"evals/{evaluator.name}", step)
+        ]
+        if not due or self._stopped_by:
+            return {}
+        self._retire(0)
+        self._dog.beat(f"the evaluation after step {step}", 4)
+        try:
+            figures = self._evaluate(state, due)
+        except Interrupted as signal:
+            if step == (self._session.start or 0):
+                raise
+            log.info("%s: the evaluation after step %d is given up", signal.name, step)
+            self._stopped_by = self._stopped_by or self._stop.number
+            return {}
+        self._dog.beat(f"step {step + 1}")
+        self._tracking.write(step, figures)
+        self._progress.evaluated(step, figures)
+        return figures
 
+    def _evaluate(self, state: TrainState, runners: Sequence[Runner]) -> dict[str, float]:
+        """What an evaluator refuses in the middle of a run fails the run."""
+        try:
+            with self._watch.doing("evaluation"), self._at_once():
+                return self._session.evaluate(state, runners)
+        except ClipjaxError as error:
+            self._checkpoints.wait()
+            kind = Unavailable if isinstance(error, Unavailable) else RunFailed
+            raise kind(f"{error}; {self._checkpoints.describe_latest()}") from error
 
-class SaveClock:
-    """When the next checkpoint is due. All processes agree: the first one's clock decides."""
+    def _at_once(self) -> contextlib.AbstractContextManager[None]:
+        """One process may end what it does at any moment; several only together (`_between_batches`)."""
+        return self._stop.at_once() if jax.process_count() == 1 else contextlib.nullcontext()
 
-    def __init__(self, config: Checkpointing, scale: Scale):
-        self._every = config.every.steps(scale) if config.every else 0
-        self._seconds = config.minutes * 60 if config.minutes else math.inf
-        self._last = time.monotonic()
+    def _between_batches(self) -> None:
+        """An evaluation is alive, and ends when any process is asked to stop."""
+        self._dog.beat("an evaluation", 4)
+        if jax.process_count() > 1 and (number := int(self._votes.settle([self._stop.number])[0])):
+            self._stopped_by = number
+            raise Interrupted(name_of(number))
 
-    def due(self, step: int, may_ask: bool) -> bool:
-        """Whether to save after `step`; the clock is looked at only where `may_ask` (it costs a message)."""
-        due = bool(self._every) and step % self._every == 0
-        if not due and may_ask and self._seconds < math.inf:
-            late = np.asarray(time.monotonic() - self._last >= self._seconds)
-            due = (
-                bool(multihost_utils.broadcast_one_to_all(late))
-                if jax.process_count() > 1
-                else bool(late)
-            )
-        if due:
-            self._last = time.monotonic()
-        return due
+    def _go_back(self, step: int, state: TrainState) -> TrainState:
+        """After too many skipped steps: the weights of an earlier checkpoint, with the data that come next.
 
+        The steps in between count as skipped, so that schedules follow the weights.
+        """
+        self._retire(0)
+        failure, self._diverged = self._diverged, None
+        assert failure is not None
+        self._checkpoints.wait()
+        steps = self._checkpoints.milestones() or self._checkpoints.steps()
+        before = [s for s in steps if self._went_back_to is None or s < self._went_back_to]
+        if not before:
+            raise failure
+        self._went_back_to = at = before[-1]
+        log.warning(
+            "%s. Going back to the weights of step %d, and on with the data after step %d",
+            str(failure).split(";")[0], at, step,
+        )  # fmt: skip
+        target = self._session.blueprint.target()
+        old = restore(self._checkpoints, at, target, self._session.run.optimizer)
+        state = dataclasses.replace(
+            old,
+            step=state.step,
+            bad_steps=old.bad_steps + (step - at),
+            bad_streak=jax.device_put(np.int32(0), target.bad_streak.sharding),
+            guard=state.guard,
+        )
+        with self._watch.doing("saving"):
+            self._checkpoints.save(step, state, self._session.meta_at(step))
+        return state
 
-def stop_if_diverged(
-    session: Session, checkpoints: Checkpoints, step: int, metrics: dict[str, jax.Array]
-) -> None:
-    """Ends the run after too many skipped steps in a row."""
-    streak = int(metrics["bad_streak"])
-    if streak < session.run.max_bad_steps:
-        if streak:
-            log.warning(
-                "step %d: loss or gradient is not finite%s; skipped (%d in a row)",
-                step,
-                _broken(metrics),
-                streak,
-            )
-        return
-    checkpoints.wait()
-    raise RunFailed(
-        f"{streak} steps in a row up to step {step} had a loss or gradient that is not finite"
-        f"{_broken(metrics)}; {checkpoints.describe_latest()}. Lower optimizer.lr, lengthen the warm-up, or set "
-        "optimizer.clip_norm"
-    )
+    def _save_after(
+        self,
+        step: int,
+        state: TrainState,
+        metrics: dict[str, jax.Array],
+        figures: dict[str, float],
+    ) -> None:
+        milestone = self._cadences.due("milestone", step)
+        due = self._cadences.due("save", step) or milestone or self._checkpoints.is_best(figures)
+        if not due and not self._stopped_by:
+            return
+        self._retire(0)
+        # Weights that yield no finite loss must not push a good checkpoint out.
+        if self._stopped_by or not int(metrics["bad_streak"]):
+            self._dog.beat(f"the save of step {step}", 4)
+            meta = self._session.meta_at(step)
+            with self._watch.doing("saving"):
+                self._checkpoints.save(step, state, meta, figures, milestone)
+            self._dog.beat(f"step {step + 1}")
 
-
-def _broken(metrics: dict[str, jax.Array]) -> str:
-    """Whose embeddings of this step were not finite, in words; nothing if all were."""
-    counts = {
-        name.split("/")[1]: int(value)
-        for name, value in metrics.items()
-        if name.startswith("broken_rows/")
-    }
-    named = " and ".join(f"{count} {name} embeddings" for name, count in counts.items() if count)
-    return f" ({named} hold NaN or infinity)" if named else ""
-
-
-@contextlib.contextmanager
-def unwritable_fails(workdir: Path) -> Iterator[None]:
-    """A full disk and the like end the run in one message that says what is safe."""
-    try:
-        yield
-    except OSError as error:
-        last = latest_step(workdir)
-        saved = "nothing was saved yet" if last is None else f"step {last} is saved"
-        raise RunFailed(
-            f"{error}; {saved} in {workdir}: mend that, and the same command continues"
-        ) from error
-
-
-def finish(session: Session, state: TrainState, results: dict[str, float], seconds: float) -> None:
-    """`results.json` and `report.html`; all processes evaluate, the first one writes."""
-    if jax.process_index() == 0:
-        summary = {"step": session.total_steps, "seconds": round(seconds, 1)} | results
-        replace_file(session.workdir / "results.json", json.dumps(summary, indent=2))
-    predictor = session.predictor_for(state)
-    opened = Opened(
-        session.workdir, session.total_steps, session.run, predictor, session.evaluators
-    )
-    path = opened.report(results)
-    if jax.process_index() == 0:
-        log.info("wrote %s", path)
+    def _end_early(self, step: int) -> None:
+        self._dog.beat(f"the save of step {step}", 4)
+        self._checkpoints.wait()
+        name = name_of(self._stopped_by or self._stop.number)
+        raise Preempted(
+            f"stopped by {name} after step {step} of {self._session.total_steps}; saved in "
+            f"{self._session.workdir}: the same command continues"
+        )

@@ -9,26 +9,32 @@ import contextlib
 import dataclasses
 import logging
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from clipjax.checkpoint import FORMAT, Checkpoints, latest_step, pack_tokenizer, unpack_tokenizer
+from clipjax.checkpoint import Checkpoints
 from clipjax.component import to_json
 from clipjax.config import Run
 from clipjax.data import Data, TokenizerModel, load_tokenizer
 from clipjax.data.placement import process_rows
-from clipjax.errors import ClipjaxError, did_you_mean
+from clipjax.errors import ClipjaxError, DamagedCheckpoint, did_you_mean
 from clipjax.evals.base import Evaluator, Runner, build_runners
+from clipjax.evals.flops import count
 from clipjax.generation.generate import special_tokens
+from clipjax.meta import Meta, pack_tokenizer, unpack_tokenizer
+from clipjax.objectives.base import leaves, union
 from clipjax.objectives.pairs import PairEngine
 from clipjax.optim import Scale
 from clipjax.predictor import Predictor
 from clipjax.train.folder import claim
+from clipjax.train.resume import restore
 from clipjax.train.state import Blueprint, Leaves, TrainState
 from clipjax.train.step import Step, check_batch, jit_step, make_step
+from clipjax.train.votes import Votes
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +45,7 @@ class Session:
 
     Attributes:
       start: the checkpoint to continue from; None for a fresh run.
+      between_batches: called before every batch that an evaluator embeds.
     """
 
     run: Run
@@ -49,34 +56,61 @@ class Session:
     total_steps: int
     blueprint: Blueprint
     step: Step
-    meta: dict[str, Any]
+    meta: Meta
     evaluators: list[tuple[Evaluator, Runner]]
     predictor: Predictor
     start: int | None
     start_leaves: tuple[Leaves, Leaves]
+    between_batches: Callable[[], None] | None = None
 
-    def due(self, step: int | None) -> list[Runner]:
-        """The evaluators due after `step`; all of them when `step` is None."""
-        return [
-            runner
-            for evaluator, runner in self.evaluators
-            if step is None or (evaluator.every is not None and evaluator.every.due(step))
-        ]
+    def meta_at(self, step: int) -> Meta:
+        """What a checkpoint of `step` holds beside the state."""
+        return dataclasses.replace(self.meta, examples_seen=self.scale.examples(step))
 
-    def evaluate(self, state: TrainState, step: int | None) -> dict[str, float]:
-        """The figures of the evaluators due after `step`."""
+    def flops_per_example(self) -> float | None:
+        """Of the model for one example, forward and backward (twice the forward); None where it cannot be counted."""
+        blueprint, needs = (
+            self.blueprint,
+            union(p.objective.needs for p in leaves(self.run.objective)),
+        )
+        one = {
+            name: jax.ShapeDtypeStruct((1, *row.shape), row.dtype)
+            for name, row in self.run.data.spec().items()
+        }
+
+        def forward(params, model_state, batch):
+            return blueprint.module(params, model_state)(batch, needs=needs).rows
+
+        try:
+            traced = jax.make_jaxpr(forward)(
+                blueprint.abstract.params, blueprint.abstract.model_state, one
+            )
+        except (
+            Exception
+        ) as error:  # a model that cannot be traced alone costs the figure, not the run
+            log.info("no model FLOPs: %s", error)
+            return None
+        return 3 * count(traced.jaxpr)
+
+    def evaluate(self, state: TrainState, runners: Sequence[Runner]) -> dict[str, float]:
+        """The figures of some of the run's evaluators."""
         results: dict[str, float] = {}
-        if due := self.due(step):
+        if runners:
             predictor = self.predictor_for(state)
-            for runner in due:
+            for runner in runners:
                 results |= runner(predictor)
         return results
 
     def predictor_for(self, state: TrainState) -> Predictor:
         """The model as evaluators see it: with averaged weights where the run asks for them."""
         ema = self.run.ema
-        params = self.blueprint.averaged(state) if ema and ema.evaluate else state.params
-        return self.predictor.with_params(params, state.model_state)
+        averaged = ema is not None and ema.evaluate
+        predictor = self.predictor.with_params(
+            self.blueprint.averaged(state) if averaged else state.params,
+            state.ema_state if averaged else state.model_state,
+        )
+        predictor.between_batches = self.between_batches
+        return predictor
 
     def restore_or_init(self) -> TrainState:
         """The state to begin with, laid out on the mesh.
@@ -87,15 +121,38 @@ class Session:
         if self.start is None:
             return self.blueprint.init(self.start_leaves)
         log.info("continuing from step %d of %s", self.start, self.workdir)
+        failure: DamagedCheckpoint | None = None
+        state: Any = None
         with contextlib.closing(Checkpoints(self.workdir)) as checkpoints:
-            return checkpoints.restore(self.start, self.blueprint.target())
+            try:
+                target = self.blueprint.target()
+                state = restore(checkpoints, self.start, target, self.run.optimizer)
+            except DamagedCheckpoint as error:
+                failure = error
+        # One process may be alone in seeing the damage, and all must go on from the same step.
+        if Votes(self.mesh).settle([failure is not None])[0] and failure is None:
+            failure = DamagedCheckpoint(
+                f"another process cannot read checkpoint {self.start}; its own message says why",
+                self.start,
+            )
+        if failure is not None:
+            raise failure
+        return state
 
 
-def setup(run: Run, workdir: Path) -> Session:
+def setup(run: Run, workdir: Path, start: int | None = None, new_data: bool = False) -> Session:
     """Opens everything a run needs.
+
+    Args:
+      run: the experiment.
+      workdir: its folder.
+      start: the checkpoint to continue from; None for a fresh run.
+      between_batches: called before every batch that an evaluator embeds.
+      new_data: whether the data may be other than they were when the checkpoint was written.
 
     Raises:
       ClipjaxError: something does not fit together.
+      DamagedCheckpoint: the checkpoint cannot be read.
     """
     claim(run, workdir)
     mesh = run.mesh.build()
@@ -104,17 +161,29 @@ def setup(run: Run, workdir: Path) -> Session:
     check_best(run)
     for tracker in run.trackers:
         tracker.check()
-    start = latest_step(workdir)
+    saved = read_meta(workdir, start) if start is not None else None
     tokenizer = (
         run.data.tokenizer.build(run.data.iter_captions())
-        if start is None
-        else saved_tokenizer(workdir, start)
+        if saved is None
+        else saved_tokenizer(saved)
     )
     check_vocabulary(run, tokenizer)
     loader = run.data.build(tokenizer, run.seed, *process_rows(mesh))
-    scale = Scale(run.data.batch_size, loader.num_examples)
-    total_steps = run.duration.steps(scale)
-    if total_steps < 1:
+    meta = Meta(
+        run=to_json(run),
+        tokenizer=pack_tokenizer(tokenizer),
+        num_examples=loader.num_examples,
+        fingerprint=loader.fingerprint(),
+    )
+    if saved is not None:
+        check_data(saved, meta, workdir, new_data)
+    seen = saved.examples(start or 0) if saved else 0
+    shift = seen - (start or 0) * run.data.batch_size
+    scale = Scale(run.data.batch_size, loader.num_examples, shift)
+    if shift:
+        log.info("%d examples were seen so far, in %d steps of other sizes", seen, start)
+    total_steps = run.duration.last_step(scale)
+    if run.duration.amount == 0:
         raise ClipjaxError(
             f"duration={run.duration.amount} {run.duration.unit}: there is nothing to train"
         )
@@ -131,9 +200,11 @@ def setup(run: Run, workdir: Path) -> Session:
         mesh,
         run.sharding,
         total_steps,
-        scale,
+        # A run whose length is in steps goes by steps whatever their size.
+        dataclasses.replace(scale, shift=0) if run.duration.unit == "steps" else scale,
         run.seed,
         run.data.spec(),
+        run.spikes,
     )
     log.info(run.sharding.describe(blueprint.abstract, blueprint.shardings, mesh))
     engine = PairEngine(mesh, run.exchange, run.pair_chunk, run.pair_dtype, run.pair_tile_mb)
@@ -146,6 +217,7 @@ def setup(run: Run, workdir: Path) -> Session:
         run.accumulate,
         run.ema,
         special_tokens(tokenizer),
+        run.spikes,
     )
     compiled = compiled_step(blueprint, step, run.data)
     predictor = Predictor(
@@ -171,7 +243,7 @@ def setup(run: Run, workdir: Path) -> Session:
         total_steps=total_steps,
         blueprint=blueprint,
         step=compiled,
-        meta={"format": FORMAT, "run": to_json(run), "tokenizer": pack_tokenizer(tokenizer)},
+        meta=meta,
         evaluators=evaluators,
         predictor=predictor,
         start=start,
@@ -195,13 +267,39 @@ def compiled_step(blueprint: Blueprint, step: Step, data: Data) -> Step:
     return lambda state, batch: jitted(state, batch, *teachers)
 
 
-def saved_tokenizer(workdir: Path, step: int) -> TokenizerModel:
-    """The tokenizer of a checkpoint: the run goes on with the one it began with."""
+def read_meta(workdir: Path, step: int) -> Meta:
+    """What a checkpoint of this run holds beside the state."""
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
-        files = checkpoints.meta(step)["tokenizer"]
+        return checkpoints.meta(step)
+
+
+def saved_tokenizer(meta: Meta) -> TokenizerModel:
+    """The tokenizer of a checkpoint: the run goes on with the one it began with."""
     with tempfile.TemporaryDirectory() as scratch:
-        unpack_tokenizer(files, Path(scratch))
+        unpack_tokenizer(meta.tokenizer, Path(scratch))
         return load_tokenizer(scratch)
+
+
+def check_data(saved: Meta, now: Meta, workdir: Path, new_data: bool) -> None:
+    """Refuses to go on with other data under the same name: order, epochs and schedule would all change unseen.
+
+    Raises:
+      ClipjaxError: their number or their fingerprint is another, and nobody said that this is meant.
+    """
+    if saved.num_examples is None or now.num_examples == saved.num_examples:
+        same = None in (saved.fingerprint, now.fingerprint) or saved.fingerprint == now.fingerprint
+        if same:
+            return
+        what = f"the data are not those of {workdir}'s checkpoint, though as many"
+    else:
+        what = f"{workdir} began with {saved.num_examples} examples, and its data hold {now.num_examples} now"
+    if new_data or saved.run["data"]["source"] != now.run["data"]["source"]:
+        log.warning("%s: order, epochs and what hangs on them change from here on", what)
+        return
+    raise ClipjaxError(
+        f"{what}: put the data back as they were, or say --new-data to go on with these (another order, "
+        "another length of an epoch)"
+    )
 
 
 def check_best(run: Run) -> None:

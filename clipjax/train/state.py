@@ -17,7 +17,7 @@ from clipjax.errors import ClipjaxError
 from clipjax.layout import on_mesh
 from clipjax.objectives.base import Objective, Setting, leaves
 from clipjax.objectives.teachers import Frozen, MovingAverage, Teacher
-from clipjax.optim import Ema, Optimizer, Scale
+from clipjax.optim import Ema, Optimizer, Scale, SpikeGuard
 from clipjax.params import abstract, join, merge, paths, select, split
 from clipjax.restore import open_pretrained
 from clipjax.sharding import Sharding
@@ -42,6 +42,8 @@ class TrainState:
       key: uint32 key data of the run's RNG; a step's key is folded from it and the step.
       bad_steps: [] int32, steps skipped because loss or gradient was not finite.
       bad_streak: [] int32, how many of these in a row up to now.
+      ema_state: average of `model_state`, where there is one of the parameters; else `{}`.
+      guard: what the spike guard remembers, or `{}`.
     """
 
     step: jax.Array
@@ -54,6 +56,8 @@ class TrainState:
     bad_steps: jax.Array
     bad_streak: jax.Array
     averages: Any = struct.field(default_factory=dict)
+    ema_state: Any = struct.field(default_factory=dict)
+    guard: Any = struct.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +99,14 @@ class Blueprint:
         scale: Scale,
         seed: int,
         inputs: Mapping[str, Any] | None = None,
+        spikes: SpikeGuard | None = None,
     ) -> Blueprint:
         """Traces the initialization once; nothing is allocated.
 
         Args:
           inputs: shape and dtype of one row of each field of the batch, for objectives whose state has the width of
             the model's output.
+          spikes: the run's spike guard, whose memory is part of the state.
         """
         static: dict[str, Any] = {}
         teachers = objective.teachers
@@ -145,6 +151,8 @@ class Blueprint:
                 bad_steps=zero,
                 bad_streak=zero,
                 averages={name: jax.tree.map(jnp.copy, moving) for name in averages},
+                ema_state=jax.tree.map(jnp.copy, model_state) if ema else {},
+                guard=spikes.init() if spikes else {},
             )
 
         abstract = jax.eval_shape(init, {}, {})

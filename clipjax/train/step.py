@@ -41,7 +41,7 @@ from clipjax.objectives.base import (
 from clipjax.objectives.diagnostics import broken_rows
 from clipjax.objectives.pairs import PairEngine
 from clipjax.objectives.teachers import Itself, MovingAverage
-from clipjax.optim import Ema
+from clipjax.optim import Ema, SpikeGuard
 from clipjax.params import join, select, split
 from clipjax.train.state import Blueprint, TrainState
 
@@ -68,10 +68,12 @@ def make_step(
     accumulate: int = 1,
     ema: Ema | None = None,
     tokens: SpecialTokens | None = None,
+    spikes: SpikeGuard | None = None,
 ) -> Step:
     """The step function.
 
     Args:
+      spikes: skips steps that are finite and yet out of proportion.
       tokens: of the run's tokenizer, for objectives that read tokens.
 
     Returns:
@@ -138,11 +140,29 @@ def make_step(
             model, parts, moving, context, aux, key
         )
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        updates, opt_state = blueprint.transform.update(grads, state.opt_state, moving)
-        moving = optax.apply_updates(moving, updates)
-        average = ema.update(state.ema, moving, state.step) if ema else state.ema
-        params = join(moving, frozen)
+        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        guard = state.guard
+        if spikes is not None:
+            spike, guard = spikes.check(guard, loss, grad_norm)
+            good &= ~spike
+
+        def move(_):
+            updates, opt_state = blueprint.transform.update(grads, state.opt_state, moving)
+            moved = optax.apply_updates(moving, updates)
+            averages = {
+                name: teacher.follow(state.averages[name], moved)
+                for name, teacher in blueprint.averages.items()
+            }
+            if ema is None:
+                return moved, opt_state, averages, state.ema, state.ema_state
+            ema_state = ema.update(state.ema_state, model_state, state.step)
+            return moved, opt_state, averages, ema.update(state.ema, moved, state.step), ema_state
+
+        def stay(_):
+            return moving, state.opt_state, state.averages, state.ema, state.ema_state
+
+        # A condition, since to select between old and new holds a second copy of all of it.
+        moving, opt_state, averages, average, ema_state = jax.lax.cond(good, move, stay, None)
         advanced = {
             leaf.name: leaf.objective.advance(
                 own_state[leaf.name], results.get(leaf.name, {}), leaf.own(context, aux)
@@ -150,17 +170,10 @@ def make_step(
             for leaf in parts
             if leaf.name in own_state
         }
-        proposed = dataclasses.replace(
-            state,
-            params=params,
-            model_state=model_state,
-            opt_state=opt_state,
-            ema=average,
-            objective_state=advanced,
-            averages={
-                name: teacher.follow(state.averages[name], moving)
-                for name, teacher in blueprint.averages.items()
-            },
+        model_state, advanced = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old),
+            (model_state, advanced),
+            (state.model_state, own_state),
         )
         # What the optimizer's own counter says: skipped steps do not advance the schedule.
         applied = state.step - state.bad_steps
@@ -170,10 +183,19 @@ def make_step(
             "grad_norm": grad_norm,
             "lr": blueprint.learning_rate(applied),
         }
-        bad = 1 - finite.astype(jnp.int32)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, state)
+        if spikes is not None:
+            metrics["spikes"] = guard["spikes"]
+        bad = 1 - good.astype(jnp.int32)
         state = dataclasses.replace(
-            kept,
+            state,
+            params=join(moving, frozen),
+            model_state=model_state,
+            opt_state=opt_state,
+            ema=average,
+            ema_state=ema_state,
+            averages=averages,
+            objective_state=advanced,
+            guard=guard,
             step=state.step + 1,
             bad_steps=state.bad_steps + bad,
             bad_streak=(state.bad_streak + 1) * bad,

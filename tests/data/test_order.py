@@ -10,7 +10,7 @@ from PIL import Image as Pillow
 
 from clipjax.component import from_json, to_json
 from clipjax.data import BPE, Array, Data, Image, Source, Stream, Text, UnreadableRecord, WebDataset
-from clipjax.data.order import edges_of, edges_within
+from clipjax.data.order import Streamed, edges_of, edges_within
 from clipjax.errors import ClipjaxError
 
 TOKENIZER = BPE(300).build(["number 7"])
@@ -182,3 +182,21 @@ def test_refusals(tmp_path):
             Stream(**{name: 0})
     config = data(source)
     assert from_json(to_json(config)) == config
+
+
+def test_a_stream_goes_on_after_batches_of_another_size():
+    """Three steps of 8, then 16 a step: every record once an epoch, as if the size had never changed."""
+    stream, edges = Stream(lanes=4, run=4, block=2), np.arange(0, 65, 4)
+    small = Streamed(stream, edges, 8, 3, True)
+    seen = [small.at(position, 0)[0] for position in range(24)]
+    large = Streamed(stream, edges, 16, 3, True)
+    shift = 24 - 3 * 16
+    large.go_on(shift)
+    for step in range(3, 6):
+        rows = [large.at(step * 16 + shift + row, 0)[0] for row in range(16)]
+        wanted = large.runs(step, 0, 16)
+        assert {int(np.searchsorted(edges, index, side="right")) - 1 for index in rows} <= wanted
+        seen += rows
+    assert sorted(seen[:64]) == list(range(64))
+    with pytest.raises(ClipjaxError, match="change lanes back"):
+        large.go_on(6)

@@ -35,7 +35,7 @@ def test_every_is_due_at_its_multiples():
     every = Every(50)
     assert [step for step in range(0, 201) if every.due(step)] == [50, 100, 150, 200]
     assert Every(50, at_start=True).due(0)
-    with pytest.raises(ClipjaxError, match="steps=0"):
+    with pytest.raises(ClipjaxError, match="amount=0"):
         Every(0)
 
 

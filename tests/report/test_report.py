@@ -19,7 +19,8 @@ from clipjax.report import (
     pictures,
     write_report,
 )
-from clipjax.report.build import figure, read_metrics
+from clipjax.report.build import figure
+from clipjax.tracking import read_metrics
 
 HOSTILE = '</script><script>alert("x")</script><img src=http://evil.example/x.png onerror=alert(1)> \' & {{ 7 * 7 }}'
 

@@ -29,7 +29,7 @@ def test_two_processes_stop_together_go_on_and_end_as_one_would(
     """Four devices in two processes: a signal to one of them stops both after the same step; the same command goes
     on to the end; losses and figures are those of one process."""
     workdir = tmp_path / "two"
-    options = ("--sharding.fsdp", "--sharding.min_size", 16, "--checkpoint.minutes", 60)
+    options = ("--sharding.fsdp", "--sharding.min_size", 16, "--checkpoint.every.unit", "minutes")
 
     def start(steps):
         return spawn(

@@ -89,9 +89,16 @@ def test_settings_that_do_not_fit_each_other(refused, clipjax, vary):
     refused(["eos_id=7", "tokenizer's is 2"], "train", "--model.text.eos_id", 7)
     refused(["duration"], "train", "--duration.amount", 0)
     refused(["warm-up of 9 steps", "run of 8"], "train", "--optimizer.schedule.warmup.amount", 9)
-    refused(["log_every=0"], "train", "--log_every", 0)
+    refused(["amount=0"], "train", "--log_every.amount", 0)
     refused(["checkpoint.keep=0"], "train", "--checkpoint.keep", 0)
-    refused(["checkpoint.minutes=0"], "train", "--checkpoint.minutes", 0)
+    refused(
+        ["amount=0 minutes"],
+        "train",
+        "--checkpoint.every.amount",
+        0,
+        "--checkpoint.every.unit",
+        "minutes",
+    )
     refused(["'nothing/R@1'", "no evaluator"], "train", "--checkpoint.best", "nothing/R@1")
     changes = {
         "optimizer=replace(run.optimizer, groups=(Group('^vision/'),))": "matches no parameter",
@@ -152,8 +159,6 @@ def test_a_checkpoint_of_another_model(refused, clipjax, vary):
         "--duration.amount",
         4,
     )
-    assert files(clipjax.workdir) == before
-    refused(["another optimizer, ema or objective", "'ema/"], "train", config=vary("ema=Ema(0.9)"))
     assert files(clipjax.workdir) == before
 
 

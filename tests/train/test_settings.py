@@ -168,7 +168,7 @@ def _state(workdir, step, part):
     target = abstract(lambda: run.model.build(nnx.Rngs(0)))[1]
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), target)
-    restored = Checkpoints(workdir).restore_part(step, {part: target})[part]
+    restored = Checkpoints(workdir).restore(step, {part: target})[part]
     return {name: np.asarray(leaf) for name, leaf in paths(restored)}
 
 
@@ -190,12 +190,14 @@ def test_which_checkpoints_stay(clipjax, read_metrics, vary, tmp_path):
     assert len(kept) <= 2
     # By the clock: every step is late.
     clock = tmp_path / "clock"
-    config = vary("checkpoint=Checkpointing(every=None, minutes=1e-9, keep=2), evals=()")
+    config = vary("checkpoint=Checkpointing(every=Every(1e-9, 'minutes'), keep=2), evals=()")
     assert (
-        clipjax("train", "--duration.amount", 5, "--log_every", 2, config=config, workdir=clock)
+        clipjax(
+            "train", "--duration.amount", 5, "--log_every.amount", 2, config=config, workdir=clock
+        )
         == 0
     )
-    assert steps_kept(clock) == [4, 5]  # asked at steps 2 and 4; the last one is always saved
+    assert steps_kept(clock) == [4, 5]
     assert sorted(read_metrics(clock)) == [1, 2, 4, 5]
 
 
@@ -252,8 +254,8 @@ def test_one_compilation_no_implicit_transfers_and_no_wasted_buffers(
 
     real = loop.setup
 
-    def guarded(run, workdir):
-        session = real(run, workdir)
+    def guarded(*arguments):
+        session = real(*arguments)
         compiled = session.step
 
         def step(state, batch):
@@ -272,16 +274,19 @@ def test_one_compilation_no_implicit_transfers_and_no_wasted_buffers(
 
 
 def test_what_changed_is_named_as_on_the_command_line():
-    before = {"seed": 0, "evals": [{"every": {"steps": 4}, "name": "a"}], "trackers": []}
-    after = {"seed": 0, "evals": [{"every": {"steps": 9}, "name": "a"}], "trackers": [1]}
-    assert changes(before, after) == [("evals.0.every.steps", 4, 9), ("trackers", [], [1])]
+    before = {"seed": 0, "evals": [{"every": {"amount": 4}, "name": "a"}], "trackers": []}
+    after = {"seed": 0, "evals": [{"every": {"amount": 9}, "name": "a"}], "trackers": [1]}
+    assert changes(before, after) == [("evals.0.every.amount", 4, 9), ("trackers", [], [1])]
 
 
 def test_config_prints_what_trains(clipjax, capsys):
-    assert clipjax("config", "--optimizer.lr", "0.5", "--log_every", 7) == 0
+    assert clipjax("config", "--optimizer.lr", "0.5", "--log_every.amount", 7) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["optimizer"]["lr"] == 0.5
-    assert shown["log_every"] == 7
-    assert clipjax("train", "--duration.amount", 1, "--optimizer.lr", "0.5", "--log_every", 7) == 0
+    assert shown["log_every"]["amount"] == 7
+    assert (
+        clipjax("train", "--duration.amount", 1, "--optimizer.lr", "0.5", "--log_every.amount", 7)
+        == 0
+    )
     saved = json.loads((clipjax.workdir / "run.json").read_text())
     assert saved | {"duration": None} == shown | {"duration": None}
