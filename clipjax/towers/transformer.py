@@ -83,6 +83,11 @@ class Transformer(Component):
         require_choice(self, "activation", layers.ACTIVATIONS)
         require_choice(self, "dtype", DTYPES)
         require_choice(self, "attention", KINDS)
+        require(
+            self.attention != "cudnn" or self.dtype == "bfloat16",
+            f"{name}.attention='cudnn' computes in bfloat16: set {name}.dtype to 'bfloat16', or "
+            f"{name}.attention to 'auto'",
+        )
         check_remat(self)
         require_rate(self, "dropout")
         require(self.eps > 0, f"{name}.eps={self.eps!r} must be above 0")

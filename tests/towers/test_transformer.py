@@ -224,6 +224,7 @@ def test_dropout_follows_the_key_and_differs_between_blocks(blocks):
         ({"remat": "q,hiden"}, "remat='q,hiden': 'hiden' is unknown.*hidden"),
         ({"offload": "q"}, "offload='q' is for policies that name what they keep"),
         ({"offload": "lean", "remat": "lean"}, "offload='lean': 'lean' is unknown"),
+        ({"attention": "cudnn"}, "attention='cudnn' computes in bfloat16"),
         ({"attention": "flash"}, "attention='flash' is unknown.*splash"),
         ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
         ({"eps": 0}, "eps=0 must be above 0"),
