@@ -13,6 +13,7 @@ BENCHES = {
     "generate": ("clipjax.bench.generate", "GenerateBench"),
     "loss": ("clipjax.bench.loss", "LossBench"),
     "memory": ("clipjax.bench.memory", "MemoryBench"),
+    "methods": ("clipjax.bench.methods", "MethodsBench"),
     "retrieval": ("clipjax.bench.retrieval", "RetrievalBench"),
     "step": ("clipjax.bench.step", "StepBench"),
     "survive": ("clipjax.bench.survive", "SurviveBench"),

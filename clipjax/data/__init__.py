@@ -17,7 +17,7 @@ from clipjax.data.folder import ClassFolder, ImageFolder, PictureFolder
 from clipjax.data.found import found_source
 from clipjax.data.images import decode
 from clipjax.data.loader import Data, Loader
-from clipjax.data.order import Stream
+from clipjax.data.order import Order, Plan, Stream
 from clipjax.data.sources import Mixture, RandomAccess, Record, Source, Tfds, UnreadableRecord
 from clipjax.data.tokenizers import (
     BPE,
@@ -50,8 +50,10 @@ __all__ = [
     "ImageFolder",
     "Loader",
     "Mixture",
+    "Order",
     "Parquet",
     "PictureFolder",
+    "Plan",
     "RandomAccess",
     "RandomResizedCrop",
     "Record",

@@ -25,7 +25,7 @@ import numpy as np
 from clipjax.component import Component
 from clipjax.data.augment import Augmentation, CaptionChoice, Resize
 from clipjax.data.fields import Draws, Example, Field, Image, Spec, Text, entry
-from clipjax.data.order import Order, Runs, Shuffled, Stream, Streamed, edges_of
+from clipjax.data.order import Order, Plan, Runs, Shuffled, Stream, Streamed, edges_of
 from clipjax.data.reading import Unreachable, retried
 from clipjax.data.sources import RandomAccess, Source, UnreadableRecord
 from clipjax.data.tokenizers import BPE, Tokenizer, TokenizerModel
@@ -77,6 +77,8 @@ class Data(Component):
     """Whether each epoch has a new random order."""
     stream: Stream | None = None
     """Read runs of neighboring records from end to end, in place of single ones from all over."""
+    plan: Plan | None = None
+    """Which records make up a batch; None: any."""
     cache: bool = False
     """Keep decoded pictures in memory, at full size; for small data sets. Without, a JPEG whose first
     augmentation crops it is decoded only as large as the crop needs."""
@@ -97,6 +99,10 @@ class Data(Component):
             raise ClipjaxError(f"Data: max_error_rate={self.max_error_rate} must be in [0, 1]")
         if self.cache and self.stream is not None:
             raise ClipjaxError("Data: cache keeps what a stream reads once; drop one of them")
+        if self.plan is not None and self.stream is not None:
+            raise ClipjaxError(
+                "Data: plan and stream both say which record comes; drop one of them"
+            )
         names = [field.name for field in self.fields]
         for name in names:
             if not name.isidentifier() or name in OWN or names.count(name) > 1:
@@ -226,6 +232,9 @@ class Loader:
 
     def _ordered(self, process_count: int) -> tuple[Order, Runs | None]:
         data, stream = self._data, self._data.stream
+        if data.plan is not None:
+            order = data.plan.open(self._records, data.batch_size, self._seed, data.shuffle)
+            return order, None
         if stream is None:
             return Shuffled(self.num_examples, self._seed, data.shuffle), None
         if stream.lanes % process_count:

@@ -1,7 +1,7 @@
 """The order of a run: which record stands at a position. A function of the seed, so the step is all there is to resume.
 
 `Shuffled` draws single records from all over the source, anew each epoch. `Streamed` reads runs of
-neighboring records from end to end, for sources that are slow to seek in.
+neighboring records from end to end, for sources that are slow to seek in. A `Plan` is an order of one's own.
 """
 
 from __future__ import annotations
@@ -36,6 +36,25 @@ class Order(Protocol):
           attempt: how many records in its place could not be used.
         """
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(Component):
+    """Role: which records make up a batch. `Data(source, plan=Mine())`."""
+
+    def open(self, records: RandomAccess, batch_size: int, seed: int, shuffle: bool) -> Order:
+        """The order of a run, a function of the arguments alone, the same in every process.
+
+        Args:
+          records: an opened source.
+          batch_size: over all processes; step k is positions k * batch_size and on.
+          seed: decides the order.
+          shuffle: `Data.shuffle`.
+
+        Raises:
+          ClipjaxError: it does not fit the records.
+        """
+        raise NotImplementedError
 
 
 class Shuffled:

@@ -56,8 +56,8 @@ class MlpHead(Head):
     """What it makes is called `<input>_<name>`."""
     widths: tuple[int, ...] = (512, 128)
     """Outputs of each layer; the last is the head's."""
-    norm: str = "layer"
-    """Between the layers: layer (a layer norm) or none."""
+    norm: str = "layernorm"
+    """Between the layers: layernorm, rmsnorm or none."""
     unit: bool = True
     """Whether its output is scaled to unit norm."""
 
@@ -65,7 +65,7 @@ class MlpHead(Head):
         require(bool(self.widths), "MlpHead.widths is empty: name at least one width")
         for width in self.widths:
             require(width >= 1, f"MlpHead.widths={self.widths} must all be at least 1")
-        require_choice(self, "norm", ("layer", "none"))
+        require_choice(self, "norm", (*layers.NORMS, "none"))
 
     def build(self, rngs, base):
         return MlpHeadModule(self, rngs, base.width(self.of, self.reads))
@@ -79,7 +79,7 @@ class MlpHeadModule(nnx.Module):
         edges = (width, *config.widths)
         self.layers = nnx.List(layers.Linear(a, b, rngs) for a, b in itertools.pairwise(edges))
         self.norms = nnx.List(
-            layers.Norm("layer", b, 1e-5) for b in config.widths[:-1] if config.norm == "layer"
+            layers.Norm(config.norm, b, 1e-5) for b in config.widths[:-1] if config.norm != "none"
         )
 
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:

@@ -100,8 +100,8 @@ class PairEngine:
       mesh: the device mesh ("group", "data", "tensor"), or None for one device.
       exchange: how columns reach the rows of other devices.
       chunk: rows and columns of a tile, at most; None chooses by `tile_mb`. Any number works.
-      dtype: "float32", or "bfloat16": operands of the similarities in bfloat16, on the wire as
-        well. Similarities and gradients accumulate in float32 either way.
+      dtype: "float32", or "bfloat16": operands of the similarities in bfloat16, and columns as they
+        travel. Similarities and gradients are float32 either way, on the wire as well.
       tile_mb: size of the largest array that a tile makes, in MB of 2^20 bytes; None chooses by
         the kind of device.
     """

@@ -25,6 +25,7 @@ from clipjax.errors import ClipjaxError, DamagedCheckpoint, did_you_mean
 from clipjax.evals.base import Evaluator, Runner, build_runners
 from clipjax.evals.flops import count
 from clipjax.generation.generate import special_tokens
+from clipjax.mesh import batch_sharding
 from clipjax.meta import Meta, pack_tokenizer, unpack_tokenizer
 from clipjax.objectives.base import leaves, union
 from clipjax.objectives.pairs import PairEngine
@@ -219,7 +220,7 @@ def setup(run: Run, workdir: Path, start: int | None = None, new_data: bool = Fa
         special_tokens(tokenizer),
         run.spikes,
     )
-    compiled = compiled_step(blueprint, step, run.data)
+    compiled = compiled_step(blueprint, step, run.data, mesh)
     predictor = Predictor(
         blueprint.graphdef,
         params={},
@@ -251,7 +252,7 @@ def setup(run: Run, workdir: Path, start: int | None = None, new_data: bool = Fa
     )
 
 
-def compiled_step(blueprint: Blueprint, step: Step, data: Data) -> Step:
+def compiled_step(blueprint: Blueprint, step: Step, data: Data, mesh: Mesh) -> Step:
     """The step as the loop calls it, (state, batch) -> (state, metrics), traced once.
 
     Raises:
@@ -259,11 +260,12 @@ def compiled_step(blueprint: Blueprint, step: Step, data: Data) -> Step:
     """
     jitted = jit_step(step, blueprint)
     teachers = (blueprint.frozen_weights,) if blueprint.frozen else ()
+    split = batch_sharding(mesh)
     batch = {
-        name: jax.ShapeDtypeStruct((data.batch_size, *row.shape), row.dtype)
+        name: jax.ShapeDtypeStruct((data.batch_size, *row.shape), row.dtype, sharding=split)
         for name, row in data.spec().items()
     }
-    jitted.eval_shape(blueprint.abstract, batch, *teachers)  # the first call uses the same trace
+    jitted.eval_shape(blueprint.target(), batch, *teachers)  # the first call uses the same trace
     return lambda state, batch: jitted(state, batch, *teachers)
 
 

@@ -224,10 +224,7 @@ def _whole_batch(model, parts, moving, context, aux, key):
     def loss_fn(moving):
         encoded, model_state = model.forward(moving, context.batch, key, needs)
         seen = dataclasses.replace(context, **model.heads(moving, key))
-        outcomes = [
-            leaf.objective(encoded, leaf.own(seen if _alone(leaf) else context, aux))
-            for leaf in parts
-        ]
+        outcomes = [leaf.objective(encoded, leaf.own(seen, aux)) for leaf in parts]
         loss, metrics, results = add_up(parts, context, outcomes)
         return loss, (metrics | _facts(encoded), model_state, results)
 
@@ -257,19 +254,23 @@ def _accumulated(mesh: Mesh, k: int):
         aux_rows = {p.name: cut(aux[p.name].rows) for p in alone}
 
         def first_pass():
-            """The coupled part of the loss, its metrics and results, cotangents by micro-batch, chosen rows."""
+            """The coupled part of the loss, its metrics and results, chosen rows; cotangents by micro-batch,
+            and the gradient that comes of heads which the objectives call themselves."""
 
             def embed(_, inputs):
                 return None, model.forward(moving, *inputs, first_needs)[0]
 
-            def loss_fn(encoded):
-                outcomes = [p.objective(encoded, p.own(context, aux)) for p in coupled]
+            def loss_fn(encoded, moving):
+                seen = dataclasses.replace(context, **model.heads(moving, key))
+                outcomes = [p.objective(encoded, p.own(seen, aux)) for p in coupled]
                 loss, metrics, results = add_up(coupled, context, outcomes)
                 return loss, (metrics | _facts(encoded), results)
 
             _, stacked = jax.lax.scan(embed, None, (micro, keys))
             full = Encoded(whole(stacked.rows), jax.tree.map(lambda x: x[0], stacked.shared))
-            (loss, (metrics, results)), cotangent = jax.value_and_grad(loss_fn, has_aux=True)(full)
+            (loss, (metrics, results)), (cotangent, grads) = jax.value_and_grad(
+                loss_fn, argnums=(0, 1), has_aux=True
+            )(full, moving)
             still = jax.lax.stop_gradient(full)
             chosen = {
                 p.name: {
@@ -283,9 +284,10 @@ def _accumulated(mesh: Mesh, k: int):
             shared = jax.tree.map(
                 lambda g: jnp.broadcast_to(g / k, (k, *g.shape)), cotangent.shared
             )
-            return loss, metrics, results, Encoded(cut(cotangent.rows), shared), chosen
+            cotangents = Encoded(cut(cotangent.rows), shared)
+            return loss, metrics, results, cotangents, grads, chosen
 
-        def second_pass(cotangents, chosen):
+        def second_pass(cotangents, grads, chosen):
             """The per-example part of the loss, its metrics and results, all gradients, the model's new state."""
 
             def backward(grads, inputs):
@@ -323,18 +325,18 @@ def _accumulated(mesh: Mesh, k: int):
                     (loss, metrics, model_state, results),
                 )
 
-            zeros = jax.tree.map(jnp.zeros_like, moving)
             inputs = micro, keys, cotangents, aux_rows, chosen
-            grads, (losses, metrics, states, results) = jax.lax.scan(backward, zeros, inputs)
+            grads, (losses, metrics, states, results) = jax.lax.scan(backward, grads, inputs)
             metrics = jax.tree.map(lambda x: x.sum(0), metrics)
             return losses.sum(), metrics, whole(results), grads, jax.tree.map(_joined, states)
 
         if first_needs:
-            loss, metrics, results, cotangents, chosen = first_pass()
+            loss, metrics, results, cotangents, grads, chosen = first_pass()
         else:
             loss, metrics, results, cotangents, chosen = 0.0, {}, {}, None, {}
+            grads = jax.tree.map(jnp.zeros_like, moving)
         local_loss, local_metrics, local_results, grads, model_state = second_pass(
-            cotangents, chosen
+            cotangents, grads, chosen
         )
         return (
             loss + local_loss,

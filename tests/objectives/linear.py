@@ -76,7 +76,14 @@ def make_batch(rows=ROWS):
 
 
 def one_step(
-    objectives, jit=jax.jit, devices=1, accumulate=1, shape=None, exchange=None, batch=None
+    objectives,
+    jit=jax.jit,
+    devices=1,
+    accumulate=1,
+    shape=None,
+    exchange=None,
+    batch=None,
+    model=MODEL,
 ):
     """{name: (loss, {path: gradient})} of one training step each, in one compiled program.
 
@@ -89,7 +96,7 @@ def one_step(
     states, steps, layouts = {}, {}, {}
     for name, objective in objectives.items():
         blueprint = Blueprint.draw(
-            MODEL, objective, OPTIMIZER, None, mesh, Sharding(), 10, Scale(ROWS, 64), 0, inputs
+            model, objective, OPTIMIZER, None, mesh, Sharding(), 10, Scale(ROWS, 64), 0, inputs
         )
         if not states:
             base = blueprint.init()

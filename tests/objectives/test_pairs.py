@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -209,7 +210,43 @@ def test_a_group_size_that_does_not_divide_the_devices_is_refused():
         PairEngine(MeshShape(group=3).build(), Grouped())
 
 
-@pytest.mark.parametrize("bad", [{"chunk": 0}, {"dtype": "float16"}])
+@pytest.mark.parametrize(
+    ("platform", "fields", "tile"),
+    [
+        ("cpu", {}, 1024),
+        ("gpu", {}, 2048),
+        ("tpu", {}, 4096),
+        ("tpu", {"tile_mb": 1.0}, 512),  # 512 x 512 x 4 bytes
+        ("gpu", {"tile_mb": 1.0, "chunk": 300}, 300),
+    ],
+)
+def test_tiles_by_the_devices_of_the_mesh(platform, fields, tile):
+    """Not by those of the host, which may compile for others."""
+    mesh = SimpleNamespace(
+        shape={"group": 1, "data": 8, "tensor": 1},
+        devices=np.array([SimpleNamespace(platform=platform)]),
+    )
+    engine = PairEngine(mesh, **fields)
+    assert engine.platform == platform
+    assert f"tiles of {tile}," in engine.describe(2**16, 512)
+
+
+def test_a_tile_of_tokens_is_as_small_as_they_are_many():
+    """Tokens of 16 x 32 pairs a pair of rows: 2 kB of float32, in 0.5 MB: 16 x 16 rows, not 256."""
+    seen = []
+
+    def tile(row, col, shared):
+        seen.append((len(row["a"]), len(col["b"])))
+        tokens = jnp.einsum("rne,cme->rcnm", row["a"], col["b"])
+        return {"late": PairSum(tokens.max(3).mean(2))}, {}
+
+    sides = {"a": jnp.zeros((96, 16, 4))}, {"b": jnp.zeros((96, 32, 4))}
+    jax.make_jaxpr(lambda a, b: PairEngine(tile_mb=0.5).reduce(tile, a, b))(*sides)
+    assert seen[0] == (61, 67)  # how it is found out: two primes
+    assert set(seen[1:]) == {(1, 1), (16, 16)}
+
+
+@pytest.mark.parametrize("bad", [{"chunk": 0}, {"dtype": "float16"}, {"tile_mb": 0}])
 def test_bad_engine_fields_are_refused(bad):
     with pytest.raises(ClipjaxError, match=next(iter(bad))):
         PairEngine(**bad)
