@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INTEROP := .venv-interop
 
-.PHONY: quickstart test test-interop test-stores check lint clean
+.PHONY: quickstart test test-interop test-stores test-targets check lint clean
 
 # Downloads only Python packages; the data set is made from two of them.
 quickstart: $(VENV)/.installed-quickstart
@@ -30,6 +30,10 @@ check: lint
 # Against servers of S3 and Google Cloud Storage on loopback, with faults on the way.
 test-stores: $(VENV)/.installed-test-stores
 	$(BIN)/python -m pytest tests/stores
+
+# Compiles small steps for TPUs and GPUs; needs neither.
+test-targets: $(VENV)/.installed-test $(VENV)/.installed-plan-tpu $(VENV)/.installed-plan-gpu
+	$(BIN)/python -m pytest tests/targets -n 2
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

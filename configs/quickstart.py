@@ -16,11 +16,8 @@ LANGUAGES = ("en", "zh")
 
 def config() -> Run:
     # On a CPU, element-wise work and overhead per token cost more than the matrix products: patches of 12 pixels
-    # (36 tokens, of which training sees a random 27, and the class token) and captions of 16 tokens, blocks
-    # unrolled, activations recomputed.
-    tower = dict(
-        width=128, depth=4, heads=4, activation="quick_gelu", remat="activation", scan=False
-    )
+    # (36 tokens, of which training sees a random 27, and the class token) and captions of 16 tokens, blocks unrolled.
+    tower = dict(width=128, depth=4, heads=4, activation="quick_gelu", scan=False)
     return Run(
         model=DualEncoder(
             # As CLIP's are, class token and first norm included: `clipjax export` takes it anywhere.

@@ -19,7 +19,7 @@ LANGUAGES = ("en",)
 def config() -> Run:
     run = load_config(Path(__file__).with_name("quickstart.py"))
     # The decoder's halves share the depth that the text tower has there.
-    tower = dict(width=128, heads=4, activation="quick_gelu", remat="activation", scan=False)
+    tower = dict(width=128, heads=4, activation="quick_gelu", scan=False)
     return dataclasses.replace(
         run,
         model=CoCa(

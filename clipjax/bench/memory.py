@@ -42,7 +42,7 @@ class MemoryBench(Component):
     """Micro-batches per step."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype of the towers (simulated devices compute in float32 all the same)."""
-    remat: Literal["none", "activation", "dots", "full"] = "none"
+    remat: Literal["none", "norms", "lean", "activation", "dots", "full"] = "none"
     """What the towers recompute; a ResNet knows none and full."""
     json: bool = False
     """End with one JSON object on the last line."""

@@ -134,9 +134,11 @@ def _own(shape: str, kind: str, rest: str, shapes: dict[str, str], devices: int)
         axes = [int(a) for a in found.group(1).split(",") if a] if found else []
         inner = math.prod(lhs_dims[a] for a in axes)
         return Work(matmul_flops=2.0 * math.prod(_dims(shape)) * inner)
-    kind = kind.removesuffix("-start")
+    started, kind = kind.endswith("-start"), kind.removesuffix("-start")
     if kind not in COLLECTIVES:
         return Work()
+    if started and kind != "all-reduce":
+        shape = _result(shape)
     size = sum(
         _BYTES[dtype] * math.prod(int(d) for d in dims.split(",") if d)
         for dtype, dims in _SHAPE.findall(shape)
@@ -152,6 +154,19 @@ def _own(shape: str, kind: str, rest: str, shapes: dict[str, str], devices: int)
         "collective-permute": 1,
     }[kind]
     return Work(collections.Counter({kind: factor * size}))
+
+
+def _result(shape: str) -> str:
+    """Of what a started collective gives, (operands, results, ...), the results."""
+    if not shape.startswith("("):
+        return shape
+    parts, depth, begin = [], 0, 1
+    for i, mark in enumerate(shape):
+        depth += (mark in "([{") - (mark in ")]}")
+        if (mark == "," and depth == 1) or (mark == ")" and depth == 0):
+            parts.append(shape[begin:i])
+            begin = i + 1
+    return parts[1] if len(parts) > 1 else shape
 
 
 def _group_size(rest: str, devices: int) -> int:

@@ -79,11 +79,13 @@ def measure(run: Run, on: Machine, examples: int) -> dict[str, Any]:
     blueprint = Blueprint.draw(
         run.model, run.objective, run.optimizer, run.ema, mesh, run.sharding,
         max(1, run.duration.steps(scale)), scale, run.seed, run.data.spec(),
+        run.spikes,
     )  # fmt: skip
-    engine = PairEngine(mesh, run.exchange, run.pair_chunk, run.pair_dtype)
+    engine = PairEngine(mesh, run.exchange, run.pair_chunk, run.pair_dtype, run.pair_tile_mb)
+    tokens = SpecialTokens(1, 2, 0)  # which they are changes no program
     step = make_step(
-        blueprint, run.objective, engine, mesh, run.accumulate, run.ema, SpecialTokens(1, 2, 0)
-    )  # which tokens are special changes no program
+        blueprint, run.objective, engine, mesh, run.accumulate, run.ema, tokens, run.spikes
+    )
     split = batch_sharding(mesh)
     batch = {
         key: jax.ShapeDtypeStruct((run.data.batch_size, *row.shape), row.dtype, sharding=split)

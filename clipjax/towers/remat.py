@@ -23,7 +23,7 @@ NAMES = {
 """The named arrays of a block. Besides these, what a block got is kept whatever the policy."""
 
 KEPT = {
-    # What it costs a matrix product to make again.
+    # What costs a matrix product to make again.
     "lean": ("q", "k", "v", "lse", "attended", "residual", "hidden"),
     "norms": tuple(name for name in NAMES if name != "normed"),
     "activation": tuple(name for name in NAMES if name != "activated"),

@@ -62,9 +62,9 @@ class Transformer(Component):
     """Compile one block and loop over it, instead of compiling every block."""
     scan_unroll: int = 1
     """Blocks in one turn of the loop."""
-    remat: str = "none"
-    """Recomputed in the backward pass: none, lean (norms and activations), activation, dots (all but
-    matrix products), full; or what is kept instead, by name: "q,k,v,hidden"."""
+    remat: str = "norms"
+    """Recomputed in the backward pass: norms, none, lean (norms and activations), activation, dots
+    (all but matrix products), full; or what is kept instead, by name: "q,k,v,hidden"."""
     offload: str = ""
     """Of what is kept, the names that wait for the backward pass in the host's memory: "hidden"."""
 
@@ -83,6 +83,11 @@ class Transformer(Component):
         require_choice(self, "activation", layers.ACTIVATIONS)
         require_choice(self, "dtype", DTYPES)
         require_choice(self, "attention", KINDS)
+        require(
+            self.attention != "cudnn" or self.dtype == "bfloat16",
+            f"{name}.attention='cudnn' computes in bfloat16: set {name}.dtype to 'bfloat16', or "
+            f"{name}.attention to 'auto'",
+        )
         check_remat(self)
         require_rate(self, "dropout")
         require(self.eps > 0, f"{name}.eps={self.eps!r} must be above 0")

@@ -62,3 +62,63 @@ def test_a_loop_of_unknown_length_is_no_silent_zero():
 
     with pytest.raises(ValueError, match="unknown length"):
         work(compiled(f, (4, 4)))
+
+
+class Text:
+    """A compiled program of which only the text is known."""
+
+    def __init__(self, text):
+        self.as_text = lambda: text
+
+
+TPU = """
+%gather.1 (p: bf16[1,64,256]) -> bf16[1,256,256] {
+  %p = bf16[1,64,256] parameter(0)
+  ROOT %g = bf16[1,256,256] all-gather(%p), channel_id=8, replica_groups=[1,4]<=[4], dimensions={1}
+}
+
+%gather.2 (p: bf16[1,64,256]) -> bf16[1,256,256] {
+  %p = bf16[1,64,256] parameter(0)
+  ROOT %g = bf16[1,256,256] all-gather(%p), channel_id=8, replica_groups=[1,4]<=[4], dimensions={1}
+}
+
+%body (p: (s32[], bf16[1,64,256])) -> (s32[], bf16[1,64,256]) {
+  %p = (s32[], bf16[1,64,256]) parameter(0)
+  %x = bf16[1,64,256] get-tuple-element(%p), index=1
+  %start = bf16[1,256,256] fusion(%x), kind=kCustom, calls=%gather.1
+  %done = bf16[1,256,256] fusion(%start), kind=kCustom, calls=%gather.2
+  ROOT %t = (s32[], bf16[1,64,256]) tuple(%i, %x)
+}
+
+%condition (p: (s32[], bf16[1,64,256])) -> pred[] {
+  %c = s32[]{:T(128)} constant(7)
+  %p = (s32[], bf16[1,64,256]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %c), direction=LT
+}
+
+ENTRY %main (x: (s32[], bf16[1,64,256])) -> (s32[], bf16[1,64,256]) {
+  %x = (s32[], bf16[1,64,256]) parameter(0)
+  ROOT %w = (s32[], bf16[1,64,256]) while(%x), condition=%condition, body=%body
+}
+"""
+
+
+def test_tpu_loops_are_as_long_as_their_condition_says_and_a_transfer_in_two_parts_is_one():
+    assert work(Text(TPU), 4).sent == {"all-gather": 7 * 3 / 4 * 256 * 256 * 2}
+
+
+GPU = """
+ENTRY %main (x: bf16[1024,64], y: bf16[128,64]) -> bf16[128,64] {
+  %x = bf16[1024,64] parameter(0)
+  %y = bf16[128,64] parameter(1)
+  %a = (bf16[128,64]{1,0}, bf16[1024,64]{1,0}) all-gather-start(%y), replica_groups=[1,8]<=[8], dimensions={0}
+  %b = ((bf16[1024,64]{1,0}), bf16[128,64]{1,0}) reduce-scatter-start(%x), replica_groups=[1,8]<=[8]
+  ROOT %r = bf16[128,64] reduce-scatter-done(%b)
+}
+"""
+
+
+def test_what_gpus_start_counts_by_its_result():
+    whole = 7 / 8 * 1024 * 64 * 2
+    assert work(Text(GPU), 8).sent == {"all-gather": whole, "reduce-scatter": whole}

@@ -94,7 +94,7 @@ def test_stacked_blocks_run_one_after_another(blocks, oracles):
         {"attention": "xla"},
         {"remat": "q, hidden"},
         {"remat": "lean", "offload": "q"},
-        *({"remat": r} for r in POLICIES if r != "none"),
+        *({"remat": r} for r in POLICIES if r != "norms"),
     ],
     ids=lambda fields: "-".join(f"{k}_{v}" for k, v in fields.items()),
 )
@@ -126,7 +126,7 @@ def saved_bytes(**fields):
 
 def test_recomputation_saves_memory_also_when_the_loop_is_unrolled():
     """Full recomputation keeps one [B, N, D] a block (0.5 MB in all) beside one block's own needs."""
-    plain = saved_bytes()
+    plain = saved_bytes(remat="none")
     assert saved_bytes(remat="lean") < 0.8 * plain
     assert saved_bytes(remat="dots") < 0.8 * plain
     assert saved_bytes(remat="full") < 0.4 * plain
@@ -155,7 +155,8 @@ def test_a_block_keeps_what_its_gradient_needs():
     """In units of one [N, D]: what it got and what it has after attention; both, normed; queries, keys,
     values, what they gave; 4 before the activation, 4 after. Means, rates and denominators besides."""
     unit, little = 197 * 768 * 2, 197 * 4 * 16 + 100
-    assert kept_bytes() == pytest.approx(16 * unit, abs=little)
+    assert kept_bytes(remat="none") == pytest.approx(16 * unit, abs=little)
+    assert kept_bytes() == pytest.approx(14 * unit, abs=little)
     assert kept_bytes(remat="activation") == pytest.approx(12 * unit, abs=little)
     assert kept_bytes(remat="lean") == pytest.approx(10 * unit, abs=little)
     assert kept_bytes(remat="full") == unit
@@ -223,6 +224,7 @@ def test_dropout_follows_the_key_and_differs_between_blocks(blocks):
         ({"remat": "q,hiden"}, "remat='q,hiden': 'hiden' is unknown.*hidden"),
         ({"offload": "q"}, "offload='q' is for policies that name what they keep"),
         ({"offload": "lean", "remat": "lean"}, "offload='lean': 'lean' is unknown"),
+        ({"attention": "cudnn"}, "attention='cudnn' computes in bfloat16"),
         ({"attention": "flash"}, "attention='flash' is unknown.*splash"),
         ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
         ({"eps": 0}, "eps=0 must be above 0"),

@@ -1,0 +1,125 @@
+"""Machines by name, arithmetic by hand, and a run planned from the command line."""
+
+import json
+import sys
+
+import pytest
+
+from clipjax.cli import main
+from clipjax.config import load_config
+from clipjax.errors import ClipjaxError
+from clipjax.plan.chips import machine
+from clipjax.plan.estimate import estimate
+from clipjax.plan.target import devices
+
+CONFIG = """
+from clipjax import Run, Sharding
+from clipjax.data import BPE, Data, Tfds
+from clipjax.models import DualEncoder
+from clipjax.objectives import Softmax
+from clipjax.optim import AdamW, Duration
+from clipjax.towers import TextTransformer, ViT
+
+
+def config():
+    tower = dict(width=32, depth=2, heads=2)
+    return Run(
+        model=DualEncoder(
+            image=ViT(image_size=16, patch_size=4, **tower),
+            text=TextTransformer(vocab_size=320, context_length=8, **tower),
+            embed_dim=16,
+        ),
+        objective=Softmax(),
+        data=Data(Tfds("none"), BPE(vocab_size=320), image_size=16, batch_size=8, context_length=8),
+        optimizer=AdamW(),
+        duration=Duration(1000),
+        sharding=Sharding(fsdp=True, min_size=1024),
+    )
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "planned_run.py"
+    path.write_text(CONFIG)
+    yield path
+    sys.modules.pop("planned_run", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "topology"),
+    [
+        ("v5e-256", 256, "v5e:16x16"),
+        ("v6e-64", 64, "v6e:8x8"),
+        ("v5p-128", 64, "v5p:4x4x4"),  # cores
+        ("h100x64", 64, "1x8x8"),
+        ("a100x4", 4, "1x1x4"),
+    ],
+)
+def test_machines(name, count, topology):
+    found = machine(name)
+    assert (found.devices, found.topology) == (count, topology)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("v5e", "no such machine.*v5e-256"),
+        ("tpu-8", "no such machine"),
+        ("v5e-48", "TPU v5e slices come in sizes 1, 4, 8"),
+        ("v5p-7", "slices come in sizes 8, 16"),
+        ("h100x12", "whole hosts of 8"),
+    ],
+)
+def test_what_is_no_machine_is_refused(name, words):
+    with pytest.raises(ClipjaxError, match=words):
+        machine(name)
+
+
+def test_without_its_compiler_a_machine_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(ClipjaxError, match=r"pip install 'clipjax\[plan-tpu\]'"):
+        devices(machine("v5e-4"))
+
+
+def test_the_roofline_by_hand(config):
+    """A v5e chip makes 197e12 operations, moves 819e9 bytes and sends 200e9 bytes a second."""
+    found = {
+        "state": {"params": 1e9, "opt_state": 2e9}, "temporary": 4e9, "arguments": 3e9,
+        "sent": {"all-gather": 6e9, "all-reduce": 4e9}, "flops": 4 * 39.4e12, "forward": 4 * 9.85e12,
+    }  # fmt: skip
+    got = estimate(load_config(config), machine("v5e-4"), found, None)
+    assert got["fits"] and got["held"] == 7e9 and got["memory"] == 16e9
+    assert got["seconds"]["products"] == pytest.approx(0.2)
+    assert got["seconds"]["memory"] == pytest.approx(2 * 7e9 / 819e9)
+    assert got["seconds"]["links"] == pytest.approx(0.05)
+    assert (got["limit"], got["step"]) == ("products", pytest.approx(0.2))
+    assert got["mfu"] == pytest.approx(0.75)  # 3 x 9.85 of 39.4
+    assert got["pairs_per_second"] == got["pairs_per_host"] == pytest.approx(40)
+    assert (got["steps"], got["hours"]) == (1000, pytest.approx(200 / 3600))
+    assert got["chip_hours"] == pytest.approx(800 / 3600)
+    assert not estimate(load_config(config), machine("v5e-4"), found | {"temporary": 14e9}, 1)[
+        "fits"
+    ]
+
+
+def test_a_run_is_planned_from_the_command_line(config, capsys):
+    assert main(["plan", str(config), "--on", "cpux2", "--json", "--data.batch_size", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "simulated CPU devices, 4 pairs a step" in printed and "FSDP over 2 devices" in printed
+    found = json.loads(printed.splitlines()[-1])["compiled"]
+    assert (found["devices"], found["shards"]) == (2, 2)
+    assert found["batch"] == 2 * (16 * 16 * 3 + 8 * 4 + 4 + 4)  # pixels, tokens, id, sample
+    assert found["state"]["opt_state"] == pytest.approx(2 * found["state"]["params"], rel=0.01)
+    # A tower's products, forward: 4 + 8 squares of the width a token and block, attention, ends.
+    image, text = 17, 8
+    blocks = sum(2 * (2 * 12 * 32**2 * n + 2 * 2 * n * n * 32) for n in (image, text))
+    ends = 2 * 16 * 48 * 32 + 2 * 2 * 32 * 16
+    assert found["forward"] == 4 * (blocks + ends)
+    assert 3 * found["forward"] < found["flops"] < 4 * found["forward"]
+    assert found["temporary"] > 0 and found["sent"]
+
+
+def test_a_batch_that_does_not_divide_is_refused(config, capsys):
+    assert main(["plan", str(config), "--on", "cpux3"]) == 2
+    assert "data.batch_size=8 does not divide over 3 batch shards" in capsys.readouterr().err

@@ -1,0 +1,62 @@
+"""Small steps compiled for the real thing: four TPU v5e chips and eight H100. `make test-targets`.
+
+They need the extras plan-tpu and plan-gpu, and no device.
+"""
+
+import importlib.util
+
+import pytest
+
+from clipjax import Run, Sharding
+from clipjax.data import BPE, Data, Tfds
+from clipjax.models import DualEncoder
+from clipjax.objectives import Softmax
+from clipjax.optim import AdamW, Duration
+from clipjax.plan.chips import machine
+from clipjax.plan.program import compiled_for
+from clipjax.towers import TextTransformer, ViT
+
+PACKAGES = {"v5e-4": "libtpu", "h100x8": "jax_cuda12_plugin"}
+ROWS, DEPTH, WIDTH = 32, 2, 512  # rows: pairs a chip
+
+
+def run(devices, **tower):
+    tower = dict(width=WIDTH, depth=DEPTH, heads=8, dtype="bfloat16") | tower
+    return Run(
+        model=DualEncoder(
+            image=ViT(image_size=224, patch_size=16, **tower),
+            text=TextTransformer(vocab_size=1024, context_length=16, **tower),
+        ),
+        objective=Softmax(),
+        data=Data(
+            Tfds("none"), BPE(vocab_size=1024), image_size=224,
+            batch_size=ROWS * devices, context_length=16,
+        ),
+        optimizer=AdamW(),
+        duration=Duration(1000),
+        sharding=Sharding(fsdp=True),
+        pair_dtype="bfloat16",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=sorted(PACKAGES))
+def found(request):
+    if importlib.util.find_spec(PACKAGES[request.param]) is None:
+        pytest.skip(f"{PACKAGES[request.param]} is not installed")
+    on = machine(request.param)
+    return compiled_for(run(on.devices), on, [], 10_000)
+
+
+def test_what_blocks_keep(found):
+    """14 [N, D] in bfloat16 a block and picture, padded to tiles of 16 on TPUs, and one block's own work."""
+    kept = DEPTH * ROWS * 208 * WIDTH * 2 * 14
+    assert kept < found["temporary"] < 2.5 * kept
+
+
+def test_weights_travel_in_bfloat16_and_once_each_way(found):
+    """Gathered for the forward and the backward pass; embeddings and the token table besides."""
+    held = found["state"]["params"]
+    others = found["devices"] - 1
+    gathered = found["sent"]["all-gather"]
+    assert others * held / 2 < gathered < 2.3 * others * held / 2
+    assert sum(found["sent"].values()) < 8 * others * held
