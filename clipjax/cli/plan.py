@@ -31,8 +31,8 @@ def main(arguments: list[str]) -> int:
         "--json", action="store_true", help="end with one JSON object on the last line"
     )
     namespace, run = parse_run(parser, arguments)
-    from clipjax.plan.chips import machine
     from clipjax.plan.estimate import estimate
+    from clipjax.plan.machines import machine
     from clipjax.plan.program import compiled_for
 
     on = machine(namespace.on)

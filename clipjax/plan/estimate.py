@@ -6,7 +6,7 @@ from typing import Any
 
 from clipjax.config import Run
 from clipjax.optim import Scale
-from clipjax.plan.chips import Machine
+from clipjax.plan.machines import Machine
 
 
 def estimate(run: Run, on: Machine, found: dict[str, Any], examples: int | None) -> dict[str, Any]:

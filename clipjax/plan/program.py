@@ -13,7 +13,7 @@ from typing import Any
 from clipjax.component import from_json, to_json
 from clipjax.config import Run, load_module
 from clipjax.errors import ClipjaxError
-from clipjax.plan.chips import Machine, machine
+from clipjax.plan.machines import Machine, machine
 from clipjax.plan.target import COMPILER_OPTIONS, devices, environment
 
 

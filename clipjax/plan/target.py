@@ -10,7 +10,7 @@ import os
 from typing import Any
 
 from clipjax.errors import ClipjaxError
-from clipjax.plan.chips import Machine
+from clipjax.plan.machines import Machine
 
 COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
     # It is read and never run: machine code need not be good.

@@ -8,8 +8,8 @@ import pytest
 from clipjax.cli import main
 from clipjax.config import load_config
 from clipjax.errors import ClipjaxError
-from clipjax.plan.chips import machine
 from clipjax.plan.estimate import estimate
+from clipjax.plan.machines import machine
 from clipjax.plan.target import devices
 
 CONFIG = """

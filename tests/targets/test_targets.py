@@ -12,7 +12,7 @@ from clipjax.data import BPE, Data, Tfds
 from clipjax.models import DualEncoder
 from clipjax.objectives import Softmax
 from clipjax.optim import AdamW, Duration
-from clipjax.plan.chips import machine
+from clipjax.plan.machines import machine
 from clipjax.plan.program import compiled_for
 from clipjax.towers import TextTransformer, ViT
 

@@ -1,10 +1,11 @@
-"""The chips that runs can be planned for, and what their makers say of them."""
+"""The machines that runs can be planned for: their chips, and how many."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 
+from clipjax.chips import peak_flops
 from clipjax.errors import ClipjaxError, did_you_mean
 
 GB = 10**9
@@ -39,9 +40,15 @@ class Chip:
     facts: str = ""
 
 
-def _tpu(name: str, page: str, memory, teraflops, bandwidth, both_ways, **fields) -> Chip:
+def _peak(name: str) -> float:
+    peak = peak_flops(name)
+    assert peak is not None, name
+    return peak
+
+
+def _tpu(name: str, page: str, memory, bandwidth, both_ways, **fields) -> Chip:
     return Chip(
-        name, "tpu", memory * GB, teraflops * 1e12, bandwidth * GB, both_ways / 2 * GB,
+        name, "tpu", memory * GB, _peak(name), bandwidth * GB, both_ways / 2 * GB,
         f"docs.cloud.google.com/tpu/docs/{page}", **fields,
     )  # fmt: skip
 
@@ -58,28 +65,28 @@ device_description_str: "{name}"
 """
 
 
-def _gpu(name: str, source: str, memory, teraflops, bandwidth, both_ways, others: str) -> Chip:
+def _gpu(name: str, source: str, memory, bandwidth, both_ways, others: str) -> Chip:
     facts = _FACTS.format(
         memory=memory, bandwidth=int(bandwidth * GB), name=name, others=others.replace("=", ": ")
     )
     return Chip(
-        name, "gpu", memory, teraflops * 1e12, bandwidth * GB, both_ways / 2 * GB, source,
+        name, "gpu", memory, _peak(name), bandwidth * GB, both_ways / 2 * GB, source,
         facts=facts,
     )  # fmt: skip
 
 
 CHIPS = {
-    "v5e": _tpu("TPU v5e", "v5e", 16, 197, 819, 400),
-    "v5p": _tpu("TPU v5p", "v5p", 95, 459, 2765, 1200, host=4, cores=2),
-    "v6e": _tpu("TPU v6e", "v6e", 32, 918, 1638, 800),
+    "v5e": _tpu("TPU v5e", "v5e", 16, 819, 400),
+    "v5p": _tpu("TPU v5p", "v5p", 95, 2765, 1200, host=4, cores=2),
+    "v6e": _tpu("TPU v6e", "v6e", 32, 1638, 800),
     "h100": _gpu(
-        "NVIDIA H100 80GB HBM3", "NVIDIA H100 SXM datasheet", 84_942_979_072, 989.4, 3352.32, 900,
+        "NVIDIA H100 80GB HBM3", "NVIDIA H100 SXM datasheet", 84_942_979_072, 3352.32, 900,
         "core_count=132 fpus_per_core=128 shared_memory_per_core=233472 l2_cache_size=52428800 "
         "shared_memory_per_block_optin=232448 clock_rate_ghz=1.98 cuda_compute_capability "
         "{ major=9 }",
     ),
     "a100": _gpu(
-        "NVIDIA A100-SXM4-80GB", "NVIDIA A100 SXM 80GB datasheet", 84_986_691_584, 312, 2039, 600,
+        "NVIDIA A100-SXM4-80GB", "NVIDIA A100 SXM 80GB datasheet", 84_986_691_584, 2039, 600,
         "core_count=108 fpus_per_core=64 shared_memory_per_core=167936 l2_cache_size=41943040 "
         "shared_memory_per_block_optin=166912 clock_rate_ghz=1.41 cuda_compute_capability "
         "{ major=8 }",
