@@ -24,7 +24,7 @@ PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 def folder(tmp_path, monkeypatch):
     """The page's files, in the current folder."""
     files = re.findall(r"```python\n# (\w+)\.py\n(.*?)```", PAGE, flags=re.DOTALL)
-    assert len(files) == PAGE.count("```python") == 6
+    assert len(files) == PAGE.count("```python") == 7
     for name, text in files:
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.chdir(tmp_path)
@@ -44,10 +44,18 @@ def test_the_commands_of_the_page_run(folder, capsys):
     assert run["model"]["image"] == {"@type": "my_tower:ConvNet", "width": 32, "depth": 2}
     lines = (folder / "runs/mine/metrics.jsonl").read_text().splitlines()
     logged = {name for line in lines for name in json.loads(line)}
-    assert {"loss/softmax", "loss/hinge", "similarity/own"} <= logged
+    assert {"loss/softmax", "loss/hinge", "loss/follow", "similarity/own"} <= logged
     results = json.loads((folder / "runs/mine/results.json").read_text())
 
-    for name in ("my_run", "my_field", "my_tower", "my_source", "my_objective", "my_evaluator"):
+    for name in (
+        "my_run",
+        "my_field",
+        "my_tower",
+        "my_source",
+        "my_objective",
+        "my_teacher",
+        "my_evaluator",
+    ):
         sys.modules.pop(name, None)  # as in a new process
     capsys.readouterr()
     assert main(evaluate[1:]) == 0

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -200,8 +200,9 @@ class Loop:
     def steps(self, state: TrainState) -> TrainState:
         """Trains to the end; returns the state after the last step."""
         session, total, start = self._session, self._session.total_steps, self._session.start or 0
-        if session.start is None:
-            self._evaluate_after(0, state)
+        if start < total:
+            # An evaluation that a stop or a kill cut short is made up for.
+            self._evaluate_after(start, state, besides=self._logged(start))
         self._dog.beat("the first step", 4)
         with contextlib.closing(session.loader.iterate(start, session.scale.shift)) as batches:
             for step in range(start + 1, total + 1):
@@ -285,7 +286,6 @@ class Loop:
             done, metrics, vote = self._in_flight.popleft()
             self._diverged = self._diverged or diverged(session, self._checkpoints, done, metrics)
             if self._diverged and not (session.run.spikes and session.run.spikes.rollback):
-                self._checkpoints.wait()
                 raise self._diverged
             if not isinstance(vote, np.ndarray):
                 self._hear(np.asarray(vote))
@@ -305,12 +305,23 @@ class Loop:
                 self._tracking.write(done, figures)
             self._progress.update(done, figures)
 
-    def _evaluate_after(self, step: int, state: TrainState) -> dict[str, float]:
-        """The figures of the evaluators that are due."""
+    def _logged(self, step: int) -> set[str]:
+        """The evaluators whose figures an earlier attempt wrote for this step."""
+
+        def names() -> list[str]:
+            lines = read_metrics(self._session.workdir / METRICS_FILE)
+            return sorted({n.split("/")[0] for line in lines if line["step"] == step for n in line})
+
+        return set(decide("what was evaluated already", names))
+
+    def _evaluate_after(
+        self, step: int, state: TrainState, besides: Collection[str] = ()
+    ) -> dict[str, float]:
+        """The figures of the evaluators that are due, `besides` those named."""
         due = [
             runner
             for evaluator, runner in self._session.evaluators
-            if self._cadences.due(f"evals/{evaluator.name}", step)
+            if evaluator.name not in besides and self._cadences.due(f"evals/{evaluator.name}", step)
         ]
         if not due or self._stopped_by:
             return {}
@@ -358,7 +369,6 @@ class Loop:
         self._retire(0)
         failure, self._diverged = self._diverged, None
         assert failure is not None
-        self._checkpoints.wait()
         steps = self._checkpoints.milestones() or self._checkpoints.steps()
         before = [s for s in steps if self._went_back_to is None or s < self._went_back_to]
         if not before:

@@ -37,7 +37,11 @@ def is_logged(workdir: Path, step: int, results: dict[str, float]) -> bool:
 def diverged(
     session: Session, checkpoints: Checkpoints, step: int, metrics: dict[str, jax.Array]
 ) -> RunFailed | None:
-    """Names a step that was skipped; after too many in a row, the failure that this is."""
+    """Names a step that was skipped; after too many in a row, the failure that this is.
+
+    Raises:
+      Unavailable: the save under way cannot be written.
+    """
     streak = int(metrics["bad_streak"])
     if not streak:
         return None
@@ -50,6 +54,7 @@ def diverged(
     if streak < session.run.max_bad_steps:
         log.warning("step %d has %s; skipped (%d in a row)", step, what, streak)
         return None
+    checkpoints.wait()  # a save under way is the last good one
     return RunFailed(
         f"{streak} steps in a row up to step {step} had {what}; {checkpoints.describe_latest()}. Lower "
         "optimizer.lr, lengthen the warm-up, or set optimizer.clip_norm"

@@ -66,8 +66,8 @@ def test_figures_do_not_depend_on_what_stays_in_memory(shades, table, large, rea
             == 1.0
         )
         before = reads()
-        runner(predictor)
-        assert reads() == before + 4  # read again
+        runner(table(EYE, TEXTS))
+        assert reads() == before + 4  # read again for another model
 
 
 def test_a_picture_that_breaks_late_is_left_out(shades, table, large, caplog):

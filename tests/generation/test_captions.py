@@ -84,7 +84,7 @@ def test_one_compilation_whatever_the_prompt_the_seed_and_the_number(predictor, 
     model, strategy = predictor(batch_size=4), Sample()
     first = model.caption(pictures, strategy, seed=1)
     assert model.caption(pictures[:3], strategy, prompt="w4", seed=2**40 + 1) != first[:3]
-    other = model.with_params(jax.tree.map(lambda p: 0.5 * p, model._params))
+    other = model.with_params(jax.tree.map(lambda p: 0.5 * p, model.params))
     assert other.caption(pictures, strategy, seed=1) != first
     (function,) = model._captioners.values()
     assert function._cache_size() == 1

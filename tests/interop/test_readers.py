@@ -286,11 +286,11 @@ def test_torch_tensors_are_read_with_strides_and_shared_storages(tmp_path):
     }
     read = read_tensors(write_torch(tmp_path / "x.pt", value, {"0": DATA}))
     whole = np.arange(6, dtype=np.float32)
-    assert read.keys() == {"a", "b", "c", "d"}
-    np.testing.assert_array_equal(read["a"], whole.reshape(2, 3))
-    np.testing.assert_array_equal(read["b"], whole.reshape(2, 3).T)
-    np.testing.assert_array_equal(read["c"], [1, 3])
-    assert read["d"].shape == () and read["d"] == 0
+    a, b, c, d = (read[f"module.{name}"] for name in "abcd")
+    np.testing.assert_array_equal(a, whole.reshape(2, 3))
+    np.testing.assert_array_equal(b, whole.reshape(2, 3).T)
+    np.testing.assert_array_equal(c, [1, 3])
+    assert d.shape == () and d == 0 and len(read) == 4
 
 
 @pytest.mark.parametrize("name", ["saved.pt", "scripted.pt"])

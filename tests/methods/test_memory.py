@@ -15,6 +15,7 @@ from clipjax.checkpoint import Checkpoints
 from clipjax.data.placement import to_global
 from clipjax.errors import ClipjaxError
 from clipjax.mesh import MeshShape
+from clipjax.meta import Meta
 from clipjax.methods.albef import QueueContrast
 from clipjax.methods.clip_distillation import RelationalDistillation
 from clipjax.methods.defsent_plus import Entries
@@ -140,7 +141,7 @@ def test_what_is_remembered_goes_on_on_another_mesh(tmp_path):
     mesh, blueprint, step = compiled(8, 1)
     state, _ = steps(blueprint.init(), mesh, step, batches(5)[:3])
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(3, state, {}, None)
+    checkpoints.save(3, state, Meta(run={}, tokenizer={}))
     checkpoints.wait()
     mesh, blueprint, step = compiled(4, 4)
     state, got = steps(checkpoints.restore(3, blueprint.target()), mesh, step, batches(5)[3:])
@@ -177,10 +178,12 @@ def test_matching_equals_a_dense_reference_for_the_same_draws(devices, accumulat
 
     loss, grads = jit(jax.value_and_grad(dense))(start)
     assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
+    largest = max(np.abs(grad).max() for grad in jax.tree.leaves(grads))
     for (name, leaf), (_, grad) in zip(paths(after.params), paths(grads), strict=True):
         got = (np.asarray(dict(paths(start))[name]) - np.asarray(leaf)) / rate
-        worst = np.abs(got - grad).max() / max(np.abs(grad).max(), 1e-6)
-        assert worst < 5e-5, (name, worst)
+        # Biases of keys have no gradient but rounding.
+        worst = np.abs(got - grad).max() / max(np.abs(grad).max(), 1e-3 * largest)
+        assert worst < 1e-5, (name, worst)
 
 
 def case(n=6):

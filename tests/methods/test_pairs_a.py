@@ -23,7 +23,7 @@ from clipjax.methods.supremix import SupReMix
 from clipjax.methods.whitened_cse import Whitened, inverse_sqrt, whitened
 from clipjax.methods.zloss_spherical import Spherical, SphericalCaption
 from clipjax.models import Headed
-from clipjax.objectives import PairEngine, Softmax
+from clipjax.objectives import AllGather, PairEngine, Ring, Softmax
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "objectives"))
 import linear
@@ -335,7 +335,7 @@ for _name in ("simple", "topk positives", "supremix"):  # the same path as one t
 
 
 @functools.cache
-def step(devices=1, accumulate=1):
+def step(devices=1, accumulate=1, exchange=None):
     batch, rng = linear.make_batch(), np.random.default_rng(2)
     rows = linear.ROWS
     batch |= {
@@ -346,12 +346,17 @@ def step(devices=1, accumulate=1):
         "target": (np.arange(rows) % 3 > 0).astype(np.int32),
     }
     batch["text_views_mask"][:, 0] = True
-    return linear.one_step(IN_A_STEP, jit, devices, accumulate, batch=batch, model=MODEL)
+    return linear.one_step(
+        IN_A_STEP, jit, devices, accumulate, exchange=exchange, batch=batch, model=MODEL
+    )
 
 
-def test_eight_devices_and_accumulation_are_one_batch():
+@pytest.mark.parametrize(
+    ("devices", "accumulate", "exchange"), [(8, 1, AllGather()), (4, 4, Ring())]
+)
+def test_any_mesh_exchange_and_accumulation_is_one_batch(devices, accumulate, exchange):
     """The real step: loss and gradients of every parameter, heads included."""
-    linear.assert_close(step(8, 2), step())
+    linear.assert_close(step(devices, accumulate, exchange), step())
     for name, reached in (("sepclr", "heads/text_common"), ("amcl", "heads/text_temperature_1")):
         grads = step()[name][1]
         assert any(np.abs(g).max() > 0 for path, g in grads.items() if path.startswith(reached))

@@ -20,7 +20,7 @@ from clipjax.methods.feat_transform import FeatureTransformation
 from clipjax.methods.mochi import MoCHi
 from clipjax.methods.nd_kd import NormDirection
 from clipjax.methods.xbt import BackwardCompatible, procrustes
-from clipjax.objectives import Aux, Context, Queue, Setting
+from clipjax.objectives import AllGather, Aux, Context, Queue, Ring, Setting
 from clipjax.objectives.memory import TABLE_MULTIPLE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "objectives"))
@@ -47,9 +47,15 @@ def batch():
     return made | {"text_2": np.roll(made["text"], 1, 1)}
 
 
-@pytest.mark.parametrize("accumulate,devices", [(1, 8), (4, 4)])
-def test_coupled_objectives_are_the_same_on_any_mesh(accumulate, devices):
-    assert_close(one_step(COUPLED, jit, devices, accumulate, batch=batch()), big_batch(), 2e-5)
+@pytest.mark.parametrize(
+    ("devices", "accumulate", "exchange"), [(8, 1, AllGather()), (4, 4, Ring())]
+)
+def test_coupled_objectives_are_the_same_on_any_mesh(devices, accumulate, exchange):
+    assert_close(
+        one_step(COUPLED, jit, devices, accumulate, exchange=exchange, batch=batch()),
+        big_batch(),
+        2e-5,
+    )
 
 
 def case(n=8, width=6, seed=2):

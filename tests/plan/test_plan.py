@@ -116,7 +116,8 @@ def test_a_run_is_planned_from_the_command_line(config, capsys):
     blocks = sum(2 * (2 * 12 * 32**2 * n + 2 * 2 * n * n * 32) for n in (image, text))
     ends = 2 * 16 * 48 * 32 + 2 * 2 * 32 * 16
     assert found["forward"] == 4 * (blocks + ends)
-    assert 3 * found["forward"] < found["flops"] < 4 * found["forward"]
+    # Thrice, less what pixels would get, and the loss.
+    assert 2.9 * found["forward"] < found["flops"] < 3.3 * found["forward"]
     assert found["temporary"] > 0 and found["sent"]
 
 

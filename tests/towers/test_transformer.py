@@ -222,7 +222,7 @@ def test_dropout_follows_the_key_and_differs_between_blocks(blocks):
         ({"dtype": "float16"}, "dtype='float16' is unknown.*bfloat16"),
         ({"remat": "all"}, "remat='all': 'all' is unknown"),
         ({"remat": "q,hiden"}, "remat='q,hiden': 'hiden' is unknown.*hidden"),
-        ({"offload": "q"}, "offload='q' is for policies that name what they keep"),
+        ({"offload": "q", "remat": "none"}, "offload='q' is for policies that name what they keep"),
         ({"offload": "lean", "remat": "lean"}, "offload='lean': 'lean' is unknown"),
         ({"attention": "cudnn"}, "attention='cudnn' computes in bfloat16"),
         ({"attention": "flash"}, "attention='flash' is unknown.*splash"),

@@ -23,7 +23,12 @@ def refused(clipjax, capsys):
 
 
 def files(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """All but the lock, which says who looked last."""
+    return {
+        p.relative_to(folder): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != ".lock"
+    }
 
 
 def write_config(tmp_path, tiny, old, new, name="changed"):
