@@ -21,11 +21,16 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return 0
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("id", "arXiv", "status", "what", "where")
+    table = Table(caption="clipjax/methods/<id>.py and configs/methods/<id>.py, or as said")
+    for column in ("id", "arXiv", "status"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("what", overflow="fold")
     for row in rows:
-        table.add_row(row["id"], row["arxiv"], row["status"], row["summary"], row["file"])
+        elsewhere = "" if row["config"] else f" ({row['file']})"
+        table.add_row(row["id"], row["arxiv"], row["status"], escape(row["summary"] + elsewhere))
     Console().print(table)
     return 0
 

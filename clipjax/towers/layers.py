@@ -129,7 +129,9 @@ def _lookup_forward(table, ids, dtype):
 
 def _lookup_backward(dtype, kept, g):
     table, ids = kept
-    return jnp.zeros_like(table).at[ids].add(g.astype(table.dtype)), None
+    # Whole on each device, or devices that share it would gather the gradients of all tokens of the batch.
+    sums = gathered(jnp.zeros_like(table)).at[ids].add(g.astype(table.dtype))
+    return gathered(sums), None
 
 
 lookup.defvjp(_lookup_forward, _lookup_backward)

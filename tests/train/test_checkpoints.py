@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clipjax import open_pretrained
 from clipjax.checkpoint import Checkpointing, Checkpoints
 from clipjax.checksums import checksums
 from clipjax.component import from_json
@@ -172,8 +171,6 @@ def test_damage_is_named_and_fallback_goes_on_from_the_one_before(
     assert f"checkpoint {newest} cannot be read" in message
     assert "With --fallback, step 4 is used instead" in message
     assert kept(clipjax.workdir) == [2, 4, 6]
-    with pytest.raises(ClipjaxError, match="is damaged: its checksum differs"):
-        open_pretrained(clipjax.workdir)
     # One that lacks a file, and one whose facts were changed.
     meta = clipjax.workdir / "checkpoints" / "4" / "meta" / "metadata"
     meta.write_text(

@@ -44,6 +44,7 @@ def ask(body, *signals, before="pass"):
     process = subprocess.Popen(
         [sys.executable, "-c", HELD.format(body=body, before=before)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),  # also under nohup
     )  # fmt: skip
     assert process.stdout.readline() == "ready\n"
     began = time.monotonic()
