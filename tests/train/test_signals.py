@@ -22,6 +22,8 @@ HELD = """
 import ctypes, signal, sys, time
 from clipjax.train.signals import Interrupted, StopRequest, nothing_lost
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as it is without nohup
+
 def block():
     lock = ctypes.create_string_buffer(256)
     for _ in range(2):  # the second time never returns, and no signal wakes it
@@ -44,7 +46,6 @@ def ask(body, *signals, before="pass"):
     process = subprocess.Popen(
         [sys.executable, "-c", HELD.format(body=body, before=before)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),  # also under nohup
     )  # fmt: skip
     assert process.stdout.readline() == "ready\n"
     began = time.monotonic()
