@@ -43,7 +43,7 @@ ELSEWHERE = (
     ),
     _core(
         "align",
-        "Scaling Up Visual and Vision-Language Representation Learning",
+        "Scaling Up Visual and Vision-Language Representation Learning With Noisy Text Supervision",
         "2102.05918",
         "label smoothing over the batch",
         "clipjax.objectives:Softmax",
@@ -78,7 +78,7 @@ ELSEWHERE = (
     ),
     _core(
         "cwcl",
-        "Cross-Modal Transfer with Continuously Weighted Contrastive Loss",
+        "CWCL: Cross-Modal Transfer with Continuously Weighted Contrastive Loss",
         "2309.14580",
         "targets follow similarities within the locked modality",
         "clipjax.objectives:Weighted",

@@ -1,7 +1,7 @@
 """SimLAP: any two classes are alike in some subspace; a gate finds it.
 
-Wu et al. 2024, "Rethinking Positive Pairs in Contrastive Learning" (Hydra in its first version). Status: the authors'
-code (erow/vitookit) read.
+Wu et al. 2024, "Rethinking Positive Pairs in Contrastive Learning" (arXiv 2410.18200; Hydra in its first version).
+Status: the authors' code (erow/vitookit) read.
 
 Each example of class y gets a partner class y', whatever it is. A gate g = sigmoid(MLP((E[y] + E[y']) / 2)) in (0, 1)^D
 says which dimensions the two classes share, and similarity is taken there: l_in = cos(g_i * z_i, g_i * z_n) / tau.

@@ -214,7 +214,7 @@ def test_a_group_size_that_does_not_divide_the_devices_is_refused():
     ("platform", "fields", "tile"),
     [
         ("cpu", {}, 1024),
-        ("gpu", {}, 2048),
+        ("gpu", {}, 8192),
         ("tpu", {}, 4096),
         ("tpu", {"tile_mb": 1.0}, 512),  # 512 x 512 x 4 bytes
         ("gpu", {"tile_mb": 1.0, "chunk": 300}, 300),
