@@ -42,7 +42,7 @@ from clipjax.train.step import make_step
 sys.path.insert(0, str(Path(__file__).parents[1] / "objectives"))
 import oracles
 from alone import evaluate
-from fast import jit
+from jax import jit
 from linear import MODEL, ROWS, WIDTH, make_batch
 
 FUSED = Headed(

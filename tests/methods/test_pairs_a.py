@@ -28,7 +28,7 @@ from clipjax.objectives import AllGather, PairEngine, Ring, Softmax
 sys.path.insert(0, str(Path(__file__).parent.parent / "objectives"))
 import linear
 from alone import evaluate
-from fast import jit
+from jax import jit
 from oracles import log_sum_exp, probabilities, sigmoid
 
 N, E, K = 12, 6, 3

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "objectives"))
-from fast import jit
+from jax import jit
 from linear import MODEL, ROWS, TOKENS, WIDTH, assert_close, make_batch, one_step
 
 from clipjax.batch import Encoded, SpecialTokens

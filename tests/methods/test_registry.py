@@ -24,6 +24,7 @@ from pathlib import Path
 
 from clipjax import Run, load_config
 from clipjax.component import Component
+from clipjax.data import BPE
 from clipjax.optim import SGD, Constant
 
 
@@ -42,8 +43,9 @@ def shallow(value):
 def config() -> Run:
     run = load_config(Path({path!r}))
     optimizer = SGD(lr=1e-3, schedule=Constant())
+    data = dataclasses.replace(run.data, tokenizer=BPE(vocab_size=400))
     return dataclasses.replace(
-        run, model=shallow(run.model), optimizer=optimizer, evals=(), trackers=()
+        run, model=shallow(run.model), optimizer=optimizer, data=data, evals=(), trackers=()
     )
 """
 

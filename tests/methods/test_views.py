@@ -36,7 +36,7 @@ from clipjax.objectives import AllGather, Ring, Softmax
 sys.path.insert(0, str(Path(__file__).parents[1] / "objectives"))
 import oracles
 from alone import evaluate
-from fast import jit
+from jax import jit
 from linear import assert_close, make_batch, one_step
 
 COUPLED = {

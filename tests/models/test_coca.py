@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fast import jit
 from flax import nnx
+from jax import jit
 
 from clipjax.batch import PAIR, SpecialTokens
 from clipjax.bench.program import work

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fast import jit
 from flax import nnx
+from jax import jit
 
 from clipjax.batch import PAIR
 from clipjax.models import CaptionDecoder, CoCa, Poolers

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 def results():
     """{case: one_step's result} on the first four devices."""
-    from fast import jit
+    from jax import jit
     from linear import one_step
 
     from clipjax.mesh import MeshShape

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fast import jit
+from jax import jit
 from linear import assert_close, make_batch, one_step
 
 from clipjax.mesh import MeshShape

@@ -16,7 +16,7 @@ from clipjax.objectives import EISL, Caption, Context, PairEngine
 from clipjax.objectives.caption import word_stats
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fast import jit
+from jax import jit
 
 B, T, D, V = 4, 7, 8, 50
 

@@ -14,7 +14,7 @@ from clipjax.objectives import Auto, Grouped, Hierarchical, PairEngine, Ring
 from clipjax.objectives.pairs import ArgMax, LogSumExp, Sample, Sum, Table, TopK
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fast import jit
+from jax import jit
 
 ROWS, BANK, WORDS, WIDTH = 16, 24, 20, 6
 

@@ -30,7 +30,7 @@ from clipjax.objectives import (
 sys.path.insert(0, str(Path(__file__).parent))
 import oracles
 from alone import evaluate
-from fast import jit
+from jax import jit
 
 ROWS = 24
 

@@ -33,7 +33,7 @@ from clipjax.objectives.diagnostics import broken_rows
 
 sys.path.insert(0, str(Path(__file__).parent))
 from alone import evaluate
-from fast import jit
+from jax import jit
 
 ENGINE = PairEngine(chunk=5)
 N, SCALE = 8, 3.0

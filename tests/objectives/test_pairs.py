@@ -29,7 +29,7 @@ from clipjax.objectives.pairs import Sum as PairSum
 
 sys.path.insert(0, str(Path(__file__).parent))
 import oracles
-from fast import jit
+from jax import jit
 
 
 def embeddings(n=12, width=8):

@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import process
-from fast import jit
+from jax import jit
 from linear import assert_close, one_step
 
 from clipjax.objectives import Sigmoid, Softmax

@@ -14,7 +14,7 @@ from clipjax.mesh import MeshShape, batch_sharding
 from clipjax.objectives import PairEngine
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fast import jit
+from jax import jit
 
 N = 32
 # More than once, out of range at both ends, the first and the last.

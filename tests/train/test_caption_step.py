@@ -37,7 +37,7 @@ from clipjax.train.step import make_step
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "objectives"))
 from drawn import begin
-from fast import jit
+from jax import jit
 
 LR = 1e4
 SHAPE = {"width": 16, "heads": 4, "depth": 1, "scan": False}
