@@ -13,8 +13,8 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_force_host_platform_device_count=8"
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     + " --xla_cpu_parallel_codegen_split_count=1"
-    # The older emitters compile in three quarters of the time; jaxlib 0.12 has them no more.
-    + " --xla_cpu_use_fusion_emitters=false" * (metadata.version("jaxlib") < "0.12")
+    # The older emitters compile in three quarters of the time; jaxlib 0.11 has them no more.
+    + " --xla_cpu_use_fusion_emitters=false" * (metadata.version("jaxlib") < "0.11")
 ).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # set for pytest-xdist's workers, who inherit it
