@@ -119,7 +119,7 @@ def field(batch: Batch, name: str, why: str = "") -> Any:
     """
     if name not in batch:
         raise ClipjaxError(
-            f"{why + ': ' if why else ''}the batch has no `{name}`, only {', '.join(sorted(batch))}"
-            f"{did_you_mean(name, batch)}: add a field of that name to data.fields"
+            f"{why + ': ' if why else ''}the batch has no `{name}`{did_you_mean(name, batch)}. Add a field of "
+            "that name to data.fields"
         )
     return batch[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from typing import Any
 
 from clipjax.cli.arguments import new_parser
@@ -31,7 +32,7 @@ def main(arguments: list[str]) -> int:
     for row in rows:
         elsewhere = "" if row["config"] else f" ({row['file']})"
         table.add_row(row["id"], row["arxiv"], row["status"], escape(row["summary"] + elsewhere))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
     return 0
 
 

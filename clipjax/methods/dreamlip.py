@@ -9,7 +9,7 @@ weights w_kp = <v_k, e_p>, stretched to [0, 1] over p, cut below `least` and mad
 w_kp e_p), which is classified among the captions of the same picture.
 
 What differs here: grouping is the paper's form, inside a picture, not the code's over the whole batch (which,
-besides, pairs captions with the wrong pictures); captions that a record lacks are left out by their mask.
+besides, pairs captions with the wrong pictures); a record with fewer captions shows some of them more than once.
 """
 
 from __future__ import annotations

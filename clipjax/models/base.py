@@ -131,17 +131,17 @@ class Encoders(nnx.Module):
         encoder = encoder_of(name, self.encoders)
         if encoder is None:
             raise ClipjaxError(
-                f"{type(self).__name__} has no encoder for {name!r}, only for "
-                f"{', '.join(self.encoders)}{did_you_mean(name, self.encoders)}"
+                f"the model has no encoder for {name!r}: the name of an input begins with that of its encoder "
+                f"({', '.join(self.encoders)}), as image_2 and text_hard do"
             )
         many = _many(inputs)
         flat = rearrange(inputs, "b k ... -> (b k) ...") if many else inputs
         made = self.outputs(encoder, flat, key, wanted)
         for output in wanted - made.keys():
             raise ClipjaxError(
-                f"{name}_{output} is asked for, and {type(self).__name__} makes no {output!r} of "
-                f"{name!r}, only {', '.join(sorted(made))}: choose a model that does, or if "
-                f"`{name}_{output}` is an input, add a field of that name to data.fields"
+                f"{name}_{output} is asked for, and the model makes no {output!r} of "
+                f"{name!r}{did_you_mean(output, made)}. If `{name}_{output}` is an input, add a field of "
+                "that name to data.fields; if it is a head's, wrap the model in Headed with that head"
             )
         if not many:
             return made

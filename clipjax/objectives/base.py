@@ -158,6 +158,9 @@ class Objective(Component):
     def __add__(self, other: Objective) -> Sum:
         return Sum(_terms(self) + _terms(other))
 
+    def __radd__(self, other: Any) -> Objective:
+        return self if other == 0 else NotImplemented  # what sum() begins with
+
     def __mul__(self, weight: float | Ramp) -> Sum:
         if isinstance(weight, Ramp):
             return Sum((Term(1.0, self, weight),))
@@ -281,6 +284,10 @@ class Term(Component):
     """The objective."""
     ramp: Ramp | None = None
     """A second factor, which follows the step; None: no other."""
+
+    def __post_init__(self):
+        if not math.isfinite(self.weight):
+            raise ClipjaxError(f"a term's weight is {self.weight}: it must be a finite number")
 
     def factor(self, step: Any) -> Any:
         """The whole weight after `step` finished steps."""

@@ -128,7 +128,18 @@ class PairEngine:
         return jax.devices()[0].platform
 
     def dot(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        """Similarities a @ b.T [R, C] in float32, of operands in the engine's dtype."""
+        """Similarities a @ b.T [R, C] in float32, of operands in the engine's dtype.
+
+        Raises:
+          ClipjaxError: they are no [R, D] and [C, D].
+        """
+        first, second = (tuple(getattr(x, "shape", ())) for x in (a, b))
+        if len(first) != 2 or len(second) != 2 or first[1] != second[1]:
+            widths = [shape[1:] or "no array" for shape in (first, second)]
+            raise ClipjaxError(
+                f"vectors of one side are {widths[0]} and of the other {widths[1]}: similarities need the same single "
+                "width; a head (clipjax.models.MlpHead) makes a side of another width"
+            )
         precision = lax.Precision.HIGHEST if self.dtype == "float32" else None
         return products.dot(products.How(self.dtype, self.platform, precision), a, b)
 

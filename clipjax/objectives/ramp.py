@@ -1,4 +1,4 @@
-"""Numbers that follow the step: weights of terms, shares of teachers."""
+"""Numbers that follow the step: weights of terms."""
 
 from __future__ import annotations
 
@@ -27,12 +27,25 @@ class Ramp(Component):
     """The way between them; a cosine leaves and arrives level."""
 
     def __post_init__(self):
+        for name in ("steps", "start"):
+            value = getattr(self, name)
+            if isinstance(value, float) and value.is_integer():  # 5e3
+                object.__setattr__(self, name, int(value))
+            elif not isinstance(value, int):
+                raise ClipjaxError(f"Ramp: {name}={value!r} must be a whole number")
         if self.steps < 1 or self.start < 0:
             raise ClipjaxError(
                 f"Ramp: steps={self.steps} must be at least 1 and start={self.start} not negative"
             )
         if self.shape not in ("linear", "cosine"):
             raise ClipjaxError(f"Ramp: shape={self.shape!r} is neither 'linear' nor 'cosine'")
+
+    def __mul__(self, factor: Any) -> Any:
+        if not isinstance(factor, (int, float)):
+            return NotImplemented
+        return dataclasses.replace(self, begin=factor * self.begin, end=factor * self.end)
+
+    __rmul__ = __mul__
 
     def at(self, step: Any) -> Any:
         """float32 []: the value after `step` finished steps."""

@@ -23,7 +23,8 @@ class SoftTarget(Pairwise):
     student's embeddings, keys the teacher's, and the target is (1 - alpha) x own pair + alpha x the
     teacher's softmax. The gradient reaches the queries only. The large global batch stands in for
     the queue. Any other teacher of the model's width will do: another checkpoint, or, with
-    `teacher=None`, the fields `teacher_<side>` of the batch.
+    `teacher=None`, the fields `teacher_<side>` of the batch. Whoever it is, its softmax has the
+    temperature of the model that is trained, as ALBEF's has.
     """
 
     alpha: float = 0.4

@@ -90,7 +90,7 @@ class Progress:
         """Reports an evaluation; the time it took does not count into examples/s."""
         self._evaluation = (step, {name: float(value) for name, value in metrics.items()})
         self._window.clear()
-        if self._shown and not self._live:
+        if self._shown and not self._live and metrics:
             self.say(f"evaluation at step {step}: {_figures(headline(self._evaluation[1]))}")
         elif self._live:
             self._live.update(self._render())

@@ -81,7 +81,7 @@ def _made_from(name: str, layout: dict[str, Any]) -> str:
     part, _, rest = name.partition("/")
     if part in COPIES:
         return f"{COPIES[part]}/{rest}"
-    if part == "averages":  # averages/<number>/<path>
+    if part == "averages":  # averages/<decay>/<path>
         return "params/" + rest.partition("/")[2]
     if name == "opt_state/hold/count":
         return "opt_state/lr/count"

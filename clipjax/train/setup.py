@@ -151,7 +151,6 @@ def setup(run: Run, workdir: Path, start: int | None = None, new_data: bool = Fa
       run: the experiment.
       workdir: its folder.
       start: the checkpoint to continue from; None for a fresh run.
-      between_batches: called before every batch that an evaluator embeds.
       new_data: whether the data may be other than they were when the checkpoint was written.
 
     Raises:

@@ -38,7 +38,7 @@ class TrainState:
       opt_state: optax state for the trainable parameters.
       ema: average of the trainable parameters, or `{}`.
       objective_state: what the objective's terms keep, by term; those that keep nothing are not in it.
-      averages: the trainable parameters' moving averages that the objective asks for, by number.
+      averages: the trainable parameters' moving averages that the objective asks for, by their decay.
       key: uint32 key data of the run's RNG; a step's key is folded from it and the step.
       bad_steps: [] int32, steps skipped because loss or gradient was not finite.
       bad_streak: [] int32, how many of these in a row up to now.
@@ -72,7 +72,7 @@ class Blueprint:
       abstract: TrainState of ShapeDtypeStructs.
       shardings: TrainState of NamedShardings.
       jit_init: (parameters, model state to begin with, by path) -> TrainState.
-      averages: the moving averages that the objective asks for, by number.
+      averages: the moving averages that the objective asks for, by their decay.
       frozen: the other models that it asks for, opened, by number.
     """
 
@@ -110,7 +110,12 @@ class Blueprint:
         """
         static: dict[str, Any] = {}
         teachers = objective.teachers
-        averages = {str(i): t for i, t in enumerate(teachers) if isinstance(t, MovingAverage)}
+        # By decay, so that a run goes on with the right ones after its terms changed places.
+        averages = {
+            f"decay_{t.decay!r}".replace(".", "_"): t
+            for t in teachers
+            if isinstance(t, MovingAverage)
+        }
         frozen = {
             str(i): OpenedTeacher.of(t.open(open_pretrained), t, mesh, sharding)
             for i, t in enumerate(teachers)
@@ -203,13 +208,17 @@ class Blueprint:
         return merge(self.graphdef, params, model_state)
 
     def name_of(self, teacher: Teacher) -> str:
-        """The number under which a teacher's weights are kept."""
+        """The name under which a teacher's weights are kept."""
         known: dict[str, Any] = self.averages | {
             n: opened.teacher for n, opened in self.frozen.items()
         }
         for name, one in known.items():
             if one == teacher:
                 return name
+        if not isinstance(teacher, Teacher):
+            raise ClipjaxError(
+                f"{teacher!r} is no teacher: write Itself(), MovingAverage(decay) or Frozen(path)"
+            )
         raise ClipjaxError(
             f"an objective encodes with {teacher}, which is not among its `teachers`: name it there"
         )

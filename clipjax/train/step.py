@@ -120,9 +120,11 @@ def make_step(
                 encoder = forward, join(average, frozen), state.model_state
             else:
                 encoder = blueprint.frozen_encoder(teacher, frozen_teachers, mesh)
-            return jax.lax.stop_gradient(
-                _encode(*encoder, teacher.view(batch), needs, mesh, accumulate)
-            )
+            try:
+                found = _encode(*encoder, teacher.view(batch), needs, mesh, accumulate)
+            except ClipjaxError as error:
+                raise ClipjaxError(f"the teacher {teacher}: {error}") from error
+            return jax.lax.stop_gradient(found)
 
         own_state = state.objective_state
         aux = {

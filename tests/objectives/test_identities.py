@@ -291,6 +291,23 @@ def test_weights_follow_the_step():
         )
 
 
+def test_weights_may_be_written_as_people_write_them():
+    ramp = Ramp(0.0, 1.0, 5e3)
+    assert ramp.steps == 5000 and type(ramp.steps) is int
+    assert 0.5 * ramp * Softmax() == Ramp(0.0, 0.5, 5000) * Softmax() == ramp * 0.5 * Softmax()
+    assert sum([Softmax(), Sigmoid()]) == Softmax() + Sigmoid()
+    with pytest.raises(ClipjaxError, match="steps=2.5 must be a whole number"):
+        Ramp(steps=2.5)
+    with pytest.raises(ClipjaxError, match="weight is nan"):
+        float("nan") * Softmax()
+
+
+def test_sides_of_different_width_are_refused():
+    encoded = Encoded.pair(jnp.eye(4), jnp.eye(4, 3), jnp.float32(1.0))
+    with pytest.raises(ClipjaxError, match=r"one side are \(4,\) and of the other \(3,\)"):
+        evaluate(Softmax(), encoded)
+
+
 def test_in_batch_accuracy():
     x = jnp.eye(4)
     y = jnp.eye(4)[jnp.array([0, 1, 3, 2])]  # two pairs are crossed

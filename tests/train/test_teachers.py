@@ -52,10 +52,28 @@ def test_what_the_batch_or_the_model_lacks_is_refused_before_anything_is_made(
         ("objective=Softmax() + Matching()", "'fusion'"),
         ("objective=SoftTarget(teacher=None)", "teacher_image"),
         ("objective=Caption()", "captions"),
+        ("objective=SoftTarget(teacher='run')", "'run' is no teacher: write"),
+        (
+            "model=replace(run.model, embed_dim=12), objective=Softmax('image', 'image_pooled')",
+            "similarities need the same single width",
+        ),
     ):
         assert clipjax("train", config=vary(change), workdir=tmp_path / "no") == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "no").exists()
+
+
+def test_teachers_are_known_by_their_decay_when_terms_change_places(clipjax, vary, read_metrics):
+    """A run stopped in the middle and started again with its terms in another order goes on as before."""
+    terms = ("SoftTarget(teacher=MovingAverage(1.0))", "SoftTarget(teacher=MovingAverage(0.5))")
+    config = vary("objective={} + 0.5 * {}, evals=()".format(*terms))
+    other = vary("objective=0.5 * {1} + {0}, evals=()".format(*terms))
+    assert clipjax("train", "--duration.amount", 4, config=config) == 0
+    expected = read_metrics(clipjax.workdir)[4]
+    folder = clipjax.workdir.with_name("changed")
+    assert clipjax("train", "--duration.amount", 2, config=config, workdir=folder) == 0
+    assert clipjax("train", "--duration.amount", 4, config=other, workdir=folder) == 0
+    np.testing.assert_allclose(read_metrics(folder)[4], expected, rtol=1e-6)
 
 
 def test_two_views_and_terms_of_one_class_from_the_command_line(
