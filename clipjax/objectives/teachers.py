@@ -56,9 +56,9 @@ class Frozen(Teacher):
     """Another model with its own weights, of any architecture: a run's folder or a model's.
 
     Its weights are loaded at the start and are no part of the checkpoints. What it is given must be made as it
-    expects: pictures of its size (a field such as `Image("image_teacher", size=336)`), and the run's tokens must be those
-    of its own tokenizer. Where they are not, let it embed the pictures alone, or read its vectors of texts from the file
-    that `clipjax embed` writes.
+    expects: pictures of its size (a field such as `Image("image_teacher", size=336)`), and the run's tokens must be
+    those of its own tokenizer. Where they are not, let it embed the pictures alone, or read its vectors of texts from
+    the file that `clipjax embed` writes.
     """
 
     path: str = ""
