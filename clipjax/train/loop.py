@@ -35,7 +35,7 @@ from clipjax.train.folder import (
     make_way,
     write_run_files,
 )
-from clipjax.train.outcome import METRICS_FILE, diverged, finish, is_logged, unwritable_fails
+from clipjax.train.outcome import METRICS_FILE, diverged, finish, logged, unwritable_fails
 from clipjax.train.resume import restore
 from clipjax.train.setup import Session, setup
 from clipjax.train.signals import Interrupted, StopRequest, name_of, nothing_lost
@@ -202,7 +202,8 @@ class Loop:
         session, total, start = self._session, self._session.total_steps, self._session.start or 0
         if start < total:
             # An evaluation that a stop or a kill cut short is made up for.
-            self._evaluate_after(start, state, besides=self._logged(start))
+            seen = decide("the figures there are", lambda: sorted(logged(session.workdir, start)))
+            self._evaluate_after(start, state, besides={name.split("/")[0] for name in seen})
         self._dog.beat("the first step", 4)
         with contextlib.closing(session.loader.iterate(start, session.scale.shift)) as batches:
             for step in range(start + 1, total + 1):
@@ -246,7 +247,7 @@ class Loop:
         except BaseException:
             self._checkpoints.save(total, state, session.meta_at(total), None, milestone)
             raise
-        if results and not is_logged(session.workdir, total, results):
+        if results and not logged(session.workdir, total) & results.keys():
             # With the time it took, which no other line will tell.
             seconds = {n: v for n, v in self._watch.figures().items() if n.startswith("seconds/")}
             self._tracking.write(total, results | seconds)
@@ -304,15 +305,6 @@ class Loop:
                 figures = jax.device_get(metrics) | self._watch.figures() | skipped
                 self._tracking.write(done, figures)
             self._progress.update(done, figures)
-
-    def _logged(self, step: int) -> set[str]:
-        """The evaluators whose figures an earlier attempt wrote for this step."""
-
-        def names() -> list[str]:
-            lines = read_metrics(self._session.workdir / METRICS_FILE)
-            return sorted({n.split("/")[0] for line in lines if line["step"] == step for n in line})
-
-        return set(decide("what was evaluated already", names))
 
     def _evaluate_after(
         self, step: int, state: TrainState, besides: Collection[str] = ()

@@ -28,10 +28,10 @@ METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "results.json"
 
 
-def is_logged(workdir: Path, step: int, results: dict[str, float]) -> bool:
-    """Whether a run that was killed at its very end has written its last evaluation already."""
+def logged(workdir: Path, step: int) -> set[str]:
+    """The names of the figures that this attempt or an earlier one wrote for a step."""
     lines = read_metrics(workdir / METRICS_FILE)
-    return any(line["step"] == step and line.keys() & results.keys() for line in lines)
+    return {name for line in lines if line["step"] == step for name in line}
 
 
 def diverged(

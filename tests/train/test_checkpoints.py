@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clipjax import open_pretrained
 from clipjax.checkpoint import Checkpointing, Checkpoints
 from clipjax.checksums import checksums
 from clipjax.component import from_json
@@ -158,12 +159,17 @@ def test_milestones_several_cadences_and_the_best_that_nobody_asked_to_save(
 
 
 def test_damage_is_named_and_fallback_goes_on_from_the_one_before(
-    clipjax, read_metrics, capfd, caplog, vary
+    clipjax, read_metrics, capfd, caplog, vary, monkeypatch
 ):
     config = vary("evals=(), checkpoint=Checkpointing(every=Every(2), keep=3)")
     assert clipjax("train", "--duration.amount", 6, config=config) == 0
     expected = read_metrics(clipjax.workdir)
     newest = clipjax.workdir / "checkpoints" / "6"
+    # Whichever array the bit below is in, those that a model is opened with are looked at too.
+    with monkeypatch.context() as patch:
+        patch.setattr("clipjax.checkpoint.checksums", lambda leaves: dict.fromkeys(leaves, -1))
+        with pytest.raises(ClipjaxError, match="is damaged: its checksum differs"):
+            open_pretrained(clipjax.workdir)
     flip(newest)
     capfd.readouterr()
     assert clipjax("train", "--duration.amount", 8, config=config) == 2
