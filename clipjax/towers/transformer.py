@@ -14,8 +14,16 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from clipjax.component import Component
+from clipjax.layout import platform
 from clipjax.towers import layers
-from clipjax.towers.attention import KINDS, attend, attention
+from clipjax.towers.attention import (
+    KINDS,
+    Mask,
+    attend,
+    attention,
+    before_projection,
+    resolve,
+)
 from clipjax.towers.base import (
     Tower,
     require,
@@ -58,8 +66,9 @@ class Transformer(Component):
     again), cudnn (NVIDIA, bfloat16) or splash (TPU); the last two are lean where there is a mask."""
     dtype: str = "float32"
     """Compute dtype, float32 or bfloat16; parameters, norms and softmax stay float32."""
-    scan: bool = True
-    """Compile one block and loop over it, instead of compiling every block."""
+    scan: bool | None = None
+    """Compile one block and loop over it, instead of compiling every block. None: loop, but not on a
+    GPU, where the loop copies all that is kept for the backward pass."""
     scan_unroll: int = 1
     """Blocks in one turn of the loop."""
     remat: str = "norms"
@@ -127,19 +136,17 @@ class Attention(nnx.Module):
         self.v = layers.Linear(d_in, width, rngs, bias=bias, std=d_in**-0.5)
         self.out = layers.Linear(width, width, rngs, std=std if out_std is None else out_std)
 
-    def __call__(self, x: jax.Array, memory: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """Queries from `x` [B, N, D], keys and values from `memory` [B, M, D]; returns [B, N, D].
-
-        Args:
-          mask: bool, broadcastable to [B, heads, N, M]; False is not attended to. Every query must
-            be left at least one key.
-        """
+    def __call__(self, x: jax.Array, memory: jax.Array, mask: Mask = None) -> jax.Array:
+        """Queries from `x` [B, N, D], keys and values from `memory` [B, M, D]; returns [B, N, D]."""
+        kind = resolve(self.kind, x, memory, mask, self.heads)
+        n, m = x.shape[1], memory.shape[1]
+        x, memory = before_projection(kind, x, memory)
         q, k, v = (
             checkpoint_name(project(y), name)
             for name, project, y in (("q", self.q, x), ("k", self.k, memory), ("v", self.v, memory))
         )
-        attended = attention(q, k, v, mask, self.heads, self.kind)
-        return self.out(checkpoint_name(attended, "attended"))
+        attended = attention(q, k, v, mask, self.heads, kind, tokens=(n, m))
+        return self.out(checkpoint_name(attended, "attended"))[:, :n]
 
     def keys_values(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[B, M, D] -> keys and values [B, heads, M, D / heads]: what a cache keeps.
@@ -215,7 +222,7 @@ class Block(nnx.Module):
         self,
         x: jax.Array,
         *,
-        mask: jax.Array | None = None,
+        mask: Mask = None,
         memory: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
@@ -293,6 +300,11 @@ class Block(nnx.Module):
         return checkpoint_name(norm(x), "normed")
 
 
+def looped(config: Transformer) -> bool:
+    """Whether a stack with these settings is a loop, on the devices at hand."""
+    return platform() != "gpu" if config.scan is None else config.scan
+
+
 def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> Any:
     """`depth` modules as one, whose every parameter has a leading layer axis; None for no module."""
     if depth == 0:
@@ -305,7 +317,7 @@ def apply_stack(
     x: jax.Array,
     config: Transformer,
     *,
-    mask: jax.Array | None = None,
+    mask: Mask = None,
     memory: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
@@ -327,8 +339,8 @@ def apply_stack(
         state, key = layer
         return nnx.merge(graphdef, state)(x, mask=mask, memory=memory, key=key), None
 
-    step = rematerialized(step, config)
-    if config.scan:
+    step = rematerialized(step, config, looped(config) and config.scan_unroll < config.depth)
+    if looped(config):
         return jax.lax.scan(step, x, (state, block_keys), unroll=config.scan_unroll)[0]
     for i in range(config.depth):
         x, _ = step(x, _layer((state, block_keys), i))
@@ -391,7 +403,7 @@ def decode_stack(
         return nnx.merge(graphdef, state).decode(x, start, past, memory)
 
     stacked = state, (cache["k"], cache["v"]), memory
-    if config.scan:
+    if looped(config):
         x, new = jax.lax.scan(step, x, stacked, unroll=config.scan_unroll)
     else:
         layers_new = []
