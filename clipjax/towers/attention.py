@@ -76,11 +76,11 @@ def attention(
       [B, N, D]; what padding attends to is not defined.
     """
     kind = resolve(kind, q, k, mask, heads)
-    seen = mask.array(q.shape[1]) if isinstance(mask, Causal) else mask
-    if kind == "xla":
+    if kind in ("xla", "lean"):
+        seen = mask.array(q.shape[1]) if isinstance(mask, Causal) else mask
+        if kind == "lean":
+            return _lean(q, k, v, seen, heads)
         return attend(_heads(q, heads), _heads(k, heads), _heads(v, heads), seen)
-    if kind == "lean":
-        return _lean(q, k, v, seen, heads)
     n, m = tokens or (q.shape[1], k.shape[1])
     run = _cudnn if kind == "cudnn" else _splash
     run = functools.partial(run, size=q.shape[-1] // heads, n=n, m=m)
