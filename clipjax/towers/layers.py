@@ -44,13 +44,15 @@ class Norm(nnx.Module):
     """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) over the last axis, in float32."""
 
     def __init__(self, kind: str, width: int, eps: float):
-        self.eps = eps
+        self.eps, self.centers = eps, kind == "layernorm_no_bias"
         self.scale = nnx.Param(jnp.ones(width))
         self.bias = nnx.Param(jnp.zeros(width)) if kind == "layernorm" else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D] in the dtype of `x`."""
         bias = None if self.bias is None else self.bias[...]
+        if self.centers:
+            bias = jnp.zeros_like(self.scale[...])
         return _norm(x, self.scale[...], bias, self.eps)
 
 
@@ -88,7 +90,7 @@ def _norm_backward(eps, kept, g):
 
 _norm.defvjp(_norm_forward, _norm_backward)
 
-NORMS = ("layernorm", "rmsnorm")
+NORMS = ("layernorm", "rmsnorm", "layernorm_no_bias")
 
 
 def _keeping_input(f: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
@@ -102,9 +104,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": _keeping_input(functools.partial(jax.nn.gelu, approximate=False)),
     "gelu_tanh": _keeping_input(functools.partial(jax.nn.gelu, approximate=True)),
     "quick_gelu": _keeping_input(lambda x: x * jax.nn.sigmoid(1.702 * x)),
+    "silu": _keeping_input(jax.nn.silu),
+    "relu": jax.nn.relu,
 }
 """GELU (arXiv:1606.08415): exact (erf), its tanh approximation, and its sigmoid approximation,
-which OpenAI's CLIP was trained with."""
+which OpenAI's CLIP was trained with; SiLU and ReLU."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -143,6 +147,15 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def drop_path(x: jax.Array, rate: jax.Array, key: jax.Array | None) -> jax.Array:
+    """Zeroes whole examples of [B, ...] with probability `rate` and scales the rest; the identity without a key."""
+    if key is None:
+        return x
+    shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+    keep = jax.random.bernoulli(jax.random.fold_in(key, 1), 1.0 - rate, shape)
+    return jnp.where(keep, x / (1.0 - rate).astype(x.dtype), jnp.zeros_like(x))
 
 
 def keys(key: jax.Array | None, n: int) -> list[jax.Array | None]:

@@ -9,7 +9,6 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from clipjax import ClipjaxError
-from clipjax.batch import PAIR
 from clipjax.interop import export_weights, import_weights
 from clipjax.interop.convert import FAMILIES
 from clipjax.interop.family import Description
@@ -47,14 +46,18 @@ def outputs(pretrained, images, texts):
     graphdef, _, _ = abstract(lambda: pretrained.model.build(nnx.Rngs(0)))
 
     captions = isinstance(pretrained.model, CoCa)
-    needs = PAIR | {"captions"} if captions else PAIR
+    batch = {"image": images, "text": texts}
+    batch = {name: rows for name, rows in batch.items() if rows is not None}
+    needs = frozenset(batch) | ({"captions"} if captions else set())
 
     # Compiled once and run once: the least optimization takes the least time.
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-    def run(params, state, image, text):
-        return merge(graphdef, params, state)({"image": image, "text": text}, needs=needs)
+    def run(params, state, batch):
+        return merge(graphdef, params, state)(batch, needs=needs)
 
-    encoded = run(pretrained.params, pretrained.model_state, images, texts)
+    encoded = run(pretrained.params, pretrained.model_state, batch)
+    if len(batch) == 1:
+        return {name: encoded[name] for name in batch}
     found = {}
     if captions:
         words = np.asarray(encoded["captions"] @ encoded.shared["caption_head"])
