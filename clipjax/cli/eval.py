@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipjax.cli.arguments import import_files, new_parser
+from clipjax.cli.arguments import import_files, model_path, new_parser
 from clipjax.cli.tasks import (
     TASKS,
     add_options,
@@ -27,7 +27,6 @@ from clipjax.cli.tasks import (
     wants_training,
 )
 from clipjax.errors import ClipjaxError, did_you_mean
-from clipjax.stores import place
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,8 +94,9 @@ def _parser(tasks: list[str]) -> argparse.ArgumentParser:
         "eval", "Figures of runs and models, by their own evaluators or on any data set."
     )
     add = parser.add_argument
-    add("models", nargs="+", type=place, metavar="RUN_OR_MODEL",
-        help="a run's folder, one of its checkpoints/<step>, a model's folder, or other people's weights")  # fmt: skip
+    add("models", nargs="+", type=model_path, metavar="RUN_OR_MODEL",
+        help="a run's folder, one of its checkpoints/<step>, a model's folder, hf://owner/name, or other "
+        "people's weights")  # fmt: skip
     add("--json", action="store_true", help="end with one JSON object on the last line")
     add("--table", choices=("md", "csv"),
         help="print a table of this form: a row a figure, a column a model")  # fmt: skip

@@ -362,6 +362,7 @@ def apply_stack(
         each["bare"] = jnp.arange(config.depth) == 0
     if local is not None:
         each["local"] = jnp.asarray(local.layers)
+        mask = jnp.ones_like(local.mask) if mask is None else mask
 
     def step(x, layer):
         state, own = layer
