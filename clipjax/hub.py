@@ -55,7 +55,7 @@ def _fetched(address: str, name: str, revision: str | None) -> Path:
     # The client reads its variables when it is imported, which may have been before this one was set.
     server = os.environ.get("HF_ENDPOINT")
     try:
-        info = HfApi(endpoint=server).repo_info(name, revision=revision)
+        info = HfApi(endpoint=server).model_info(name, revision=revision)
         files = wanted(address, [sibling.rfilename for sibling in info.siblings or ()])
         # By its name, not as the commit that it is: the cache then knows the commit by that name.
         settings: dict[str, Any] = {"revision": revision, "endpoint": server}

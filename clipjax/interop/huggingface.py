@@ -56,7 +56,7 @@ def _claims(kind: str, description: Description) -> bool:
         return False
     if not any(name.startswith("vision_model.") for name in description.shapes):
         raise ClipjaxError(
-            "these weights are a text tower alone: what is read here has both towers"
+            "these weights are a text tower alone: CLIP's and SigLIP's are read with both towers"
         )
     if description.has("vision_model.embeddings.class_embedding"):
         second = description.files.get(CONFIG, {}).get("model_type") == "metaclip_2"
@@ -511,7 +511,7 @@ def _family(kind: str, name: str) -> Family:
         resize=functools.partial(_resize, kind),
         tokens=functools.partial(_tokens, kind),
         notes=functools.partial(_notes, kind),
-        **({"prepare": without_patch_bias} if kind in _CLIPS else {}),
+        prepare=without_patch_bias if kind in _CLIPS else lambda pretrained: pretrained,
     )
 
 

@@ -102,7 +102,7 @@ def _theta(config: Config, kind: str, old: str, default: float) -> float:
         "type": ("default",),
     }
     family.refuse_unknown(parameters, f"{CONFIG}: rope_parameters", **known)
-    return float(parameters.get("rope_theta", config.get(old, default)))
+    return float(parameters.get("rope_theta") or config.get(old) or default)
 
 
 # XLM-RoBERTa and jina-embeddings v3

@@ -128,9 +128,8 @@ def distance_buckets(length: int, buckets: int, distance: int, causal: bool) -> 
     `distance`, beyond which all are one. Of two directions, each has half the buckets.
     """
     away = np.arange(length)[None, :] - np.arange(length)[:, None]
-    if causal:
-        offset, far = 0, np.maximum(-away, 0)
-    else:
+    offset, far = np.zeros_like(away), np.maximum(-away, 0)
+    if not causal:
         buckets //= 2
         offset, far = (away > 0) * buckets, np.abs(away)
     exact = buckets // 2

@@ -354,10 +354,11 @@ def apply_stack(
     if blocks is None:
         return x
     graphdef, state = nnx.split(blocks)
-    random = key is not None and (config.dropout or config.drop_path)
-    each: dict[str, Any] = {"key": jax.random.split(key, config.depth)} if random else {}
-    if random and config.drop_path:
-        each["drop"] = jnp.linspace(0.0, config.drop_path, config.depth)
+    each: dict[str, Any] = {}
+    if key is not None and (config.dropout or config.drop_path):
+        each["key"] = jax.random.split(key, config.depth)
+        if config.drop_path:
+            each["drop"] = jnp.linspace(0.0, config.drop_path, config.depth)
     if config.bare_first:
         each["bare"] = jnp.arange(config.depth) == 0
     if local is not None:
