@@ -305,7 +305,7 @@ def _describe_image(model: Any, quick: bool) -> dict[str, Any]:
     if isinstance(image, ResNet):
         facts |= {"layers": list(image.blocks), "width": image.width, "patch_size": None}
         return facts | {"head_width": image.width * 32 // image.num_heads}
-    if timm_towers.is_timms(model):
+    if timm_towers.is_written_as_timms(model):
         return facts | timm_towers.describe(image, model.image_projection)
     facts |= {
         "layers": image.depth,

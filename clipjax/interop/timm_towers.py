@@ -329,7 +329,20 @@ def is_timms(model: Any) -> bool:
     image = model.image
     if not isinstance(image, ViT):
         return False
-    return image.pool == "map" or not image.key_bias or model.image_projection == "affine"
+    affine = getattr(model, "image_projection", None) == "affine"
+    return image.pool == "map" or not image.key_bias or affine
+
+
+def is_written_as_timms(model: Any) -> bool:
+    """Whether an export takes timm's tower: a class token's ViT is OpenCLIP's own where timm has no such size."""
+    if not is_timms(model):
+        return False
+    if model.image.pool == "map" or not model.image.key_bias:
+        return True
+    try:
+        return bool(name_of(model.image))
+    except ClipjaxError:
+        return False
 
 
 def kind_of(image: ViT) -> Kind:
