@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -42,6 +43,8 @@ class DataBench(Component):
     """Pixels of the pictures that go through the loader."""
     num_threads: int = 1
     """Threads of that loader."""
+    num_workers: int = 2
+    """Worker processes of a second one; 0 leaves it out."""
     json: bool = False
     """End with one JSON object on the last line."""
 
@@ -61,11 +64,14 @@ class DataBench(Component):
                 f"difference {found['mean_difference']:.2f} of 255; {found['bytes_per_pixel']:.2f} bytes a "
                 "pixel"
             )
-        results["loader"] = found = self._loader()
+        results["loader"] = {"threads": self._loader(0)}
         print(
-            f"loader, {self.tiny} x {self.tiny} PNG, {self.num_threads} threads: "
-            f"{found['samples_per_second']:,.0f} samples/s"
+            f"loader, {self.tiny} x {self.tiny} PNG: {results['loader']['threads']:,.0f} samples/s with "
+            f"{self.num_threads} threads"
         )
+        if self.num_workers:
+            results["loader"]["workers"] = found = self._loader(self.num_workers)
+            print(f"  {found:,.0f} with {self.num_workers} workers")
         if self.json:
             print(json.dumps(results))
         return results
@@ -104,7 +110,8 @@ class DataBench(Component):
             "pillow_images_per_second": 1 / pillows,
             "ratio": pillows / mine,
             "mean_difference": float(np.mean(differences)),
-            "bytes_per_pixel": float(np.mean([len(content) for content in files])) / (width * height),
+            "bytes_per_pixel": float(np.mean([len(content) for content in files]))
+            / (width * height),
         }
 
     def _files(self, width: int, height: int) -> list[bytes]:
@@ -126,27 +133,27 @@ class DataBench(Component):
             files.append(_jpeg(picture, self.quality))
         return files
 
-    def _loader(self) -> dict[str, float]:
+    def _loader(self, num_workers: int) -> float:
+        """Samples a second."""
         from clipjax.data import BPE, Data, Flip
 
         data = Data(
             Tiny(self.tiny),
             image_size=self.tiny,
-            batch_size=256,
+            batch_size=256 * max(num_workers, 1),
             context_length=32,
             augment=(Flip(),),
-            num_threads=self.num_threads,
+            num_threads=1 if num_workers else self.num_threads,
+            num_workers=num_workers,
         )
         loader = data.build(BPE(300).build(["a small picture"]), seed=0)
-        batches = loader.iterate()
-        for _ in range(2):
-            next(batches)
-        began, count = time.perf_counter(), 8
-        for _ in range(count):
-            next(batches)
-        seconds = time.perf_counter() - began
-        del batches  # stops the threads
-        return {"samples_per_second": count * data.batch_size / seconds}
+        with contextlib.closing(loader.iterate()) as batches:
+            for _ in range(data.prefetch + 2):
+                next(batches)
+            began, count = time.perf_counter(), 24
+            for _ in range(count):
+                next(batches)
+            return count * data.batch_size / (time.perf_counter() - began)
 
 
 def _seconds(make: Callable[[bytes, int], np.ndarray], files: list[bytes]) -> float:

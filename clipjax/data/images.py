@@ -229,9 +229,7 @@ def resize_fast(
     reach_y = 2 + math.ceil(2 * max((bottom - top) / height, 1))
     first_x, first_y = max(int(left) - reach_x, 0), max(int(top) - reach_y, 0)
     part = image[first_y : math.ceil(bottom) + reach_y, first_x : math.ceil(right) + reach_x]
-    source = library.ImageData(
-        part.shape[1], part.shape[0], library.PixelType.U8x3, part.tobytes()
-    )
+    source = library.ImageData(part.shape[1], part.shape[0], library.PixelType.U8x3, part.tobytes())
     made = library.ImageData(width, height, library.PixelType.U8x3)
     # Rounding must not lead out of the picture.
     left, top = left - first_x, top - first_y
@@ -264,9 +262,11 @@ def _checked(picture: Image.Image, name: str, max_pixels: int) -> np.ndarray:
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
-    from PIL import Image, ImageOps
+    from PIL import ExifTags, Image, ImageOps
 
-    picture = ImageOps.exif_transpose(picture)
+    picture.load()  # PNG's EXIF may come after the pixels
+    if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        picture = ImageOps.exif_transpose(picture)  # which copies in any case
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
     if picture.mode.startswith("I;16"):  # Pillow would clip deep gray at 255

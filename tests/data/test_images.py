@@ -172,7 +172,9 @@ def test_without_simplejpeg_pillow_does_it(monkeypatch):
     np.testing.assert_array_equal(decode(content), expected)
 
 
-@pytest.mark.parametrize("box", [(0, 0, 300, 200), (10.3, 20.7, 250.2, 177.9), (290, 0.5, 300, 199)])
+@pytest.mark.parametrize(
+    "box", [(0, 0, 300, 200), (10.3, 20.7, 250.2, 177.9), (290, 0.5, 300, 199)]
+)
 def test_fast_resizing_is_pillows_but_for_rounding(box):
     pytest.importorskip("cykooz_resizer")
     # Away from black and white, where one clips what it makes along rows, and the other along columns.
