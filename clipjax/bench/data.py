@@ -64,14 +64,14 @@ class DataBench(Component):
                 f"difference {found['mean_difference']:.2f} of 255; {found['bytes_per_pixel']:.2f} bytes a "
                 "pixel"
             )
-        results["loader"] = {"threads": self._loader(0)}
+        loader = results["loader"] = {"threads": self._loader(0)}
         print(
-            f"loader, {self.tiny} x {self.tiny} PNG: {results['loader']['threads']:,.0f} samples/s with "
+            f"loader, {self.tiny} x {self.tiny} PNG: {loader['threads']:,.0f} samples/s with "
             f"{self.num_threads} threads"
         )
         if self.num_workers:
-            results["loader"]["workers"] = found = self._loader(self.num_workers)
-            print(f"  {found:,.0f} with {self.num_workers} workers")
+            loader["workers"] = self._loader(self.num_workers)
+            print(f"  {loader['workers']:,.0f} with {self.num_workers} workers")
         if self.json:
             print(json.dumps(results))
         return results

@@ -66,7 +66,8 @@ class Draws:
 
     @functools.cached_property
     def _main(self) -> tuple[Shown | None, np.random.Generator]:
-        rng = np.random.Generator(np.random.Philox(_Key(self._key)))
+        key: Any = _Key(self._key)
+        rng = np.random.Generator(np.random.Philox(key))
         return self._captions.choose(self._record, rng), rng
 
     @property

@@ -278,7 +278,7 @@ class Loader:
         self._account(failures)
         return rows
 
-    def iterate(self, start_step: int = 0, shift: int = 0) -> Iterator[dict[str, np.ndarray]]:
+    def iterate(self, start_step: int = 0, shift: int = 0) -> Generator[Rows]:
         """The batches of `start_step`, `start_step + 1`, ... without end, made ahead by threads or workers.
 
         Batch k begins at position k * B + `shift` (`Scale.shift`).

@@ -22,7 +22,7 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,7 +52,7 @@ def made_by_workers(
     process_count: int,
     start_step: int,
     shift: int,
-) -> Iterator[tuple[Rows, list[UnreadableRecord]]]:
+) -> Generator[tuple[Rows, list[UnreadableRecord]]]:
     """(A process's rows of a batch, why records in it were replaced), from `start_step` on, without end.
 
     Args:
