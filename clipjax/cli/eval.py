@@ -250,8 +250,13 @@ def _from_file(path: Path) -> tuple[Evaluator, ...]:
 
 def _default_task(options: argparse.Namespace, dataset: str) -> str:
     """`zeroshot` where class names are at hand, else `retrieval`."""
+    from clipjax.data.published import published
+
     if options.images and not _is_crossmodal(dataset):
         return "compositional"
+    known = published(dataset)
+    if known is not None:
+        return "retrieval" if known.retrieval else "zeroshot"
     named = options.prompts or _shipped(dataset) or is_by_folder(dataset)
     return "zeroshot" if named else "retrieval"
 
@@ -275,8 +280,13 @@ _SAME_CLASSES = {
 
 
 def _shipped(dataset: str) -> str | None:
-    """The class names that come with clipjax for a TFDS data set."""
+    """The class names that lie beside a data set, or come with clipjax for one of TFDS."""
+    from clipjax.data.published import published
     from clipjax.evals.prompts import shipped_classes
+
+    known = published(dataset)
+    if known is not None:
+        return known.names
 
     name = dataset.split(":")[0].split("/")[0]
     name = _SAME_CLASSES.get(name, name)
@@ -298,10 +308,18 @@ def _short_names(datasets: list[str]) -> dict[str, str]:
 
 
 def _source(options: argparse.Namespace, name: str) -> Source:
-    from clipjax.data import Crossmodal
-    from clipjax.data.named import named_source
+    from clipjax.data import Crossmodal, WebDataset
+    from clipjax.data.named import named_source, with_keys
+    from clipjax.data.published import published
 
-    source = named_source(name, **{key: getattr(options, key) for key in _KEYS})
+    keys = {key: getattr(options, key) for key in _KEYS}
+    known = published(name)
+    if known is not None:
+        source: Source = with_keys(known.source, name, keys)
+    else:
+        source = named_source(name, **keys)
+    if isinstance(source, WebDataset) and source.label_key is None:
+        source = dataclasses.replace(source, label_key="cls")
     if isinstance(source, Crossmodal) and options.images:
         source = dataclasses.replace(source, images=str(Path(options.images).resolve()))
     return source

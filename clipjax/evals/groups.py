@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from clipjax.data import EvalSet
 from clipjax.errors import ClipjaxError
 from clipjax.evals.figure import Figure
 
@@ -46,6 +49,27 @@ def by_group(
         figures[f"worst_group/top{k}"] = Figure(together, _worst)
         figures[f"group_gap/top{k}"] = Figure(together, _gap)
     return figures
+
+
+def groups_of(data: EvalSet, key: str) -> list[Any]:
+    """The group of each record: an entry, or with "npy[2]" a number of an array in one.
+
+    Raises:
+      ClipjaxError: there is no such entry.
+    """
+    match = re.fullmatch(r"(.+)\[(\d+)\]", key)
+    if match is None:
+        return data.entries(key)
+    name, place = match[1], int(match[2])
+    found = []
+    for value in data.entries(name):
+        if isinstance(value, bytes):
+            value = np.load(io.BytesIO(value), allow_pickle=False)
+        array = np.ravel(value)
+        if place >= len(array):
+            raise ClipjaxError(f"groups_key={key!r}: {name} has {len(array)} numbers")
+        found.append(array[place].item())
+    return found
 
 
 def macro_f1(values: np.ndarray, weights: np.ndarray | None = None) -> float:

@@ -82,14 +82,16 @@ class WinoGAViL(EntryEvaluator):
     Each entry has a `cue`, `candidates`, pictures, and `associations`, those of them that belong to it.
     The model takes as many of the candidates as there are associations, those nearest to the cue.
     Figures: `{name}/jaccard`, the mean share of right pictures among those that were taken or right;
-    `{name}/{n}_candidates/jaccard` and `{name}/mean_per_category` over these. At the edge a tie counts
-    against the model.
+    `{name}/{n}_candidates/jaccard`, `{name}/mean_per_category` over these, and
+    `{name}/10_or_more/jaccard`, what DataComp reports. At the edge a tie counts against the model.
     """
 
     name: str = "winogavil"
     """First part of the figures' names."""
     template: str = "{}"
     """The cue's prompt."""
+    article: bool = False
+    """Whether A or An goes before the cue, as in DataComp's figures."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -118,7 +120,10 @@ class WinoGAViLRunner(EntryRunner):
         entries = [e for e in entries if all((name, None) in row for name in e[1])]
         self._rows = [np.array([row[name, None] for name in names]) for _, names, _ in entries]
         self._right = [right for _, _, right in entries]
-        prompts = [self.evaluator.template.replace("{}", cue) for cue, _, _ in entries]
+        cues = [cue for cue, _, _ in entries]
+        if self.evaluator.article:
+            cues = [f"A{'n' * (cue[0].lower() in 'aeiou')} {cue.lower()}" for cue in cues]
+        prompts = [self.evaluator.template.replace("{}", cue) for cue in cues]
         self._tokens = predictor.tokenize(prompts)
 
     def evaluate(self, predictor: Predictor) -> dict[str, float]:
@@ -127,15 +132,19 @@ class WinoGAViLRunner(EntryRunner):
         sizes = np.array([len(rows) for rows in self._rows])
         flat = np.concatenate(self._rows)
         scores = metrics.pair_scores(image[flat], np.repeat(text, sizes, axis=0))
-        values, kinds = [], []
+        values, kinds, sizes_seen = [], [], []
         for rows, right, score in zip(
             self._rows, self._right, np.split(scores, np.cumsum(sizes)[:-1]), strict=True
         ):
             if seen_rows(self._data, rows):
                 values.append(_jaccard(score, right))
+                sizes_seen.append(len(rows))
                 kinds.append(f"{len(rows)}_candidates")
         name = self.evaluator.name
-        figures = by_category("jaccard", np.array(values), kinds)
+        shares, many = np.array(values), np.array(sizes_seen) >= 10
+        figures = by_category("jaccard", shares, kinds)
+        if many.any():
+            figures["10_or_more/jaccard"] = Figure(shares[many])
         return {f"{name}/{key}": value for key, value in figures.items()}
 
 

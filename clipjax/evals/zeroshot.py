@@ -15,7 +15,7 @@ from clipjax.evals.base import Evaluator, Runner, require_at_least
 from clipjax.evals.calibration import calibration
 from clipjax.evals.features import class_figures
 from clipjax.evals.figure import Figure
-from clipjax.evals.groups import by_group, macro_f1
+from clipjax.evals.groups import by_group, groups_of, macro_f1
 from clipjax.evals.prompts import Names, label_map, read_class_map, read_classes
 from clipjax.predictor import Predictor, mean_direction
 from clipjax.report.contents import Confusion
@@ -58,7 +58,8 @@ class ZeroShot(Evaluator):
     as the best of those it stands for (see `prompts.read_class_map`)."""
     groups_key: str | None = None
     """Entry of the records that says what group a picture is of (a column, a feature, in tars
-    "json:region"): figures of each group, of the worst, and how far they are apart."""
+    "json:region", or "npy[2]" for a number of an array): figures of each group, of the worst, and how far
+    they are apart."""
     macro_f1: bool = False
     """Also the F1 of each class that occurs, averaged over classes."""
     calibration: bool = False
@@ -138,7 +139,7 @@ class ZeroShotRunner(Runner):
         config = self.evaluator
         data = self._data = self.once.split(config.source, predictor, config.limit)
         if config.groups_key:
-            self._groups = data.entries(config.groups_key)
+            self._groups = groups_of(data, config.groups_key)
         find = _by_caption if config.classes == "caption" else _by_label
         self._tasks = []
         for language, found in find(config, data).items():
