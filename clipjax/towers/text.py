@@ -149,7 +149,10 @@ class TextTransformer(TransformerTower):
         if self.causal and self.pool == "eos":
             is_end = ids == self.eos_id
             return np.where(is_end.any(axis=1), is_end.argmax(axis=1) + 1, length)
-        if self.pad_id is None or self.class_position or self.pool == "none":
+        moved = (
+            self.class_position or self.legacy_class_mask
+        )  # the class token's view of the row's end
+        if self.pad_id is None or moved or self.pool == "none":
             return np.full(n, length)
         is_text = (ids != self.pad_id) | (ids == self.eos_id)
         return np.where(is_text.any(axis=1), length - is_text[:, ::-1].argmax(axis=1), 1)
