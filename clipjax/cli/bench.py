@@ -14,6 +14,8 @@ BENCHES = {
     "loss": ("clipjax.bench.loss", "LossBench"),
     "memory": ("clipjax.bench.memory", "MemoryBench"),
     "methods": ("clipjax.bench.methods", "MethodsBench"),
+    "openclip": ("clipjax.bench.openclip", "OpenclipBench"),
+    "precision": ("clipjax.bench.precision", "PrecisionBench"),
     "retrieval": ("clipjax.bench.retrieval", "RetrievalBench"),
     "step": ("clipjax.bench.step", "StepBench"),
     "survive": ("clipjax.bench.survive", "SurviveBench"),

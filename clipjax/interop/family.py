@@ -19,7 +19,8 @@ HALF = (0.5, 0.5, 0.5)
 
 _NO_ARCHITECTURE = {
     # Fields that change how a model trains or how fast it runs, not what it computes.
-    *("dropout", "patch_dropout", "dtype", "scan", "scan_unroll", "remat", "freeze_stats"),
+    *("dropout", "patch_dropout", "dtype", "scan", "scan_unroll", "remat", "offload", "attention"),
+    *("quantize", "reduce_dtype", "freeze_stats"),
     *("momentum", "logit_scale_init", "logit_scale_max", "mlp_dim", "heads"),
 }
 
