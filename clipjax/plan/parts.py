@@ -85,10 +85,11 @@ def weights(run: Run, blueprint: Any, shardings: Any = None) -> dict[str, float]
 
     Returns:
       split and whole (float32, in all, of those that devices share and those that each holds), travel (of
-      the split ones in the towers' dtype), at_once (of these, what a device holds gathered at one time: two
+      the split ones in the towers' dtype), tables (of these, tokens' embeddings, which the backward pass does not
+      need), at_once (of these, what a device holds gathered at one time: two
       layers of each stack, and what is in none), gradients (float32, one device's).
     """
-    found = dict.fromkeys(("split", "whole", "travel", "at_once", "gradients"), 0.0)
+    found = dict.fromkeys(("split", "whole", "travel", "tables", "at_once", "gradients"), 0.0)
     item = compute_itemsize(run)
     state = blueprint.abstract
     shardings = blueprint.shardings.params if shardings is None else shardings
@@ -102,6 +103,7 @@ def weights(run: Run, blueprint: Any, shardings: Any = None) -> dict[str, float]
         found["split"] += 4 * leaf.size
         found["travel"] += item * leaf.size
         name = jax.tree_util.keystr(path, simple=True, separator="/")
+        found["tables"] += item * leaf.size * name.endswith("/embedding")
         layers = leaf.shape[0] if "blocks/" in name else 2
         found["at_once"] += item * leaf.size * min(1.0, 2 / layers)
     return found

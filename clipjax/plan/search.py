@@ -173,9 +173,10 @@ def expected(run: Run, on: Machine, candidate: Candidate, known: dict[str, Any])
     }
     pairwise = sum(isinstance(leaf.objective, Pairwise) for leaf in leaves(run.objective))
     products = known["flops"][candidate.remat] + (known["forward"] if k > 1 else 0)
-    gathers = 2 if k == 1 else 3 * k  # there and back; the first of two passes besides
+    there, back = (1, 1) if k == 1 else (2 * k, k)  # in micro-batches, embeddings first
+    gathered = there * moved["travel"] + back * (moved["travel"] - moved["tables"])
     wire = {
-        "all-gather": moved["travel"] * gathers * (data - 1) / data,
+        "all-gather": gathered * (data - 1) / data,
         "reduce-scatter": moved["split"] * (data - 1) / data,
         "all-reduce": 2 * (group - 1) / group * moved["split"] / data
         + 2 * (shards - 1) / shards * moved["whole"],

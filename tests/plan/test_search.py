@@ -40,7 +40,7 @@ def test_combinations_are_those_that_divide():
     found = list(candidates(run, machine("cpux8"), [32, 48]))
     assert {c.accumulate for c in found if c.batch_size == 32} == {1, 2, 4}
     assert {c.accumulate for c in found if c.batch_size == 48} == {1, 2}
-    assert {c.group for c in found} == {1, 4, 8}
+    assert {c.group for c in found} == {1, 4}
     assert {type(c.exchange) for c in found} == {AllGather, Ring, Hierarchical}
     # Hierarchical needs groups of several; without FSDP, groups are for it alone.
     assert {c.group for c in found if isinstance(c.exchange, Hierarchical)} == {4}

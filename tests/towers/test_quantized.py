@@ -13,21 +13,27 @@ from clipjax.towers.quantized import product
 from clipjax.towers.transformer import Block
 
 RNG = np.random.default_rng(3)
-X, W, G = (
-    RNG.standard_normal(shape).astype(np.float32) for shape in ((2, 5, 32), (32, 16), (2, 5, 16))
-)
+
+
+def numbers(*shape):
+    """Normal, the largest of each row 4: at the negative end of int8's range a half may round either way."""
+    x = np.clip(RNG.standard_normal(shape), -3.5, 3.5).astype(np.float32)
+    x[..., 0] = x[..., 0, :] = 4
+    return x
+
+
+X, W, G = numbers(2, 5, 32), numbers(32, 16), numbers(2, 5, 16)
 # Largest number that a scale is for, and the format itself.
 LIMITS = {"int8": (127.5, 127.5), "fp8": (448.0, 57344.0)}
 FLOATS = (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
 
 
 def rounded(x, axis, format, backward=False):
-    """float64, with a scale for each row along `axis`."""
-    x = x.astype(np.float64)
-    scale = np.abs(x).max(axis, keepdims=True) / LIMITS[format][backward]
+    """float64, with a scale for each row along `axis`; divided in float32, as halves may go either way."""
+    scale = np.abs(x).max(axis, keepdims=True) / np.float32(LIMITS[format][backward])
     if format == "int8":
-        return scale * np.clip(np.round(x / scale), -127, 127)
-    return scale * (x / scale).astype(np.float32).astype(FLOATS[backward]).astype(np.float64)
+        return np.float64(scale) * np.clip(np.round(x / scale), -128, 127)
+    return np.float64(scale) * (x / scale).astype(FLOATS[backward]).astype(np.float64)
 
 
 @pytest.mark.parametrize("format", ["int8", "fp8"])
