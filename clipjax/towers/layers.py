@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clipjax.layout import batch_first, gathered
+from clipjax.towers import quantized
 
 Dtype = Any
 
@@ -29,6 +30,10 @@ class Linear(nnx.Module):
         std = d_in**-0.5 if std is None else std
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (d_in, d_out)))
         self.bias = nnx.Param(jnp.zeros(d_out)) if bias else None
+        self.format = ""  # of quantized.FORMATS; empty: products in the dtype of the input
+        self.reduce_dtype: str | None = (
+            None  # of the kernel's gradient until it is added up; None: the input's
+        )
 
     def __call__(self, x: jax.Array, dtype: Dtype = None) -> jax.Array:
         """[..., D_in] -> [..., D_out]: the factors in the dtype of `x`, the result in it or `dtype`.
@@ -36,8 +41,39 @@ class Linear(nnx.Module):
         With dtype=float32 the sums of a bfloat16 product are not rounded: for what is normalized.
         """
         dtype = x.dtype if dtype is None else dtype
-        y = jnp.matmul(x, self.kernel[...].astype(x.dtype), preferred_element_type=dtype)
+        kernel = self.kernel[...]
+        if self.format:
+            y = quantized.product(x, kernel.astype(x.dtype), self.format, dtype)
+        elif self.reduce_dtype is not None:
+            y = _product(x, kernel, dtype, self.reduce_dtype)
+        else:
+            y = _matmul(x, kernel, dtype)
         return batch_first(y if self.bias is None else y + self.bias[...].astype(dtype))
+
+
+def _matmul(x, kernel, dtype):
+    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x, kernel, dtype, reduce_dtype):
+    return _matmul(x, kernel, dtype)
+
+
+def _product_forward(x, kernel, dtype, reduce_dtype):
+    return _matmul(x, kernel, dtype), (x, kernel)
+
+
+def _product_backward(dtype, reduce_dtype, kept, g):
+    x, kernel = kept
+    (dx,) = jax.vjp(lambda x: _matmul(x, kernel, dtype), x)[1](g)
+    # Tokens are split over the devices: this product is what they add up, in the dtype that it comes in.
+    rows = tuple(range(x.ndim - 1))
+    dkernel = jnp.tensordot(x, g.astype(x.dtype), (rows, rows), preferred_element_type=reduce_dtype)
+    return dx, dkernel.astype(kernel.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 class Norm(nnx.Module):

@@ -22,6 +22,7 @@ from clipjax.towers.base import (
     require_positive,
     require_rate,
 )
+from clipjax.towers.quantized import Quantize, check_quantized, chosen
 from clipjax.towers.remat import check_remat, rematerialized
 from clipjax.towers.rotary import Local, Rotation
 from clipjax.towers.sublayers import Attention, Mlp
@@ -93,6 +94,12 @@ class Transformer(Component):
     (all but matrix products), full; or what is kept instead, by name: "q,k,v,hidden"."""
     offload: str = ""
     """Of what is kept, the names that wait for the backward pass in the host's memory: "hidden"."""
+    quantize: tuple[Quantize, ...] = ()
+    """Matrices of the blocks whose products are of 8-bit numbers in training and after: the first rule that
+    matches a matrix counts; none: no matrix (needs the extra `quantized`)."""
+    reduce_dtype: str | None = None
+    """What gradients of the blocks' matrices are until the devices have added them up, float32 or bfloat16;
+    None: the compute dtype. Half the bytes in bfloat16, rounded on each device."""
 
     def __post_init__(self) -> None:
         require_positive(self, "width", "heads", "scan_unroll")
@@ -129,6 +136,9 @@ class Transformer(Component):
         )
         check_remat(self)
         require_rate(self, "dropout", "drop_path")
+        check_quantized(self.quantize, name)
+        if self.reduce_dtype is not None:
+            require_choice(self, "reduce_dtype", DTYPES)
         require(self.eps > 0, f"{name}.eps={self.eps!r} must be above 0")
 
     @property
@@ -202,16 +212,21 @@ class Block(nnx.Module):
         self.cross_mlp: Mlp | None
         if memory_width is None:
             self.cross = self.cross_mlp = None
-            return
-        require(
-            config.norms == "pre" and config.layer_scale is None,
-            f"{type(config).__name__}.norms={config.norms!r} with layer_scale={config.layer_scale}: a "
-            "block with cross-attention has norms='pre' and no layer_scale",
-        )
-        self.norm_cross, self.norm_memory = norm(config.width), norm(memory_width)
-        self.cross = Attention(config, rngs, out_std=out_std, memory_width=memory_width)
-        self.norm_cross_mlp = norm(config.width) if cross_mlp else None
-        self.cross_mlp = Mlp(config, rngs, out_std=out_std) if cross_mlp else None
+        else:
+            require(
+                config.norms == "pre" and config.layer_scale is None,
+                f"{type(config).__name__}.norms={config.norms!r} with "
+                f"layer_scale={config.layer_scale}: a block with cross-attention has norms='pre' and "
+                "no layer_scale",
+            )
+            self.norm_cross, self.norm_memory = norm(config.width), norm(memory_width)
+            self.cross = Attention(config, rngs, out_std=out_std, memory_width=memory_width)
+            self.norm_cross_mlp = norm(config.width) if cross_mlp else None
+            self.cross_mlp = Mlp(config, rngs, out_std=out_std) if cross_mlp else None
+        for path, module in nnx.iter_modules(self):
+            if isinstance(module, layers.Linear):
+                module.format = chosen(config.quantize, "/".join(map(str, path)))
+                module.reduce_dtype = config.reduce_dtype
 
     def __call__(
         self,
