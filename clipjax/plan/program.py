@@ -67,7 +67,6 @@ def measure(run: Run, on: Machine, examples: int) -> dict[str, Any]:
     from clipjax.bench.program import work
     from clipjax.evals.flops import count
     from clipjax.mesh import batch_sharding, batch_shards
-    from clipjax.objectives import PairEngine
     from clipjax.optim import Scale
     from clipjax.sharding import per_device_bytes
     from clipjax.train.state import Blueprint
@@ -81,7 +80,7 @@ def measure(run: Run, on: Machine, examples: int) -> dict[str, Any]:
         max(1, run.duration.steps(scale)), scale, run.seed, run.data.spec(),
         run.spikes,
     )  # fmt: skip
-    engine = PairEngine(mesh, run.exchange, run.pair_chunk, run.pair_dtype, run.pair_tile_mb)
+    engine = run.engine(mesh)
     tokens = SpecialTokens(1, 2, 0)  # which they are changes no program
     step = make_step(
         blueprint, run.objective, engine, mesh, run.accumulate, run.ema, tokens, run.spikes
