@@ -66,7 +66,7 @@ def test_weights_travel_in_bfloat16_and_once_each_way(found):
 @pytest.mark.parametrize("objective", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("name", sorted(PACKAGES))
 def test_the_loss_is_kernels_and_travels_twice(name, objective):
-    """N = 65,536, E = 768: columns go out and their gradient comes back, in bfloat16, and neither is held in float32."""
+    """N = 65,536, E = 768: columns go out and their gradient comes back, in bfloat16; it is never held whole."""
     if importlib.util.find_spec(PACKAGES[name]) is None:
         pytest.skip(f"{PACKAGES[name]} is not installed")
     rows, width = 65_536, 768
