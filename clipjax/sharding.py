@@ -60,6 +60,9 @@ class Sharding(Component):
     min_size: int = 4096
     """Leaves with fewer elements (in one layer, where layers are stacked) stay whole: gathering a
     norm's scale from all devices costs more time than it saves memory."""
+    gather_gb: float = 4.0
+    """With micro-batches: as long as all weights and their gradients take no more than this, in GB a device, they are
+    gathered and reduced once a step; else for every micro-batch, a layer at a time."""
 
     def apply(self, tree: Any, mesh: AnyMesh) -> Any:
         """A tree of `NamedSharding`, one for each leaf of `tree` (arrays or ShapeDtypeStructs).

@@ -28,6 +28,7 @@ import jax
 from jax import lax
 from jax.sharding import Mesh
 
+from clipjax import layout
 from clipjax.errors import ClipjaxError
 from clipjax.mesh import BATCH_AXES, batch_shards
 from clipjax.objectives import products, tables
@@ -143,10 +144,10 @@ class PairEngine:
 
     @property
     def platform(self) -> str:
-        """The kind of device that the mesh has (or that jax computes on): "cpu", "gpu", "tpu"."""
+        """The kind of device that the mesh has (or that the program is for): "cpu", "gpu", "tpu"."""
         if self.mesh is not None:
             return self.mesh.devices.flat[0].platform
-        return jax.devices()[0].platform
+        return layout.platform() or jax.devices()[0].platform
 
     def dot(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """Similarities a @ b.T [R, C] in float32, of operands in the engine's dtype.

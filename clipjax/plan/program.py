@@ -83,8 +83,9 @@ def measure(run: Run, on: Machine, examples: int) -> dict[str, Any]:
     engine = run.engine(mesh)
     tokens = SpecialTokens(1, 2, 0)  # which they are changes no program
     step = make_step(
-        blueprint, run.objective, engine, mesh, run.accumulate, run.ema, tokens, run.spikes
-    )
+        blueprint, run.objective, engine, mesh, run.accumulate, run.ema, tokens, run.spikes,
+        run.sharding.gather_gb,
+    )  # fmt: skip
     split = batch_sharding(mesh)
     batch = {
         key: jax.ShapeDtypeStruct((run.data.batch_size, *row.shape), row.dtype, sharding=split)
