@@ -56,6 +56,7 @@ def attention(
     mask: Mask,
     heads: int,
     kind: str,
+    bias: jax.Array | None = None,
     tokens: tuple[int, int] | None = None,
 ) -> jax.Array:
     """Multi-head attention of projected queries, keys and values.
@@ -70,17 +71,20 @@ def attention(
         "cudnn" (NVIDIA, bfloat16) and "splash" (Pallas, for TPU; interpreted elsewhere) never write
         them. cuDNN's takes no mask that is an array and splash none at all: "lean" stands in there.
         "auto" is the kernel of the platform where that pays, and "lean" else.
+      bias: added to the scores, broadcastable to [B, heads, N, M]; scores are made again then, whatever
+        the kind but "xla".
       tokens: how many of N and of M are no padding (`before_projection`); None: all.
 
     Returns:
       [B, N, D]; what padding attends to is not defined.
     """
-    kind = resolve(kind, q, k, mask, heads)
+    kind = resolve(kind, q.shape[-1] // heads, q, k, mask, bias)
     if kind in ("xla", "lean"):
         seen = mask.array(q.shape[1]) if isinstance(mask, Causal) else mask
-        if kind == "lean":
+        if kind == "lean" and bias is None:
             return _lean(q, k, v, seen, heads)
-        return attend(_heads(q, heads), _heads(k, heads), _heads(v, heads), seen)
+        plain = functools.partial(_plain, heads=heads)
+        return (plain if kind == "xla" else jax.checkpoint(plain))(q, k, v, seen, bias)
     n, m = tokens or (q.shape[1], k.shape[1])
     run = _cudnn if kind == "cudnn" else _splash
     run = functools.partial(run, size=q.shape[-1] // heads, n=n, m=m)
@@ -89,6 +93,12 @@ def attention(
     kernel = per_shard(run, len(q), heads)
     # Checkpointed, splash keeps q, k and v; by itself, padded copies of them, and of what comes out.
     return (kernel if kind == "cudnn" else jax.checkpoint(kernel))(q, k, v)
+
+
+def _plain(q, k, v, mask, bias, *, heads):
+    q, k, v = (_heads(x, heads) for x in (q, k, v))
+    weights = _softmax(_scores(q, k, mask, bias))[0].astype(v.dtype)
+    return _flat(jnp.einsum("bhnm,bhmd->bhnd", weights, v))
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -101,13 +111,25 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> 
     return _flat(jnp.einsum("bhnm,bhmd->bhnd", weights, v))
 
 
-def resolve(kind: str, q: jax.Array, k: jax.Array, mask: Mask, heads: int) -> str:
-    """The way that is gone, one of `KINDS` but "auto": arguments as `attention` (or of their shapes)."""
+def resolve(
+    kind: str, size: int, q: jax.Array, k: jax.Array, mask: Mask, bias: jax.Array | None
+) -> str:
+    """The way that is gone, one of `KINDS` but "auto".
+
+    Args:
+      kind: what is asked for.
+      size: channels of a head.
+      q: [B, N, ...], queries or what they are projected from.
+      k: [B, M, ...], likewise.
+      mask: who may be attended to.
+      bias: of the scores, or None.
+    """
     if kind == "auto":
-        kind = _fastest(q.shape[-1] // heads, min(q.shape[1], k.shape[1]), q.dtype)
-    if kind == "cudnn":
-        return kind if mask is None or isinstance(mask, Causal) else "lean"
-    return "lean" if kind == "splash" and mask is not None else kind
+        kind = _fastest(size, min(q.shape[1], k.shape[1]), q.dtype)
+    masks = {"cudnn": (Causal,), "splash": ()}
+    if kind not in masks or (bias is None and (mask is None or isinstance(mask, masks[kind]))):
+        return kind
+    return "lean"
 
 
 def _fastest(size: int, tokens: int, dtype: Any) -> str:
@@ -138,10 +160,13 @@ def _flat(x: jax.Array) -> jax.Array:
     return rearrange(x, "b h n d -> b n (h d)")
 
 
-def _scores(q: jax.Array, k: jax.Array, mask: jax.Array | None) -> jax.Array:
+def _scores(
+    q: jax.Array, k: jax.Array, mask: jax.Array | None, bias: jax.Array | None = None
+) -> jax.Array:
     """[B, heads, N, M], float32."""
     scores = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
     scores = scores * q.shape[-1] ** -0.5
+    scores = scores if bias is None else scores + bias
     return scores if mask is None else jnp.where(mask, scores, -jnp.inf)
 
 
