@@ -12,6 +12,7 @@ from clipjax.data.augment import (
 from clipjax.data.balance import Balanced
 from clipjax.data.boxes import Boxes
 from clipjax.data.columns import Parquet, SavedDataset
+from clipjax.data.crossmodal import Crossmodal
 from clipjax.data.evalset import EvalSet, load_eval
 from clipjax.data.fields import Array, Example, Field, Image, Spec, Text, View
 from clipjax.data.filters import Chosen, Filtered
@@ -45,6 +46,7 @@ __all__ = [
     "ClassFolder",
     "ClipBPE",
     "ColorJitter",
+    "Crossmodal",
     "Data",
     "Embeddings",
     "EvalSet",

@@ -135,7 +135,9 @@ def _by_faiss(vectors: np.ndarray, threshold: float) -> Iterator[tuple[int, int,
     except ImportError as error:
         raise ClipjaxError("faiss is not installed: pip install 'clipjax[curation]'") from error
     cells = max(1, len(vectors) // PER_CELL)
-    index: Any = faiss.index_factory(vectors.shape[1], f"IVF{cells},Flat", faiss.METRIC_INNER_PRODUCT)
+    index: Any = faiss.index_factory(
+        vectors.shape[1], f"IVF{cells},Flat", faiss.METRIC_INNER_PRODUCT
+    )
     index.train(vectors[:: max(1, len(vectors) // (cells * 256))])
     index.add(vectors)
     index.nprobe = min(cells, 16)

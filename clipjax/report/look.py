@@ -251,8 +251,12 @@ def _grouped(failures: list[UnreadableRecord]) -> list[Skipped]:
 def summary_of(seen: Look, lines: int = 8) -> str:
     """A few lines for a terminal."""
     total = "an unknown number of" if seen.num_examples is None else f"{seen.num_examples:,}"
-    said = [f"{total} records; {seen.read:,} read, {sum(s.records for s in seen.skipped):,} skipped"]
-    said += [f"  {s.records:,}: {s.reason} (such as {s.examples[0]!r})" for s in seen.skipped[:lines]]
+    said = [
+        f"{total} records; {seen.read:,} read, {sum(s.records for s in seen.skipped):,} skipped"
+    ]
+    said += [
+        f"  {s.records:,}: {s.reason} (such as {s.examples[0]!r})" for s in seen.skipped[:lines]
+    ]
     said.append(f"a batch has, with {seen.vocab_size:,} tokens in the vocabulary:")
     said += [f"  {name}: {spec.dtype} {list(spec.shape)}" for name, spec in seen.spec.items()]
     for example in seen.examples[:lines]:
