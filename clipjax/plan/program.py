@@ -84,7 +84,7 @@ def measure(run: Run, on: Machine, examples: int) -> dict[str, Any]:
     tokens = SpecialTokens(1, 2, 0)  # which they are changes no program
     step = make_step(
         blueprint, run.objective, engine, mesh, run.accumulate, run.ema, tokens, run.spikes,
-        run.sharding.gather_gb,
+        run.sharding,
     )  # fmt: skip
     split = batch_sharding(mesh)
     batch = {

@@ -21,7 +21,7 @@ PACKAGES = {"v5e-4": "libtpu", "h100x8": "jax_cuda12_plugin"}
 ROWS, DEPTH, WIDTH = 32, 2, 512  # rows: pairs a chip
 
 
-def run(devices, **tower):
+def run(devices, accumulate=1, **tower):
     tower = dict(width=WIDTH, depth=DEPTH, heads=8, dtype="bfloat16") | tower
     return Run(
         model=DualEncoder(
@@ -36,6 +36,7 @@ def run(devices, **tower):
         optimizer=AdamW(),
         duration=Duration(1000),
         sharding=Sharding(fsdp=True),
+        accumulate=accumulate,
         pair_dtype="bfloat16",
     )  # fmt: skip
 
@@ -61,6 +62,17 @@ def test_weights_travel_in_bfloat16_and_once_each_way(found):
     gathered = found["sent"]["all-gather"]
     assert others * held / 2 < gathered < 2.3 * others * held / 2
     assert sum(found["sent"].values()) < 8 * others * held
+
+
+def test_micro_batches_send_no_more():
+    """Of eight: split weights are gathered once, in float32, and gradients reduced once."""
+    if importlib.util.find_spec(PACKAGES["h100x8"]) is None:
+        pytest.skip("jax_cuda12_plugin is not installed")
+    on = machine("h100x8")
+    found = compiled_for(run(on.devices, accumulate=8), on, [], 10_000)
+    others = (on.devices - 1) * found["state"]["params"]
+    assert found["sent"]["all-gather"] < 1.05 * others
+    assert found["sent"]["reduce-scatter"] + found["sent"]["all-reduce"] / 2 < 1.05 * others
 
 
 @pytest.mark.parametrize("objective", ["softmax", "sigmoid"])
