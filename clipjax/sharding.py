@@ -11,7 +11,7 @@ import functools
 import logging
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -67,6 +67,9 @@ class Sharding(Component):
     gather_gb: float = 4.0
     """With micro-batches: as long as all weights and their gradients take no more than this, in GB a device, they are
     gathered and reduced once a step; else for every micro-batch, a layer at a time."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of gradients that are reduced once a step of several micro-batches, as they travel. Those of a step without
+    micro-batches travel in their layer's dtype."""
 
     def __post_init__(self) -> None:
         try:

@@ -65,7 +65,7 @@ class Step:
         tokens = SpecialTokens(1, 2, 0)  # which they are changes no program
         step = make_step(
             blueprint, run.objective, engine, mesh, run.accumulate, run.ema, tokens, run.spikes,
-            run.sharding.gather_gb,
+            run.sharding,
         )  # fmt: skip
         split = batch_sharding(mesh)
         batch = {

@@ -64,13 +64,14 @@ def apart(blueprint: Blueprint, mesh: Mesh, gather_gb: float) -> bool:
     return held == whole or 2 * whole <= gather_gb * 1e9
 
 
-def accumulated(mesh: Mesh, k: int, apart: bool) -> Callable[..., tuple]:
+def accumulated(mesh: Mesh, k: int, apart: bool, dtype: str) -> Callable[..., tuple]:
     """Loss and gradients of a step in `k` micro-batches.
 
     Args:
       mesh: the device mesh.
       k: micro-batches.
       apart: whether devices take their micro-batches by themselves.
+      dtype: of the gradients as they are reduced then.
     """
     rows, parts_of = P(None, BATCH_AXES), P(BATCH_AXES)
     shards = batch_shards(mesh) if apart else 1
@@ -102,6 +103,14 @@ def accumulated(mesh: Mesh, k: int, apart: bool) -> Callable[..., tuple]:
 
     def summed(tree):
         return jax.tree.map(lambda x: x.sum(0), tree) if apart else tree
+
+    def reduced(grads):
+        def over_devices(x):
+            # `sum` would widen what it adds up, and so what travels.
+            narrow = x.astype(dtype)
+            return jax.lax.reduce(narrow, narrow.dtype.type(0), jax.lax.add, (0,)).astype(x.dtype)
+
+        return jax.tree.map(over_devices, grads) if apart else grads
 
     def loss_and_grads(model, parts, moving, context, aux, key):
         coupled = [p for p in parts if not _alone(p)]
@@ -199,8 +208,8 @@ def accumulated(mesh: Mesh, k: int, apart: bool) -> Callable[..., tuple]:
 
             zeros = jax.tree.map(jnp.zeros_like, weights)
             grads, (losses, metrics, states, results) = jax.lax.scan(backward, zeros, inputs)
-            sums = one_each((losses.sum(), jax.tree.map(lambda x: x.sum(0), metrics), grads))
-            return sums, results, jax.tree.map(_joined, states)
+            sums = one_each((losses.sum(), jax.tree.map(lambda x: x.sum(0), metrics)))
+            return sums, one_each(grads), results, jax.tree.map(_joined, states)
 
         if first_needs:
             loss, metrics, seen, results, cotangents, direct, chosen = first_pass()
@@ -211,10 +220,11 @@ def accumulated(mesh: Mesh, k: int, apart: bool) -> Callable[..., tuple]:
         aux_shared = {p.name: aux[p.name].shared for p in alone}
         of_cotangents = None if cotangents is None else Encoded(rows, P())  # type: ignore[arg-type]
         specs = P(), (rows, P(), of_cotangents, rows, rows), P(), P()
-        sums, local_results, model_state = each(gradients, specs, (parts_of, rows, P()))(
+        outs = parts_of, parts_of, rows, P()
+        sums, grads, local_results, model_state = each(gradients, specs, outs)(
             weights, inputs, aux_shared, totals
         )
-        local_loss, local_metrics, grads = summed(sums)
+        (local_loss, local_metrics), grads = summed(sums), reduced(grads)
         if direct is not None:
             grads = jax.tree.map(jnp.add, grads, direct)
         return (

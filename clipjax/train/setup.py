@@ -229,7 +229,7 @@ def setup(run: Run, workdir: Path, start: int | None = None, new_data: bool = Fa
         run.ema,
         special_tokens(tokenizer),
         run.spikes,
-        run.sharding.gather_gb,
+        run.sharding,
     )
     compiled = compiled_step(blueprint, step, run.data, mesh)
     predictor = Predictor(

@@ -65,12 +65,12 @@ def make_step(
     ema: Ema | None = None,
     tokens: SpecialTokens | None = None,
     spikes: SpikeGuard | None = None,
-    gather_gb: float = Sharding.gather_gb,
+    sharding: Sharding = Sharding(),  # noqa: B008
 ) -> Step:
     """The step function.
 
     Args:
-      gather_gb: as that of `Sharding`.
+      sharding: the run's, for what travels between micro-batches.
       spikes: skips steps that are finite and yet out of proportion.
       tokens: of the run's tokenizer, for objectives that read tokens.
 
@@ -137,8 +137,8 @@ def make_step(
         )
         loss_and_grads = _whole_batch
         if accumulate > 1:
-            by_device = apart(blueprint, mesh, gather_gb)
-            loss_and_grads = accumulated(mesh, accumulate, by_device)
+            by_device = apart(blueprint, mesh, sharding.gather_gb)
+            loss_and_grads = accumulated(mesh, accumulate, by_device, sharding.reduce_dtype)
         loss, grads, metrics, model_state, results = loss_and_grads(
             model, parts, moving, context, aux, key
         )

@@ -21,7 +21,7 @@ PACKAGES = {"v5e-4": "libtpu", "h100x8": "jax_cuda12_plugin"}
 ROWS, DEPTH, WIDTH = 40, 2, 512  # rows: pairs a chip
 
 
-def run(devices, **tower):
+def run(devices, accumulate=1, **tower):
     tower = dict(width=WIDTH, depth=DEPTH, heads=8, dtype="bfloat16") | tower
     return Run(
         model=DualEncoder(
@@ -37,6 +37,7 @@ def run(devices, **tower):
         duration=Duration(1000),
         sharding=Sharding(fsdp=True),
         exchange=Ring(),
+        accumulate=accumulate,
         pair_dtype="bfloat16",
     )  # fmt: skip
 
@@ -81,6 +82,17 @@ def test_one_island_has_no_slow_links(found):
 def test_arithmetic_explains_what_the_compiler_plans(found):
     """Activations, gathered weights, gradients and the loss, against all that is temporary."""
     assert 0.5 < sum(found["temporary_parts"].values()) / found["temporary"] < 1.3
+
+
+def test_micro_batches_send_no_more():
+    """Of eight: split weights are gathered once, in float32, and gradients reduced once."""
+    if importlib.util.find_spec(PACKAGES["h100x8"]) is None:
+        pytest.skip("jax_cuda12_plugin is not installed")
+    on = machine("h100x8")
+    found = compiled_for(run(on.devices, accumulate=8), on, [], 10_000)
+    others = (on.devices - 1) * found["state"]["params"]
+    assert found["sent"]["all-gather"] < 1.05 * others
+    assert found["sent"]["reduce-scatter"] + found["sent"]["all-reduce"] / 2 < 1.05 * others
 
 
 @pytest.mark.parametrize("objective", ["softmax", "sigmoid"])

@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from clipjax.bench.program import work
 from clipjax.data.placement import to_global
 from clipjax.errors import ClipjaxError
-from clipjax.mesh import MeshShape
+from clipjax.mesh import MeshShape, batch_sharding
 from clipjax.models import DualEncoder
 from clipjax.objectives import AllGather, Hierarchical, PairEngine, Ring, Sigmoid, Softmax
 from clipjax.optim import SGD, Constant, Ema, Group, Scale
 from clipjax.params import merge, paths, split
-from clipjax.sharding import Sharding
+from clipjax.sharding import Sharding, per_device_bytes
 from clipjax.towers import TextTransformer, ViT
 from clipjax.train.state import Blueprint
 from clipjax.train.step import check_batch, jit_step, make_step
@@ -58,15 +59,17 @@ def one_step(
     fsdp=False,
     accumulate=1,
     exchange=AllGather(),  # noqa: B008
+    **sharding,
 ):
     """(loss, gradients by path, state) of one step from the same initial parameters."""
     mesh = mesh_shape.build(jax.devices()[:devices])
-    sharding = Sharding(fsdp=fsdp, min_size=64)
+    sharding = Sharding(fsdp=fsdp, min_size=64, **sharding)
     blueprint = Blueprint.draw(
         model, objective, PLAIN, None, mesh, sharding, 10, Scale(16, 64), seed=0
     )
     engine = PairEngine(mesh, exchange)
-    step = jit_step(make_step(blueprint, objective, engine, mesh, accumulate), blueprint)
+    step = make_step(blueprint, objective, engine, mesh, accumulate, sharding=sharding)
+    step = jit_step(step, blueprint)
     before = begin(blueprint)
     start = {name: np.array(leaf) for name, leaf in paths(before.params)}
     after, metrics = step(before, to_global(make_batch(), mesh))
@@ -118,6 +121,37 @@ def test_layouts_are_what_the_test_above_thinks():
 def test_accumulation_equals_the_big_batch(objective, accumulate, devices):
     got = one_step(objective=objective, accumulate=accumulate, devices=devices)
     assert_close(got, one_step(objective=objective))
+
+
+@pytest.mark.parametrize(
+    ("sharding", "tolerance"),
+    [({"gather_gb": 4.0}, 1e-5), ({"gather_gb": 1e-9}, 1e-5), ({"reduce_dtype": "bfloat16"}, 2**-7)],
+    ids=["once", "each", "bfloat16"],
+)  # fmt: skip
+def test_accumulation_of_split_weights(sharding, tolerance):
+    got = one_step(objective=Softmax(), accumulate=2, devices=2, fsdp=True, **sharding)
+    assert_close(got, one_step(objective=Softmax()), tolerance)
+
+
+@pytest.mark.parametrize(
+    "sharding", [Sharding(), Sharding(fsdp=True, min_size=64)], ids=["data", "fsdp"]
+)
+def test_gradients_and_weights_travel_once_a_step(sharding):
+    """Four micro-batches on two devices, read from the compiled program: each gradient and split weight once."""
+    mesh = MeshShape().build(jax.devices()[:2])
+    blueprint = Blueprint.draw(MODEL, Softmax(), PLAIN, None, mesh, sharding, 10, Scale(16, 64), 0)
+    step = make_step(blueprint, Softmax(), PairEngine(mesh), mesh, 4, sharding=sharding)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)),
+        make_batch(),
+    )
+    compiled = jit_step(step, blueprint).lower(blueprint.target(), batch).compile()
+    held, whole = per_device_bytes(blueprint.abstract.params, blueprint.shardings.params)
+    sent = work(compiled, 2).sent
+    # On a ring of two a device sends as many bytes as it reduces, and gathers what it has not.
+    embeddings = 2 * 4 * 16 * MODEL.embed_dim
+    assert 0.95 * whole <= sent["all-reduce"] + sent["reduce-scatter"] <= 1.05 * whole + embeddings
+    assert sent["all-gather"] <= 1.05 * (whole - held) + embeddings
 
 
 def test_accumulation_replays_dropout():
