@@ -109,6 +109,36 @@ def weights(run: Run, blueprint: Any, shardings: Any = None) -> dict[str, float]
     return found
 
 
+def apart(run: Run, moved: dict[str, float], shards: int, stateful: bool) -> bool:
+    """Whether micro-batches gather weights and reduce gradients once a step, as `clipjax.train.accumulate.apart`.
+
+    Args:
+      run: the run.
+      moved: what `weights` returned.
+      shards: pieces of the batch.
+      stateful: whether the model has a state of its own.
+    """
+    if run.accumulate == 1 or shards == 1 or run.mesh.tensor > 1 or stateful:
+        return False
+    whole = moved["split"] + moved["whole"]
+    return not moved["split"] or 2 * whole <= 1e9 * run.sharding.gather_gb
+
+
+def temporary(
+    run: Run, kept: float, moved: dict[str, float], group: int, data: int, stateful: bool
+) -> dict[str, float]:
+    """One device's temporary memory by kind, in bytes, from what an example keeps and from `weights`."""
+    shards = group * data
+    rows = run.data.batch_size / shards / run.accumulate
+    once = apart(run, moved, shards, stateful)
+    return {
+        "activations": kept * rows / run.mesh.tensor,
+        "gathered weights": moved["split"] if once else moved["at_once"],
+        "gradients": moved["split"] + moved["whole"] if once else moved["gradients"],
+        "loss": loss_bytes(run, group, data)[0],
+    }
+
+
 def loss_bytes(run: Run, group: int, data: int) -> tuple[float, float]:
     """Of the pairwise terms of a run's objective: (bytes held by a device, bytes that it sends).
 
@@ -139,17 +169,10 @@ def loss_bytes(run: Run, group: int, data: int) -> tuple[float, float]:
 
 
 def parts_of_temporary(run: Run, blueprint: Any, mesh: Any) -> dict[str, float]:
-    """Of one device's temporary memory, what is to be expected of each kind, in bytes."""
-    group, data = mesh.shape["group"], mesh.shape["data"]
-    rows = run.data.batch_size / (group * data) / run.accumulate
-    known = weights(run, blueprint)
-    tensor = mesh.shape["tensor"]
-    return {
-        "activations": kept_per_row(run, blueprint) * rows / tensor,
-        "gathered weights": known["at_once"],
-        "gradients": known["gradients"],
-        "loss": loss_bytes(run, group, data)[0],
-    }
+    """`temporary` of a run on a mesh."""
+    stateful = bool(jax.tree.leaves(blueprint.abstract.model_state))
+    moved, kept = weights(run, blueprint), kept_per_row(run, blueprint)
+    return temporary(run, kept, moved, mesh.shape["group"], mesh.shape["data"], stateful)
 
 
 def whole_leaves(blueprint: Any, most: int = 5) -> list[tuple[str, int]]:

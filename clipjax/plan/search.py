@@ -26,11 +26,13 @@ from clipjax.objectives.pairs import Exchange
 from clipjax.plan.estimate import estimate
 from clipjax.plan.machines import Machine
 from clipjax.plan.parts import (
+    apart,
     embed_dim,
     flops_per_row,
     forward_flops,
     kept_per_row,
     loss_bytes,
+    temporary,
     weights,
 )
 from clipjax.plan.program import compiled_for, traced_for
@@ -112,9 +114,9 @@ def facts(run: Run, on: Machine, examples: int, variants: list[str]) -> dict[str
     """What arithmetic needs of a run, traced once on whatever device there is.
 
     Returns:
-      forward (products of one example's forward pass), batch (bytes of an example), kept and flops (bytes
-      and products of an example by `remat`); by "group fsdp" the state of one device by part (state), in all
-      (checkpoint), and `parts.weights` (weights).
+      forward (products of one example's forward pass), stateful (whether the model has a state of its own),
+      batch (bytes of an example), kept and flops (bytes and products of an example by `remat`); by "group fsdp" the
+      state of one device by part (state), in all (checkpoint), and `parts.weights` (weights).
     """
     shards = on.devices // run.mesh.tensor
     small = dataclasses.replace(
@@ -129,6 +131,7 @@ def facts(run: Run, on: Machine, examples: int, variants: list[str]) -> dict[str
     found: dict[str, Any] = {
         "forward": forward_flops(small, step.blueprint) / 8,
         "batch": sum(x.size * x.dtype.itemsize for x in step.batch.values()) / 8,
+        "stateful": bool(jax.tree.leaves(step.blueprint.abstract.model_state)),
         "kept": {},
         "flops": {},
         "layouts": {},
@@ -164,22 +167,21 @@ def expected(run: Run, on: Machine, candidate: Candidate, known: dict[str, Any])
     rows = candidate.batch_size / shards
     layout = known["layouts"][f"{group} {candidate.fsdp}"]
     moved, state = layout["weights"], layout["state"]
-    held, sent = loss_bytes(run, group, data)
-    parts = {
-        "activations": known["kept"][candidate.remat] * rows / k / tensor,
-        "gathered weights": moved["at_once"],
-        "gradients": moved["gradients"],
-        "loss": held,
-    }
+    _, sent = loss_bytes(run, group, data)
+    once = apart(run, moved, shards, known["stateful"])
+    parts = temporary(run, known["kept"][candidate.remat], moved, group, data, known["stateful"])
     pairwise = sum(isinstance(leaf.objective, Pairwise) for leaf in leaves(run.objective))
     products = known["flops"][candidate.remat] + (known["forward"] if k > 1 else 0)
-    there, back = (1, 1) if k == 1 else (2 * k, k)  # in micro-batches, embeddings first
-    gathered = there * moved["travel"] + back * (moved["travel"] - moved["tables"])
+    if once:
+        gathered, times = moved["split"], 1
+    else:  # in micro-batches, embeddings first
+        there, back, times = (1, 1, 1) if k == 1 else (2 * k, k, k)
+        gathered = there * moved["travel"] + back * (moved["travel"] - moved["tables"])
+    between = 2 * (group - 1) / group * moved["split"] / data
     wire = {
         "all-gather": gathered * (data - 1) / data,
-        "reduce-scatter": moved["split"] * (data - 1) / data,
-        "all-reduce": 2 * (group - 1) / group * moved["split"] / data
-        + 2 * (shards - 1) / shards * moved["whole"],
+        "reduce-scatter": times * moved["split"] * (data - 1) / data,
+        "all-reduce": times * (between + 2 * (shards - 1) / shards * moved["whole"]),
         "embeddings": sent,
     }
     islands = [i // on.island for i in range(on.devices)]
