@@ -23,7 +23,8 @@ Tensors = Mapping[str, Any]
 _NO_ARCHITECTURE = {
     # Fields that change how a model trains or how fast it runs, not what it computes.
     *("dropout", "patch_dropout", "drop_path", "dtype", "scan", "scan_unroll", "remat", "offload"),
-    *("attention", "freeze_stats", "momentum", "logit_scale_init", "logit_scale_max"),
+    *("attention", "quantize", "reduce_dtype", "freeze_stats", "momentum"),
+    *("logit_scale_init", "logit_scale_max"),
     # What is compared by what it comes to.
     *("mlp_dim", "heads", "class_token"),
 }

@@ -104,8 +104,9 @@ class Encoders(nnx.Module):
           name: of an encoder, or of an input that begins with it.
           inputs: [B, ...], or [B, K, ...] for K of them a row.
           key: PRNG key in training, None in inference.
-          output: "embedding" [B, E], "pooled" [B, D], "tokens" {"values" [B, N, D], "mask" [B, N]}, or
-            another that the encoder has.
+          output: "embedding" [B, E], "pooled" [B, D], "tokens" {"values" [B, N, D], "mask" [B, N],
+            "places" [B, N]}, "token_embeddings", the same with "values" [B, N, E], each token embedded as
+            if it were the only one, or another that the encoder has.
 
         Raises:
           ClipjaxError: there is no such encoder, or it has no such output.

@@ -13,8 +13,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from clipjax.component import Component
+from clipjax.layout import platform
 from clipjax.towers import layers
-from clipjax.towers.attention import KINDS
+from clipjax.towers.attention import KINDS, Causal, Mask
 from clipjax.towers.base import (
     Tower,
     require,
@@ -22,6 +23,7 @@ from clipjax.towers.base import (
     require_positive,
     require_rate,
 )
+from clipjax.towers.quantized import Quantize, check_quantized, chosen
 from clipjax.towers.remat import check_remat, rematerialized
 from clipjax.towers.rotary import Local, Rotation
 from clipjax.towers.sublayers import Attention, Mlp
@@ -84,8 +86,9 @@ class Transformer(Component):
     again), cudnn (NVIDIA, bfloat16) or splash (TPU); the last two are lean where there is a mask."""
     dtype: str = "float32"
     """Compute dtype, float32 or bfloat16; parameters, norms and softmax stay float32."""
-    scan: bool = True
-    """Compile one block and loop over it, instead of compiling every block."""
+    scan: bool | None = None
+    """Compile one block and loop over it, instead of compiling every block. None: loop, but not on a
+    GPU, where the loop copies all that is kept for the backward pass."""
     scan_unroll: int = 1
     """Blocks in one turn of the loop."""
     remat: str = "norms"
@@ -93,6 +96,12 @@ class Transformer(Component):
     (all but matrix products), full; or what is kept instead, by name: "q,k,v,hidden"."""
     offload: str = ""
     """Of what is kept, the names that wait for the backward pass in the host's memory: "hidden"."""
+    quantize: tuple[Quantize, ...] = ()
+    """Matrices of the blocks whose products are of 8-bit numbers in training and after: the first rule that
+    matches a matrix counts; none: no matrix (needs the extra `quantized`)."""
+    reduce_dtype: str | None = None
+    """What gradients of the blocks' matrices are until the devices have added them up, float32 or bfloat16;
+    None: the compute dtype. Half the bytes in bfloat16, rounded on each device."""
 
     def __post_init__(self) -> None:
         require_positive(self, "width", "heads", "scan_unroll")
@@ -129,6 +138,9 @@ class Transformer(Component):
         )
         check_remat(self)
         require_rate(self, "dropout", "drop_path")
+        check_quantized(self.quantize, name)
+        if self.reduce_dtype is not None:
+            require_choice(self, "reduce_dtype", DTYPES)
         require(self.eps > 0, f"{name}.eps={self.eps!r} must be above 0")
 
     @property
@@ -202,22 +214,27 @@ class Block(nnx.Module):
         self.cross_mlp: Mlp | None
         if memory_width is None:
             self.cross = self.cross_mlp = None
-            return
-        require(
-            config.norms == "pre" and config.layer_scale is None,
-            f"{type(config).__name__}.norms={config.norms!r} with layer_scale={config.layer_scale}: a "
-            "block with cross-attention has norms='pre' and no layer_scale",
-        )
-        self.norm_cross, self.norm_memory = norm(config.width), norm(memory_width)
-        self.cross = Attention(config, rngs, out_std=out_std, memory_width=memory_width)
-        self.norm_cross_mlp = norm(config.width) if cross_mlp else None
-        self.cross_mlp = Mlp(config, rngs, out_std=out_std) if cross_mlp else None
+        else:
+            require(
+                config.norms == "pre" and config.layer_scale is None,
+                f"{type(config).__name__}.norms={config.norms!r} with "
+                f"layer_scale={config.layer_scale}: a block with cross-attention has norms='pre' and "
+                "no layer_scale",
+            )
+            self.norm_cross, self.norm_memory = norm(config.width), norm(memory_width)
+            self.cross = Attention(config, rngs, out_std=out_std, memory_width=memory_width)
+            self.norm_cross_mlp = norm(config.width) if cross_mlp else None
+            self.cross_mlp = Mlp(config, rngs, out_std=out_std) if cross_mlp else None
+        for path, module in nnx.iter_modules(self):
+            if isinstance(module, layers.Linear):
+                module.format = chosen(config.quantize, "/".join(map(str, path)))
+                module.reduce_dtype = config.reduce_dtype
 
     def __call__(
         self,
         x: jax.Array,
         *,
-        mask: jax.Array | None = None,
+        mask: Mask = None,
         memory: jax.Array | None = None,
         rotation: Rotation | None = None,
         bias: jax.Array | None = None,
@@ -320,6 +337,11 @@ class Block(nnx.Module):
         return checkpoint_name(norm(x), "normed")
 
 
+def looped(config: Transformer) -> bool:
+    """Whether a stack with these settings is a loop, on the devices at hand."""
+    return platform() != "gpu" if config.scan is None else config.scan
+
+
 def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> Any:
     """`depth` modules as one, whose every parameter has a leading layer axis; None for no module."""
     if depth == 0:
@@ -332,7 +354,7 @@ def apply_stack(
     x: jax.Array,
     config: Transformer,
     *,
-    mask: jax.Array | None = None,
+    mask: Mask = None,
     memory: jax.Array | None = None,
     rotation: Rotation | None = None,
     bias: jax.Array | None = None,
@@ -363,6 +385,7 @@ def apply_stack(
         each["bare"] = jnp.arange(config.depth) == 0
     if local is not None:
         each["local"] = jnp.asarray(local.layers)
+        mask = mask.array(x.shape[1]) if isinstance(mask, Causal) else mask
         mask = jnp.ones_like(local.mask) if mask is None else mask
 
     def step(x, layer):
@@ -374,8 +397,8 @@ def apply_stack(
             places = jax.tree.map(lambda a, b: jnp.where(near, a, b), others, places)
         return nnx.merge(graphdef, state)(x, memory=memory, bias=bias, **places, **own), None
 
-    step = rematerialized(step, config)
-    if config.scan:
+    step = rematerialized(step, config, looped(config) and config.scan_unroll < config.depth)
+    if looped(config):
         return jax.lax.scan(step, x, (state, each), unroll=config.scan_unroll)[0]
     for i in range(config.depth):
         x, _ = step(x, layer_of((state, each), i))

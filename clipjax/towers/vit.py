@@ -237,6 +237,13 @@ class ViTModule(nnx.Module):
         places = jnp.concatenate([front, kept + self._front], axis=1)
         return dataclasses.replace(rotation, cos=rotation.cos[places], sin=rotation.sin[places])
 
+    def alone(self, tokens: jax.Array) -> jax.Array:
+        """Each of the tokens [B, N, D] of a call pooled as if it were the only one: [B, N, D]."""
+        if self.pool is None:
+            return tokens
+        each = self.pool(rearrange(tokens, "b n d -> (b n) 1 d"))
+        return rearrange(each, "(b n) d -> b n d", n=tokens.shape[1])
+
     def describe(self, image: jax.Array, *, key: jax.Array | None = None) -> dict[str, jax.Array]:
         """Where the tokens of the same call come from, as in `Tower`.
 
