@@ -24,7 +24,9 @@ def test_norms(kind, oracles, drawn):
     graphdef, params = drawn(lambda: layers.Norm(kind, 6, 1e-3))
     assert set(params) == ({"scale", "bias"} if kind == "layernorm" else {"scale"})
     got = nnx.merge(graphdef, nnx.State(params))(X)
-    expected = oracles.norm(oracles.float64(params), X.astype(np.float64), eps=1e-3)
+    x = X.astype(np.float64)
+    x = x - x.mean(-1, keepdims=True) if kind == "layernorm_no_bias" else x
+    expected = oracles.norm(oracles.float64(params), x, eps=1e-3)
     np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
@@ -51,17 +53,17 @@ def assert_gradients(f, plain, *inputs):
 
 @pytest.mark.parametrize("kind", layers.NORMS)
 def test_norms_have_the_gradients_of_their_formula(kind):
-    centered = kind == "layernorm"
+    centered, biased = kind != "rmsnorm", kind == "layernorm"
 
     def plain(x, scale, bias):
         y = x - x.mean(-1, keepdims=True) if centered else x
         y = y / jnp.sqrt((y**2).mean(-1, keepdims=True) + 1e-3) * scale
-        return y + bias if centered else y
+        return y + bias if biased else y
 
     def ours(x, scale, bias):
         norm = layers.Norm(kind, 6, 1e-3)
         norm.scale[...] = scale
-        if centered:
+        if biased:
             norm.bias[...] = bias
         return norm(x)
 
@@ -74,6 +76,8 @@ def test_activations_have_the_gradients_of_their_formula(name):
         "gelu": lambda x: 0.5 * x * (1 + jax.scipy.special.erf(x / np.sqrt(2))),
         "gelu_tanh": lambda x: 0.5 * x * (1 + jnp.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
         "quick_gelu": lambda x: x / (1 + jnp.exp(-1.702 * x)),
+        "silu": lambda x: x / (1 + jnp.exp(-x)),
+        "relu": lambda x: jnp.where(x > 0, x, 0.0),
     }
     assert_gradients(layers.ACTIVATIONS[name], plain[name], X)
 
