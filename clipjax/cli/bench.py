@@ -15,6 +15,8 @@ BENCHES = {
     "memory": ("clipjax.bench.memory", "MemoryBench"),
     "methods": ("clipjax.bench.methods", "MethodsBench"),
     "neighbors": ("clipjax.bench.neighbors", "NeighborsBench"),
+    "openclip": ("clipjax.bench.openclip", "OpenclipBench"),
+    "precision": ("clipjax.bench.precision", "PrecisionBench"),
     "retrieval": ("clipjax.bench.retrieval", "RetrievalBench"),
     "step": ("clipjax.bench.step", "StepBench"),
     "survive": ("clipjax.bench.survive", "SurviveBench"),

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipjax.cli.arguments import import_files, new_parser
+from clipjax.cli.arguments import import_files, model_path, new_parser
 from clipjax.cli.figures import print_figures
 from clipjax.cli.tasks import (
     TASKS,
@@ -26,7 +26,6 @@ from clipjax.cli.tasks import (
     wants_training,
 )
 from clipjax.errors import ClipjaxError, did_you_mean
-from clipjax.stores import place
 
 if TYPE_CHECKING:
     from clipjax.data import Source
@@ -90,8 +89,9 @@ def _parser(tasks: list[str]) -> argparse.ArgumentParser:
         "eval", "Figures of runs and models, by their own evaluators or on any data set."
     )
     add = parser.add_argument
-    add("models", nargs="+", type=place, metavar="RUN_OR_MODEL",
-        help="a run's folder, one of its checkpoints/<step>, a model's folder, or other people's weights")  # fmt: skip
+    add("models", nargs="+", type=model_path, metavar="RUN_OR_MODEL",
+        help="a run's folder, one of its checkpoints/<step>, a model's folder, hf://owner/name, or other "
+        "people's weights")  # fmt: skip
     add("--json", action="store_true", help="end with one JSON object on the last line")
     add("--table", choices=("md", "csv"),
         help="print a table of this form: a row a figure, a column a model")  # fmt: skip

@@ -38,6 +38,24 @@ class Model(Component):
         return self, params
 
 
+def tower_of(model: Any, name: str) -> Any:
+    """The tower of that name ("image", "text") of a model; None where it has none."""
+    if hasattr(model, name):
+        return getattr(model, name)
+    towers = getattr(model, "towers", ())
+    return next((one.tower for one in towers if one.name == name), None)
+
+
+def with_tower(model: Any, name: str, tower: Any) -> Any:
+    """The model with another tower of that name."""
+    if hasattr(model, name):
+        return dataclasses.replace(model, **{name: tower})
+    towers = tuple(
+        dataclasses.replace(one, tower=tower) if one.name == name else one for one in model.towers
+    )
+    return dataclasses.replace(model, towers=towers)
+
+
 class Encoders(nnx.Module):
     """A module with some encoders, each for one kind of input: say `encoders` and `outputs`, have the rest.
 

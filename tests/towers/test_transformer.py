@@ -94,6 +94,7 @@ def test_stacked_blocks_run_one_after_another(blocks, oracles):
         {"attention": "xla"},
         {"remat": "q, hidden"},
         {"remat": "lean", "offload": "q"},
+        {"reduce_dtype": "float32"},
         *({"remat": r} for r in POLICIES if r != "norms"),
     ],
     ids=lambda fields: "-".join(f"{k}_{v}" for k, v in fields.items()),
@@ -145,7 +146,9 @@ def kept_bytes(**fields):
 
     def size(rows):
         x = jax.ShapeDtypeStruct((rows, 197, 768), jnp.bfloat16)
-        _, vjp = jax.eval_shape(functools.partial(jax.vjp, rematerialized(block, config)), state, x)
+        _, vjp = jax.eval_shape(
+            functools.partial(jax.vjp, rematerialized(block, config, False)), state, x
+        )
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(vjp))
 
     return size(2) - size(1)
@@ -170,7 +173,7 @@ def test_what_is_kept_may_wait_on_the_host():
         graphdef, state = nnx.split(nnx.eval_shape(lambda c=config: Block(c, nnx.Rngs(0))))
 
         def value(state, x, config=config, graphdef=graphdef):
-            step = rematerialized(lambda state, x: nnx.merge(graphdef, state)(x), config)
+            step = rematerialized(lambda state, x: nnx.merge(graphdef, state)(x), config, False)
             return step(state, x).sum()
 
         jaxpr = str(jax.make_jaxpr(jax.grad(value))(state, jnp.asarray(X)))
@@ -229,6 +232,7 @@ def test_dropout_follows_the_key_and_differs_between_blocks(blocks):
         ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
         ({"eps": 0}, "eps=0 must be above 0"),
         ({"scan_unroll": 0}, "scan_unroll=0"),
+        ({"reduce_dtype": "float16"}, "reduce_dtype='float16' is unknown.*bfloat16"),
     ],
 )
 def test_bad_fields_are_refused_by_name(fields, words):
