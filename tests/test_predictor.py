@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from clipjax.batching import Batching, by_length
 from clipjax.data import Resize
 from clipjax.errors import ClipjaxError
 from clipjax.mesh import MeshShape
@@ -392,6 +393,8 @@ def test_short_texts_take_short_rows_where_padding_is_unseen(monkeypatch):
         ({"causal": False, "pool": "mean", "pad_id": None}, [5, 5, 5]),
         ({"pool": "last", "pad_id": None}, [5, 5, 5]),
         ({"pool": "class", "class_position": True}, [5, 5, 5]),
+        ({"pool": "class", "legacy_class_mask": True}, [5, 5, 5]),
+        ({"pool": "class"}, [3, 4, 5]),
     ],
 )
 def test_what_a_text_tower_sees_of_a_row(changes, wanted):
@@ -401,3 +404,25 @@ def test_what_a_text_tower_sees_of_a_row(changes, wanted):
     )
     rows = np.array([[5, 6, 2, 0, 0], [5, 6, 7, 2, 0], [5, 6, 7, 8, 4]], np.int32)
     assert tower.used_lengths(rows).tolist() == wanted
+
+
+def test_rows_of_few_lengths_join_the_next_longer_ones():
+    used = np.array([3, 40, 16, 17, 33, 50, 60, 64, 77, 1])
+    groups = {size: rows.tolist() for size, rows in by_length(used, 77, 3)}
+    # Up to 16: three; up to 32: one, which joins those up to 64; whole: one.
+    assert groups == {16: [0, 2, 9], 64: [1, 3, 4, 5, 6, 7], 77: [8]}
+    assert {size: len(rows) for size, rows in by_length(used, 77, 11)} == {77: 10}
+    assert [size for size, _ in by_length(np.array([1, 2]), 8, 1)] == [8]
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted"),
+    # Of batches of 64 and of 4 on a CPU.
+    [(1, [4]), (63, [4] * 16), (64, [64]), (65, [64, 4]), (130, [64, 64, 4]), (120, [64, 64])],
+)
+def test_batches_have_little_padding(count, wanted):
+    batches = list(Batching.of(None, None).indices(count))
+    assert [len(batch) for batch in batches] == wanted
+    rows = np.concatenate(batches)
+    np.testing.assert_array_equal(rows[:count], np.arange(count))
+    assert (rows[count:] == count - 1).all()

@@ -117,7 +117,7 @@ def measure(classes: int, images: int, tower: str) -> dict[str, Any]:
         counts["texts"] += len(tokens)
         return np.asarray(made)
 
-    predictor.encode_text = counting
+    predictor.encode_text = counting  # type: ignore[method-assign, assignment]
     began, processors = time.perf_counter(), time.process_time()
     figures = measured(predictor)
     return counts | {

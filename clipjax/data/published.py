@@ -38,11 +38,11 @@ def published(name: str) -> Published | None:
     """
     place = Path(name).expanduser()
     if name.endswith(".tar"):
-        shards, folders = name, (place.parent, place.parent.parent)
+        shards, folders = name, [place.parent, place.parent.parent]
     elif any(place.glob("*.tar")):
-        shards, folders = str(place / "*.tar"), (place, place.parent)
+        shards, folders = str(place / "*.tar"), [place, place.parent]
     elif any(place.glob("test/*.tar")):
-        shards, folders = str(place / "test" / "*.tar"), (place,)
+        shards, folders = str(place / "test" / "*.tar"), [place]
     else:
         return None
     for folder in folders:

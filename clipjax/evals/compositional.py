@@ -86,10 +86,11 @@ def by_category(figure: str, values: np.ndarray, categories: list[str]) -> dict[
     """The mean of values [n], in each category, and over categories: `mean_per_category`."""
     names = list(dict.fromkeys(categories))
     index = np.array([names.index(category) for category in categories], np.int64)
-    return {
+    found: dict[str, float] = {
         figure: Figure(values),
         "mean_per_category": Figure(np.stack([values, index], axis=1), mean_by_class),
-    } | {f"{name}/{figure}": Figure(values[index == i]) for i, name in enumerate(names)}
+    }
+    return found | {f"{name}/{figure}": Figure(values[index == i]) for i, name in enumerate(names)}
 
 
 def _entry(where: str, stem: str, item: dict[str, Any]) -> _Entry:

@@ -89,14 +89,14 @@ class FeatureRunner(Runner):
         return Labeled(x[seen], labels[rows[seen]])
 
 
-def accuracies(score: np.ndarray, label: np.ndarray) -> dict[str, float]:
+def accuracies(score: np.ndarray, label: np.ndarray) -> dict[str, Figure]:
     """`top1`, `top5` and `mean_per_class` of scores [n, C]; a tie counts against the classifier."""
     own = score[np.arange(len(label)), label]
     ranks = (score >= own[:, None]).sum(axis=1)
     return class_figures(ranks, label)
 
 
-def class_figures(ranks: np.ndarray, label: np.ndarray) -> dict[str, float]:
+def class_figures(ranks: np.ndarray, label: np.ndarray) -> dict[str, Figure]:
     """`top1`, `top5` and `mean_per_class` of the ranks [n] of the true classes [n]."""
     return {
         "top1": Figure(ranks <= 1),

@@ -50,7 +50,7 @@ class KNN(FeatureEvaluator):
         voted = train.y[index]
         weighted = accuracies(votes(voted, weight, classes), test.y)
         plain = accuracies(votes(voted, np.ones_like(weight), classes), test.y)
-        return weighted | {f"plain/{key}": value for key, value in plain.items()}
+        return {**weighted, **{f"plain/{key}": value for key, value in plain.items()}}
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

@@ -8,9 +8,9 @@ import numpy as np
 
 from clipjax.data import EvalSet, Source
 from clipjax.errors import ClipjaxError
-from clipjax.evals import masks
 from clipjax.evals.base import Evaluator, Runner, require_at_least
 from clipjax.evals.logistic import ROUGH, Examples, fit
+from clipjax.evals.masks import Masks, agreement, figures, patches
 from clipjax.evals.prompts import Names, read_classes
 from clipjax.predictor import Predictor, mean_direction
 
@@ -40,9 +40,9 @@ class MaskedEvaluator(Evaluator):
     def __post_init__(self):
         require_at_least(self, 1, "limit")
 
-    def found(self, data: EvalSet, folder: str | None) -> masks.Masks:
+    def found(self, data: EvalSet, folder: str | None) -> Masks:
         """The masks of a split."""
-        return masks.Masks(data, folder, self.mask_key, self.ignore, self.zero_is_ignored)
+        return Masks(data, folder, self.mask_key, self.ignore, self.zero_is_ignored)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,12 +95,12 @@ class SegmentationRunner(Runner):
         classes = mean_direction(text.reshape(len(self._names), -1, text.shape[1]))
         mask_of = config.found(self._data, config.masks)
         counts = []
-        for rows, values in masks.patches(predictor, self._data, "token_embeddings"):
+        for rows, values in patches(predictor, self._data, "token_embeddings"):
             for row, value in zip(rows.tolist(), values, strict=True):
                 mask = mask_of(row, predictor.image_size, predictor.resize)
                 _require_classes(mask, len(self._names), self._data.keys[row])
-                counts.append(masks.agreement(value @ classes.T, mask))
-        return {f"{config.name}/{k}": v for k, v in masks.figures(np.stack(counts)).items()}
+                counts.append(agreement(value @ classes.T, mask))
+        return {f"{config.name}/{k}": v for k, v in figures(np.stack(counts)).items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,12 +150,12 @@ class LinearSegmentationRunner(Runner):
         classifier = fit(examples, classes, 10.0**config.log10_c, ending=ROUGH)
         mask_of = config.found(self._data, config.masks)
         counts = []
-        for rows, values in masks.patches(predictor, self._data, "tokens"):
+        for rows, values in patches(predictor, self._data, "tokens"):
             for row, value in zip(rows.tolist(), values, strict=True):
                 mask = mask_of(row, predictor.image_size, predictor.resize)
                 _require_classes(mask, classes, self._data.keys[row])
-                counts.append(masks.agreement(classifier(value), mask))
-        return {f"{config.name}/{k}": v for k, v in masks.figures(np.stack(counts)).items()}
+                counts.append(agreement(classifier(value), mask))
+        return {f"{config.name}/{k}": v for k, v in figures(np.stack(counts)).items()}
 
     def _patches(self, predictor: Predictor) -> tuple[np.ndarray, np.ndarray]:
         """([n, D], [n]) patches of the training split and their classes."""
@@ -164,7 +164,7 @@ class LinearSegmentationRunner(Runner):
         rng = np.random.default_rng(config.seed)
         most = max(1, config.patches // len(self._train))
         xs, ys = [], []
-        for rows, values in masks.patches(predictor, self._train, "tokens"):
+        for rows, values in patches(predictor, self._train, "tokens"):
             for row, value in zip(rows.tolist(), values, strict=True):
                 mask = mask_of(row, predictor.image_size, predictor.resize)
                 label = of_patches(mask, len(value)).ravel()

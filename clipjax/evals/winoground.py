@@ -65,7 +65,10 @@ class WinogroundRunner(EntryRunner):
         seen = seen_rows(self._data, self._rows)
         tags = [tag for tag, s in zip(self._tags, seen, strict=True) if s]
         name = self.evaluator.name
-        figures = {"text": Figure(by_picture[seen]), "image": Figure(by_caption[seen])}
+        figures: dict[str, float] = {
+            "text": Figure(by_picture[seen]),
+            "image": Figure(by_caption[seen]),
+        }
         figures |= by_category("group", (by_picture & by_caption)[seen], tags)
         return {f"{name}/{key}": value for key, value in figures.items()}
 

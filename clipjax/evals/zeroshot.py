@@ -164,7 +164,7 @@ class ZeroShotRunner(Runner):
             ranks, predicted = metrics.classified(
                 image[rows], classes, label, group=task.group, ties=ties
             )
-            figures = class_figures(ranks, label)
+            figures: dict[str, float] = {**class_figures(ranks, label)}
             if self.evaluator.macro_f1:
                 figures["macro_f1"] = Figure(np.stack([predicted, label], axis=1), macro_f1)
             if self.evaluator.groups_key:
