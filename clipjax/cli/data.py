@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import json
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
+
+import numpy as np
 
 from clipjax.cli.arguments import new_parser
 from clipjax.cli.models import say
 from clipjax.errors import ClipjaxError, did_you_mean
 
-VERBS = ("index",)
+VERBS = ("index", "sizes")
 
 
 def main(arguments: list[str]) -> int:
@@ -45,7 +49,65 @@ def main(arguments: list[str]) -> int:
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N",
         help="processes that scan; default: one a core",
     )  # fmt: skip
-    return _index(parser.parse_args(arguments))
+    sizes = verbs.add_parser(
+        "sizes",
+        help="count the records of the files of a stream",
+        description="Count the records of each file of a stream into a sizes.json beside them, by which epochs are "
+        "known before anything is read. What img2dataset wrote of them is taken; files of which nothing is known "
+        "are gone through.",
+    )
+    sizes.add_argument(
+        "files",
+        metavar="FILES",
+        help="a pattern of .tar, .tfrecord, .array_record or .parquet files, on disk or at an address",
+    )
+    sizes.add_argument(
+        "--out", metavar="FILE", help="where to write it; default: sizes.json beside the files"
+    )
+    namespace = parser.parse_args(arguments)
+    return _sizes(namespace) if namespace.verb == "sizes" else _index(namespace)
+
+
+def _sizes(namespace) -> int:
+    from clipjax.data import ArrayRecord, Parquet, Source, Stream, TFRecord, WebDataset
+    from clipjax.data.shards import SIZES, ShardsOf
+    from clipjax.data.webdataset import expand
+    from clipjax.files import replace_file
+
+    kinds: dict[str, Callable[[str], Source]] = {
+        ".tar": WebDataset,
+        ".tfrecord": TFRecord,
+        ".array_record": ArrayRecord,
+        ".parquet": lambda files: Parquet(files=files),
+    }
+    pattern, files = namespace.files, expand(namespace.files)
+    end = os.path.splitext(pattern)[1]
+    if end not in kinds:
+        raise ClipjaxError(f"clipjax data sizes: {pattern!r} is of none of {', '.join(kinds)}")
+    if not files:
+        raise ClipjaxError(f"clipjax data sizes: no file matches {pattern!r}")
+    folders = {file.rpartition("/")[0] for file in files}
+    if len(folders) > 1:
+        raise ClipjaxError(
+            f"clipjax data sizes: the files are in {len(folders)} folders; count those of each by themselves"
+        )
+    counted = ShardsOf(kinds[end](pattern), files, Stream(lanes=1), known=False)
+    counts = counted.counts(np.arange(len(files)), ask=True)
+    assert counts is not None
+    if counted.failed:
+        raise ClipjaxError(
+            f"{len(counted.failed)} of {len(files)} files cannot be counted, such as {counted.failed[0]}; see above"
+        )
+    names = [os.path.basename(file) for file in files]
+    folder = folders.pop()
+    out = namespace.out or (f"{folder}/{SIZES}" if folder else SIZES)
+    lines = ",\n".join(
+        f"{json.dumps(name)}: {count}" for name, count in zip(names, counts.tolist(), strict=True)
+    )
+    replace_file(out, f"{{\n{lines}\n}}\n")
+    say(f"{int(counts.sum()):,} records in {len(files):,} files")
+    print(out)
+    return 0
 
 
 def _index(namespace) -> int:

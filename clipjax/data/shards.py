@@ -50,14 +50,24 @@ class ShardsOf(Readable):
 
     Attributes:
       files: as `Source.listed` has them.
+      failed: those that could not be read, or not to their end.
       total: all records, where a `sizes.json` says how many each file has; else None. It also decides how
         records are counted: from the first file's first on, or else in turns, the first of each, the second ...
     """
 
-    def __init__(self, source: Source, files: list[str], stream: Stream):
+    def __init__(self, source: Source, files: list[str], stream: Stream, known: bool = True):
+        """Args:
+        source: what opens files.
+        files: what it has listed.
+        stream: how they are read.
+        known: whether to look for a `sizes.json`.
+
+        Raises:
+          ClipjaxError: that file cannot be read.
+        """
         self.files = files
         self._source, self._stream = source, stream
-        self._sizes = _sizes_beside(files)
+        self._sizes = _sizes_beside(files) if known else None
         self._starts: np.ndarray | None = None
         self.total: int | None = None
         if self._sizes is not None:
@@ -68,6 +78,7 @@ class ShardsOf(Readable):
         self._lock = threading.Lock()
         self._shards: collections.OrderedDict[int, _Opened] = collections.OrderedDict()
         self._edges: dict[int, list[int]] = {}
+        self.failed: list[str] = []
 
     def __len__(self) -> int:
         return len(self.files)
@@ -169,7 +180,9 @@ class ShardsOf(Readable):
         known = self._edges.get(unit, [0])
         if len(edges) > len(known):
             self._edges[unit] = edges
-        if shard.whole and not getattr(shard, "failed", False):
+        if shard.failed and self.files[unit] not in self.failed:
+            self.failed.append(self.files[unit])
+        if shard.whole and not shard.failed:
             self._kept.add(unit, shard.edges[-1])
 
     def _count(self, unit: int) -> int:

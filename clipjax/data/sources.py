@@ -130,6 +130,8 @@ class Shard(Protocol):
     """Where the pieces begin that are known by now, and where the last of them ends, in records; [0] at first."""
     whole: bool
     """Whether these are all."""
+    failed: bool
+    """Whether it could not be read to its end."""
 
     def read(self, piece: int) -> list[Record | UnreadableRecord]:
         """The records of a piece, and in the place of those that cannot be used, why not; then `edges` has it.
