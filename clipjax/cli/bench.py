@@ -16,6 +16,7 @@ BENCHES = {
     "methods": ("clipjax.bench.methods", "MethodsBench"),
     "retrieval": ("clipjax.bench.retrieval", "RetrievalBench"),
     "step": ("clipjax.bench.step", "StepBench"),
+    "stream": ("clipjax.bench.stream", "StreamBench"),
     "survive": ("clipjax.bench.survive", "SurviveBench"),
 }
 """Name -> module and class: a dataclass whose fields are the options, with `run() -> None`."""

@@ -108,8 +108,7 @@ class Copies:
             if used + size <= self._most or now - when < spared:
                 break
             with contextlib.suppress(OSError):
-                file.unlink()
-                file.parent.rmdir()
+                file.unlink()  # its folder stays: another thread may be about to write there
             used -= bytes_of
         if used + size > self._most:
             logger.warning(

@@ -131,6 +131,12 @@ class ShardsOf(Readable):
                 opened.shard = self._open(unit)
             found = opened.shard.read(piece)
             self._learn(unit, opened)
+        lacking = (self.known(unit, piece) or 0) - len(found)
+        if lacking > 0:  # it was read before, and cannot be now
+            last = found[-1] if found else None
+            if not isinstance(last, UnreadableRecord):
+                last = UnreadableRecord(f"{self.files[unit]} has fewer records than before")
+            return [*found, *[last] * lacking]
         return found
 
     def ahead(self, unit: int) -> None:

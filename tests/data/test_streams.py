@@ -2,24 +2,18 @@
 
 import collections
 import dataclasses
-import io
 import json
 import os
-import struct
-import tarfile
+import sys
+from pathlib import Path
 
-import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from array_record.python.array_record_module import ArrayRecordWriter
-from PIL import Image as Pillow
-from tensorflow_datasets.proto import tf_example_pb2
 
 from clipjax.component import from_json, to_json
 from clipjax.data import (
-    BPE,
     Array,
     ArrayRecord,
     Data,
@@ -38,52 +32,11 @@ from clipjax.data import (
 from clipjax.data import webdataset as tar_module
 from clipjax.errors import ClipjaxError
 
-TOKENIZER = BPE(300).build(["number 7"])
+sys.path.append(str(Path(__file__).parent))
+from stream_files import TOKENIZER, labels, png, write_array_record, write_tar, write_tfrecord
+
 FIELDS = (Image(), Array("label", dtype="int32"))
 STREAM = Stream(lanes=4, run=5, block=2)
-
-
-def png(i):
-    buffer = io.BytesIO()
-    Pillow.new("RGB", (8, 8), (i % 256,) * 3).save(buffer, "png")
-    return buffer.getvalue()
-
-
-def example(i):
-    made = tf_example_pb2.Example()
-    made.features.feature["image"].bytes_list.value.append(png(i))
-    made.features.feature["caption"].bytes_list.value.append(b"number %d" % i)
-    made.features.feature["label"].int64_list.value.append(i)
-    made.features.feature["scores"].float_list.value.extend([0.5, i])
-    return made.SerializeToString()
-
-
-def masked(content):
-    crc = google_crc32c.value(content)
-    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
-
-
-def write_tar(path, numbers):
-    with tarfile.open(path, "w") as tar:
-        for i in numbers:
-            for name, content in ((f"{i}.png", png(i)), (f"{i}.cls", b"%d" % i)):
-                header = tarfile.TarInfo(name)
-                header.size = len(content)
-                tar.addfile(header, io.BytesIO(content))
-
-
-def write_tfrecord(path, numbers):
-    with open(path, "wb") as file:
-        for i in numbers:
-            size, content = struct.pack("<Q", len(example(i))), example(i)
-            file.write(size + masked(size) + content + masked(content))
-
-
-def write_array_record(path, numbers):
-    writer = ArrayRecordWriter(str(path), "group_size:1")
-    for i in numbers:
-        writer.write(example(i))
-    writer.close()
 
 
 def write_parquet(path, numbers):
@@ -120,11 +73,6 @@ def shards(folder, end, sizes=SIZES):
 def data(source, **changes):
     given = {"image_size": 8, "batch_size": 8, "fields": FIELDS, "stream": STREAM, "num_threads": 2}
     return Data(source, **(given | changes))
-
-
-def labels(config, steps, start=0, **build):
-    loader = config.build(TOKENIZER, 3, **build)
-    return np.stack([loader.batch(step)["label"] for step in range(start, start + steps)])
 
 
 @pytest.mark.parametrize("end", WRITERS)
