@@ -30,7 +30,6 @@ from clipjax.generation.generate import special_tokens
 from clipjax.mesh import batch_sharding
 from clipjax.meta import Meta, pack_tokenizer, unpack_tokenizer
 from clipjax.objectives.base import leaves, union
-from clipjax.objectives.pairs import PairEngine
 from clipjax.optim import Scale
 from clipjax.predictor import Predictor
 from clipjax.train.agreement import meeting, surroundings
@@ -221,7 +220,7 @@ def setup(run: Run, workdir: Path, start: int | None = None, new_data: bool = Fa
         run.spikes,
     )
     log.info(run.sharding.describe(blueprint.abstract, blueprint.shardings, mesh))
-    engine = PairEngine(mesh, run.exchange, run.pair_chunk, run.pair_dtype, run.pair_tile_mb)
+    engine = run.engine(mesh)
     log.info(engine.describe(run.data.batch_size, getattr(run.model, "embed_dim", 0)))
     step = make_step(
         blueprint,
@@ -232,6 +231,7 @@ def setup(run: Run, workdir: Path, start: int | None = None, new_data: bool = Fa
         run.ema,
         special_tokens(tokenizer),
         run.spikes,
+        run.sharding.gather_gb,
     )
     compiled = compiled_step(blueprint, step, run.data, mesh)
     predictor = Predictor(
