@@ -413,13 +413,13 @@ def _load(file: Path) -> _Kept | None:
             offset = -(-(len(MAGIC) + 8 + size) // 8) * 8
             if os.fstat(opened.fileno()).st_size != offset + 12 * total:
                 raise ValueError("it has another length than it says")
-        if not total:
-            places = Places(np.zeros(0, np.uint64), np.zeros(0, np.uint32))
-        else:
-            places = Places(
-                np.memmap(file, "<u8", "r", offset, (total,)),
-                np.memmap(file, "<u4", "r", offset + 8 * total, (total,)),
-            )
+            if not total:
+                places = Places(np.zeros(0, np.uint64), np.zeros(0, np.uint32))
+            else:  # of the file that was looked at: another may have its name by now
+                places = Places(
+                    np.memmap(opened, "<u8", "r", offset, (total,)),
+                    np.memmap(opened, "<u4", "r", offset + 8 * total, (total,)),
+                )
         return _Kept(facts["tars"], facts["counts"], facts["without"], places)
     except FileNotFoundError:
         return None
