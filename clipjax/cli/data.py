@@ -1,30 +1,42 @@
-"""`clipjax data index SHARDS --index-dir DIR`: what training needs to know of tars, found beforehand."""
+"""`clipjax data VERB`: what training needs of data, found, made, chosen or looked at beforehand."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from pathlib import Path
 
-import numpy as np
-
-from clipjax.cli.arguments import new_parser
+from clipjax.cli import curate, sizes
+from clipjax.cli.arguments import new_parser, parse_run
 from clipjax.cli.models import say
 from clipjax.errors import ClipjaxError, did_you_mean
+from clipjax.stores import place
 
-VERBS = ("index", "sizes")
+OF_CONFIGS = {
+    "look": "show the first examples of a run as the model sees them, and what was skipped",
+    "tokenizer": "train the tokenizer of a run beforehand",
+}
+"""Verbs that take a run's configuration, and what they do."""
+VERBS = ("index", "sizes", *OF_CONFIGS, *curate.VERBS)
 
 
 def main(arguments: list[str]) -> int:
     """Runs one of the verbs."""
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
-        raise ClipjaxError(f"clipjax data: no {arguments[0]!r}{did_you_mean(arguments[0], VERBS)}")
+    verb = arguments[0] if arguments else ""
+    if verb and not verb.startswith("-") and verb not in VERBS:
+        raise ClipjaxError(f"clipjax data: no {verb!r}{did_you_mean(verb, VERBS)}")
+    if verb == "look":
+        return _look(arguments[1:])
+    if verb == "tokenizer":
+        return _tokenizer(arguments[1:])
     parser = new_parser("data", "Prepare data for training.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, what in OF_CONFIGS.items():
+        verbs.add_parser(name, help=what)
+    curate.add_verbs(verbs)
     index = verbs.add_parser(
         "index",
         help="find where the samples of WebDataset tars are",
@@ -49,64 +61,71 @@ def main(arguments: list[str]) -> int:
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N",
         help="processes that scan; default: one a core",
     )  # fmt: skip
-    sizes = verbs.add_parser(
-        "sizes",
-        help="count the records of the files of a stream",
-        description="Count the records of each file of a stream into a sizes.json beside them, by which epochs are "
-        "known before anything is read. What img2dataset wrote of them is taken; files of which nothing is known "
-        "are gone through.",
-    )
-    sizes.add_argument(
-        "files",
-        metavar="FILES",
-        help="a pattern of .tar, .tfrecord, .array_record or .parquet files, on disk or at an address",
-    )
-    sizes.add_argument(
-        "--out", metavar="FILE", help="where to write it; default: sizes.json beside the files"
-    )
+    sizes.add_verb(verbs)
     namespace = parser.parse_args(arguments)
-    return _sizes(namespace) if namespace.verb == "sizes" else _index(namespace)
+    if namespace.verb == "sizes":
+        return sizes.run(namespace)
+    return _index(namespace) if namespace.verb == "index" else curate.run(namespace)
 
 
-def _sizes(namespace) -> int:
-    from clipjax.data import ArrayRecord, Parquet, Source, Stream, TFRecord, WebDataset
-    from clipjax.data.shards import SIZES, ShardsOf
-    from clipjax.data.webdataset import expand
-    from clipjax.files import replace_file
-
-    kinds: dict[str, Callable[[str], Source]] = {
-        ".tar": WebDataset,
-        ".tfrecord": TFRecord,
-        ".array_record": ArrayRecord,
-        ".parquet": lambda files: Parquet(files=files),
-    }
-    pattern, files = namespace.files, expand(namespace.files)
-    end = os.path.splitext(pattern)[1]
-    if end not in kinds:
-        raise ClipjaxError(f"clipjax data sizes: {pattern!r} is of none of {', '.join(kinds)}")
-    if not files:
-        raise ClipjaxError(f"clipjax data sizes: no file matches {pattern!r}")
-    folders = {file.rpartition("/")[0] for file in files}
-    if len(folders) > 1:
-        raise ClipjaxError(
-            f"clipjax data sizes: the files are in {len(folders)} folders; count those of each by themselves"
-        )
-    counted = ShardsOf(kinds[end](pattern), files, Stream(lanes=1), known=False)
-    counts = counted.counts(np.arange(len(files)), ask=True)
-    assert counts is not None
-    if counted.failed:
-        raise ClipjaxError(
-            f"{len(counted.failed)} of {len(files)} files cannot be counted, such as {counted.failed[0]}; see above"
-        )
-    names = [os.path.basename(file) for file in files]
-    folder = folders.pop()
-    out = namespace.out or (f"{folder}/{SIZES}" if folder else SIZES)
-    lines = ",\n".join(
-        f"{json.dumps(name)}: {count}" for name, count in zip(names, counts.tolist(), strict=True)
+def _look(arguments: list[str]) -> int:
+    parser = new_parser(
+        "data look",
+        "Show the first examples of a run as the model sees them: pictures after augmentation, texts as tokens, "
+        "every other field; and how many records were skipped, and why.",
     )
-    replace_file(out, f"{{\n{lines}\n}}\n")
-    say(f"{int(counts.sum()):,} records in {len(files):,} files")
-    print(out)
+    parser.add_argument("config", type=place, help="a Python config file, or the folder of a run")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write them as one page")
+    parser.add_argument("--count", type=int, default=64, metavar="N", help="examples; default 64")
+    parser.add_argument(
+        "--records", type=int, default=512, metavar="N",
+        help="records that are read to see which are skipped; default 512",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER",
+        help="one that `clipjax data tokenizer` wrote; default: the configuration's",
+    )  # fmt: skip
+    namespace, run = parse_run(parser, arguments)
+    from clipjax.report.look import look, page_of, summary_of
+
+    seen = look(run.data, run.seed, namespace.count, namespace.records, namespace.tokenizer)
+    print(summary_of(seen))
+    if namespace.html is not None:
+        try:
+            namespace.html.write_text(
+                page_of(seen, Path(namespace.config).stem), "utf-8", "replace"
+            )
+        except OSError as error:
+            raise ClipjaxError(f"--html {namespace.html}: {error.strerror}") from error
+        print(namespace.html)
+    return 0
+
+
+def _tokenizer(arguments: list[str]) -> int:
+    parser = new_parser(
+        "data tokenizer",
+        "Train the tokenizer of a run beforehand, on captions from all over its data, of which no picture is "
+        "read where the source can leave it. A run takes it as SavedTokenizer(FOLDER).",
+    )
+    parser.add_argument("config", type=place, help="a Python config file")
+    parser.add_argument(
+        "--out", type=Path, required="--help" not in arguments, metavar="FOLDER",
+        help="where to write it",
+    )  # fmt: skip
+    namespace, run = parse_run(parser, arguments)
+    if not run.data.tokenizer.trains:
+        raise ClipjaxError(
+            f"the tokenizer of {namespace.config} is a {type(run.data.tokenizer).__name__}, which is not trained: "
+            "give it BPE or TrainedSentencePiece"
+        )
+    began = time.monotonic()
+    tokenizer = run.data.tokenizer.build(run.data.iter_captions())
+    try:
+        tokenizer.save(namespace.out)
+    except OSError as error:
+        raise ClipjaxError(f"--out {namespace.out}: {error.strerror}") from error
+    say(f"{tokenizer.vocab_size:,} tokens, in {time.monotonic() - began:.1f} s")
+    print(namespace.out)
     return 0
 
 
