@@ -19,6 +19,7 @@ BENCHES = {
     "precision": ("clipjax.bench.precision", "PrecisionBench"),
     "retrieval": ("clipjax.bench.retrieval", "RetrievalBench"),
     "step": ("clipjax.bench.step", "StepBench"),
+    "stream": ("clipjax.bench.stream", "StreamBench"),
     "survive": ("clipjax.bench.survive", "SurviveBench"),
     "zeroshot": ("clipjax.bench.zeroshot", "ZeroshotBench"),
 }

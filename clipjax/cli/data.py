@@ -9,7 +9,7 @@ import os
 import time
 from pathlib import Path
 
-from clipjax.cli import curate
+from clipjax.cli import curate, sizes
 from clipjax.cli.arguments import new_parser, parse_run
 from clipjax.cli.models import say
 from clipjax.errors import ClipjaxError, did_you_mean
@@ -20,7 +20,7 @@ OF_CONFIGS = {
     "tokenizer": "train the tokenizer of a run beforehand",
 }
 """Verbs that take a run's configuration, and what they do."""
-VERBS = ("index", *OF_CONFIGS, *curate.VERBS)
+VERBS = ("index", "sizes", *OF_CONFIGS, *curate.VERBS)
 
 
 def main(arguments: list[str]) -> int:
@@ -61,7 +61,10 @@ def main(arguments: list[str]) -> int:
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N",
         help="processes that scan; default: one a core",
     )  # fmt: skip
+    sizes.add_verb(verbs)
     namespace = parser.parse_args(arguments)
+    if namespace.verb == "sizes":
+        return sizes.run(namespace)
     return _index(namespace) if namespace.verb == "index" else curate.run(namespace)
 
 

@@ -20,8 +20,18 @@ from clipjax.data.folder import ClassFolder, ImageFolder, PictureFolder
 from clipjax.data.found import found_source
 from clipjax.data.images import decode
 from clipjax.data.loader import Data, Loader
+from clipjax.data.mixed import Mixture, Stage
 from clipjax.data.order import Order, Plan, Stream
-from clipjax.data.sources import Mixture, RandomAccess, Record, Source, Tfds, UnreadableRecord
+from clipjax.data.records import ArrayRecord, TFRecord
+from clipjax.data.sources import (
+    Place,
+    RandomAccess,
+    Record,
+    Shard,
+    Source,
+    Tfds,
+    UnreadableRecord,
+)
 from clipjax.data.tokenizers import (
     BPE,
     ClipBPE,
@@ -38,6 +48,7 @@ from clipjax.data.webdataset import WebDataset
 __all__ = [
     "BPE",
     "Array",
+    "ArrayRecord",
     "Augmentation",
     "Balanced",
     "Boxes",
@@ -61,6 +72,7 @@ __all__ = [
     "Order",
     "Parquet",
     "PictureFolder",
+    "Place",
     "Plan",
     "RandomAccess",
     "RandomResizedCrop",
@@ -69,10 +81,13 @@ __all__ = [
     "SavedDataset",
     "SavedTokenizer",
     "SentencePiece",
+    "Shard",
     "Shift",
     "Source",
     "Spec",
+    "Stage",
     "Stream",
+    "TFRecord",
     "Text",
     "Tfds",
     "Tokenizer",

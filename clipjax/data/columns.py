@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,8 @@ import numpy as np
 from clipjax.data.captions import as_texts
 from clipjax.data.folder import stays_inside
 from clipjax.data.reading import as_os_errors, is_address, retried, store
-from clipjax.data.sources import RandomAccess, Record, Source, UnreadableRecord
+from clipjax.data.shards import Opened
+from clipjax.data.sources import Place, RandomAccess, Record, Shard, Source, UnreadableRecord
 from clipjax.data.webdataset import expand
 from clipjax.errors import ClipjaxError, did_you_mean
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "img")
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "texts", "sentences", "title")
+FEW = 256
+"""Files that a stream opens all before it begins, at most: then epochs are known, and rows dealt more finely."""
 KEPT_GROUPS = 4
 """Row groups that are kept in memory for records read one by one."""
 
@@ -69,41 +72,40 @@ class Parquet(Columns):
     """Parquet files, such as img2dataset's and Hugging Face's.
 
     A file is read by row groups: a run that draws single records from all over reads one for each of
-    them, so train with `Data.stream`, whose runs are the row groups whatever its `run` says.
+    them, so train with `Data.stream`, whose runs are the row groups whatever its `run` says. It deals more than
+    256 files as such, and opens each when its turn comes.
     """
 
     files: str = ""
     """A file, or a pattern of several: "data/*.parquet"."""
 
     def open(self) -> RandomAccess:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        files = [f for f in expand(self.files) if is_address(f) or os.path.isfile(f)]
-        if not files:
-            raise ClipjaxError(f"Parquet: there is no file {self.files!r}")
         groups: list[_Group] = []
         schema: Any = None
+        files = self._found()
+        if not files:
+            raise ClipjaxError(f"Parquet: there is no file {self.files!r}")
         for file in files:
-            try:
-                with _opened(file) as opened, pq.ParquetFile(opened) as parquet:
-                    schema = schema or parquet.schema_arrow
-                    missing = set(schema.names) - set(parquet.schema_arrow.names)
-                    if missing:
-                        raise ClipjaxError(f"Parquet: {file} lacks the columns {sorted(missing)}")
-                    counts = [
-                        parquet.metadata.row_group(i).num_rows
-                        for i in range(parquet.metadata.num_row_groups)
-                    ]
-            except (OSError, ValueError, pa.ArrowException) as error:
-                raise ClipjaxError(f"{file} is no Parquet file ({error})") from error
-            firsts = [0, *itertools.accumulate(counts)]
-            groups += [
-                _Group(file, n, firsts[i], functools.partial(_row_group, file, i))
-                for i, n in enumerate(counts)
-            ]
+            own, found = _row_groups(file)
+            schema = schema or own
+            missing = set(schema.names) - set(own.names)
+            if missing:
+                raise ClipjaxError(f"Parquet: {file} lacks the columns {sorted(missing)}")
+            groups += found
         root = self.root or os.path.dirname(files[0])
         return _OpenColumns(self, schema, groups, root, keep=KEPT_GROUPS)
+
+    def listed(self, least: int) -> list[str] | None:
+        files = self._found()
+        return files if len(files) > max(least - 1, FEW) else None
+
+    def open_shard(self, file: Place) -> Shard:
+        schema, groups = _row_groups(file.path)
+        root = self.root or os.path.dirname(file.path)
+        return Opened(_OpenColumns(self, schema, groups, root, KEPT_GROUPS, file.number), file)
+
+    def _found(self) -> list[str]:
+        return [file for file in expand(self.files) if is_address(file) or os.path.isfile(file)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,8 +170,15 @@ class _Group:
 
 class _OpenColumns:
     def __init__(
-        self, config: Columns, schema: pa.Schema, groups: list[_Group], root: str, keep: int
+        self,
+        config: Columns,
+        schema: pa.Schema,
+        groups: list[_Group],
+        root: str,
+        keep: int,
+        number: Callable[[int], int] = int,
     ):
+        self._number = number
         self._config, self._groups, self._root = config, groups, os.path.realpath(root)
         self._ends = np.cumsum([group.count for group in groups], dtype=np.int64)
         names = schema.names
@@ -206,7 +215,7 @@ class _OpenColumns:
         edges = [0, *self._ends.tolist()]
         if isinstance(self._config, Parquet):
             return np.array(sorted(set(edges)), np.int64)
-        from clipjax.data.order import edges_within
+        from clipjax.data.pieces import edges_within
 
         return edges_within(edges[:-1], edges[-1], size)
 
@@ -264,7 +273,8 @@ class _OpenColumns:
             texts = as_texts(value, f"{key}: the column {name!r}")
             captions += texts
             languages += [self._config.languages[i]] * len(texts) if self._config.languages else []
-        identity = values.get(self._id) if self._id else index
+        number = self._number(index)
+        identity = values.get(self._id) if self._id else number
         image = b""
         if self._image in values:
             image = self._picture(values.pop(self._image), key)
@@ -272,7 +282,7 @@ class _OpenColumns:
             image=image,
             captions=tuple(captions),
             languages=tuple(languages),
-            id=identity if isinstance(identity, int) else index,
+            id=identity if isinstance(identity, int) else number,
             key=key,
         )
         if self._label:
@@ -293,6 +303,33 @@ class _OpenColumns:
                 "all pictures"
             )
         return os.path.join(self._root, value)
+
+
+def _row_groups(file: str) -> tuple[Any, list[_Group]]:
+    """(the columns, the row groups) of a Parquet file, from its last bytes.
+
+    Raises:
+      ClipjaxError: it is none, or cannot be read.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def read() -> Any:
+        try:
+            with _opened(file) as opened, pq.ParquetFile(opened) as parquet:
+                return parquet.schema_arrow, parquet.metadata
+        except (OSError, ValueError, pa.ArrowException) as error:
+            if isinstance(error, OSError) and (error.errno is not None or is_address(file)):
+                raise
+            raise ClipjaxError(f"{file} is no Parquet file ({error})") from error
+
+    schema, metadata = retried(read, file)
+    counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    firsts = [0, *itertools.accumulate(counts)]
+    return schema, [
+        _Group(file, n, firsts[i], functools.partial(_row_group, file, i))
+        for i, n in enumerate(counts)
+    ]
 
 
 def _row_group(file: str, number: int, names: list[str]) -> pa.Table:

@@ -23,7 +23,7 @@ import numpy as np
 from clipjax.component import to_json
 from clipjax.data.fields import entry
 from clipjax.data.folder import table_rows
-from clipjax.data.order import edges_of, read_run
+from clipjax.data.pieces import edges_of, read_run
 from clipjax.data.reading import retried
 from clipjax.data.sources import RandomAccess, Record, Source, UnreadableRecord
 from clipjax.errors import ClipjaxError, did_you_mean

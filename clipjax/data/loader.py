@@ -25,9 +25,11 @@ import numpy as np
 from clipjax.component import Component
 from clipjax.data.augment import Augmentation, CaptionChoice, Resize
 from clipjax.data.fields import Draws, Example, Field, Image, Spec, Text, entry
-from clipjax.data.order import Order, Plan, Runs, Shuffled, Stream, Streamed, edges_of
+from clipjax.data.mixed import MixedRecords, Mixture
+from clipjax.data.order import Order, Plan, Shuffled, Stream
 from clipjax.data.reading import Unreachable, retried
 from clipjax.data.sources import RandomAccess, Source, UnreadableRecord
+from clipjax.data.streams import OpenStream, spread
 from clipjax.data.tokenizers import BPE, Tokenizer, TokenizerModel
 from clipjax.data.workers import Rows, made_by_workers
 from clipjax.errors import ClipjaxError, RunFailed
@@ -162,11 +164,10 @@ class Data(Component):
         texts = [field for field in self.fields if isinstance(field, Text)]
         # Fields that choose from the same texts count once.
         chosen = list({(field.key, field.choice(self)): field for field in texts}.values())
-        records = self.source.open()
-        read = getattr(records, "facts", records.__getitem__)
-        for i in range(0, len(records), max(1, len(records) // SPREAD)):
+        for record in spread(self.source, self.stream, SPREAD):
             try:
-                record = retried(functools.partial(read, i), f"record {i}")
+                if isinstance(record, UnreadableRecord):
+                    raise record
                 found = [field.choice(self).candidates(field.texts(record)) for field in chosen]
             except UnreadableRecord:
                 continue  # the loader counts and names it
@@ -178,7 +179,7 @@ class Loader:
     """Batches of one process. `batch(step)` is random access, `iterate(step)` works ahead.
 
     Attributes:
-      num_examples: records in the source.
+      num_examples: records in an epoch; None in a stream of files of which nobody says how many they hold.
       seen: records asked for so far by this process, since it started.
       skipped: how many of these could not be used and were replaced.
       unreachable: how many of the skipped ones are due to reading, not to what was read.
@@ -210,11 +211,20 @@ class Loader:
         self._rows = data.batch_size // process_count
         self._first_row = process_index * self._rows
         self._spec = data.spec()
-        self._records: RandomAccess = data.source.open()
-        self.num_examples = len(self._records)
+        self._stream: OpenStream | None = None
+        self.num_examples: int | None
+        if data.stream is None:
+            self._records: RandomAccess = data.source.open()
+            self.num_examples = len(self._records)
+        else:
+            self._check_lanes(data.stream, process_count)
+            self._stream = OpenStream(
+                data.source, data.stream, data.batch_size, seed, data.shuffle, data.prefetch + 2
+            )
+            self._records, self.num_examples = self._stream.probe, self._stream.num_examples
         if self.num_examples == 0:
             raise ClipjaxError(f"the source has no records: {data.source}")
-        if self.num_examples < data.batch_size:
+        if self.num_examples is not None and self.num_examples < data.batch_size:
             logger.warning(
                 "%d records and batches of %d: a batch holds a pair more than once, as its own negative",
                 self.num_examples,
@@ -224,7 +234,7 @@ class Loader:
         # What fails early is read first, and pictures before what follows them.
         order = sorted(data.fields, key=lambda f: (bool(f.follows), isinstance(f, Image)))
         self._fields = [(field, field.open(data, tokenizer, self._records)) for field in order]
-        self._order, self._runs = self._ordered(process_count)
+        self._order = self._ordered()
         self._cached: dict[int, Any] = {}
         self._named: set[str] = set()
         self.seen = self.skipped = self.unreachable = 0
@@ -235,10 +245,13 @@ class Loader:
         A source whose opened records have a `fingerprint` (of all its files, say) is believed. None where a
         record cannot be read just now.
         """
+        if self._stream is not None and (known := self._stream.fingerprint()):
+            return known
         if known := getattr(self._records, "fingerprint", None):
             return str(known)
         digest = hashlib.sha256(str(self.num_examples).encode())
-        for index in sorted({i * (self.num_examples - 1) // 7 for i in range(8)}):
+        count = len(self._records)
+        for index in sorted({i * (count - 1) // 7 for i in range(8)}):
             try:
                 record = self._records[index]
             except (OSError, UnreadableRecord):
@@ -246,21 +259,24 @@ class Loader:
             digest.update(repr((record.get("key"), record.get("captions"))).encode())
         return digest.hexdigest()[:16]
 
-    def _ordered(self, process_count: int) -> tuple[Order, Runs | None]:
-        data, stream = self._data, self._data.stream
+    def _ordered(self) -> Order:
+        data = self._data
+        if self._stream is not None:
+            return self._stream.order
         if data.plan is not None:
-            order = data.plan.open(self._records, data.batch_size, self._seed, data.shuffle)
-            return order, None
-        if stream is None:
-            return Shuffled(self.num_examples, self._seed, data.shuffle), None
+            return data.plan.open(self._records, data.batch_size, self._seed, data.shuffle)
+        if isinstance(data.source, Mixture) and data.source.stages:
+            records: Any = self._records
+            shares = data.source.shares(records.sizes, 1)
+            return MixedRecords(records, shares, self._seed, data.shuffle)
+        return Shuffled(len(self._records), self._seed, data.shuffle)
+
+    def _check_lanes(self, stream: Stream, process_count: int) -> None:
         if stream.lanes % process_count:
             raise ClipjaxError(
                 f"the {stream.lanes} lanes of Stream cannot be shared out evenly among the "
                 f"{process_count} processes that feed a batch; change lanes"
             )
-        edges = edges_of(self._records, stream.run)
-        order = Streamed(stream, edges, data.batch_size, self._seed, data.shuffle)
-        return order, Runs(self._records, edges, data.prefetch + 2)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """This process's rows of the batch of one step.
@@ -308,12 +324,12 @@ class Loader:
           shift: as in `iterate`.
           rows_of: gives the arrays that a batch is made in; default: new ones.
         """
-        if isinstance(self._order, Streamed):
-            self._order.go_on(shift)
+        if self._stream is not None:
+            self._stream.order.go_on(shift)
         pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="clipjax-data")
         readers = (
             ThreadPoolExecutor(READERS, thread_name_prefix="clipjax-data-read")
-            if self._data.stream
+            if self._stream is not None
             else None
         )
         ahead: collections.deque[tuple[dict, list[Future]]] = collections.deque()
@@ -330,14 +346,16 @@ class Loader:
                 yield rows, [failure for part in parts for failure in part.result()]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            if readers is not None and self._runs is not None:
-                self._runs.close(readers)
+            if readers is not None and self._stream is not None:
+                self._stream.pieces.stop()
+                readers.shutdown(wait=True, cancel_futures=True)
             pool.shutdown(wait=True)
+            if self._stream is not None:
+                self._stream.pieces.clear()
 
     def _read_ahead(self, step: int, readers: ThreadPoolExecutor | None) -> None:
-        if self._runs is not None:
-            assert isinstance(self._order, Streamed)
-            self._runs.want(self._order.runs(step, self._first_row, self._rows), readers)
+        if self._stream is not None:
+            self._stream.want(step, self._first_row, self._rows, readers)
 
     def _submit(self, pool: ThreadPoolExecutor, rows: Rows, step: int, shift: int) -> list[Future]:
         positions = self._positions(step, shift)
@@ -388,12 +406,12 @@ class Loader:
         """
         record: Any = self._cached.get(index)
         if record is None:
-            records = self._records if self._runs is None else self._runs
+            records = self._records if self._stream is None else self._stream.pieces
             read = functools.partial(records.__getitem__, index)
             record = retried(read, f"record {index}")
         draws = Draws(self._seed, position, record, self._data.captions)
         # The low 31 bits: ids may be hashes of 64 bits, and equal ones must stay equal.
-        made: dict[str, Any] = {"id": record["id"] & 0x7FFFFFFF, "sample": index}
+        made: dict[str, Any] = {"id": record["id"] & 0x7FFFFFFF, "sample": index & 0x7FFFFFFF}
         decoded: dict[str, np.ndarray] = {}
         for field, reader in self._fields:
             made[field.name] = reader.read(Example(field.name, record, made, draws, decoded))

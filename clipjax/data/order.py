@@ -7,21 +7,17 @@ neighboring records from end to end, for sources that are slow to seek in. A `Pl
 from __future__ import annotations
 
 import bisect
-import collections
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-import itertools
 import threading
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from clipjax.component import Component
-from clipjax.data.reading import Unreachable, retried
-from clipjax.data.sources import RandomAccess, Record, UnreadableRecord
+from clipjax.data.sources import RandomAccess
 from clipjax.errors import ClipjaxError
 
 
@@ -85,6 +81,9 @@ class Shuffled:
 class Stream(Component):
     """Reading from end to end: runs of neighboring records are dealt to lanes, anew each epoch.
 
+    Where a source is dealt by its files (tars without an index, TFRecord, ArrayRecord and Parquet files), a lane
+    has files in place of runs, and reads `block` of them side by side, a run of each at a time.
+
     A lane reads its runs one after another and shuffles the records of `block` of them together. Each
     batch has an equal share of every lane, and a process the lanes of its rows: the batches are the
     same on any number of processes. Every record comes once an epoch. The lanes do not wait for each
@@ -97,32 +96,67 @@ class Stream(Component):
     """Records that are read in one go, at most."""
     block: int = 4
     """Runs whose records are shuffled together. A process holds two blocks of each of its lanes."""
+    cache_dir: str | None = None
+    """Folder on disk to keep what is learned of files (how many records) and copies of those at an address."""
+    cache_gb: float = 100.0
+    """Size of these copies at most, in GB, for all processes that share the folder; 0 keeps none."""
 
     def __post_init__(self):
         for name in ("lanes", "run", "block"):
             if getattr(self, name) < 1:
                 raise ClipjaxError(f"Stream: {name}={getattr(self, name)} must be >= 1")
+        if not self.cache_gb >= 0:
+            raise ClipjaxError(f"Stream: cache_gb={self.cache_gb} must be >= 0")
 
 
-class _Lane(NamedTuple):
-    """A lane in one epoch: its runs in order, and where its blocks end, counted in records."""
+class Units(Protocol):
+    """What is dealt to the lanes: runs of records, or files, each in pieces that are read in one go."""
 
-    runs: np.ndarray
-    block_ends: np.ndarray
+    def __len__(self) -> int: ...
+
+    def counts(self, units: np.ndarray, ask: bool) -> np.ndarray | None:
+        """int64, the records of some; where `ask` is False, None if that would take reading."""
+        ...
+
+    def known(self, unit: int, piece: int) -> int | None:
+        """Records of a piece, 0 after the last; None where that would take reading."""
+        ...
+
+    def indices(self, unit: int, piece: int) -> np.ndarray:
+        """int64, what tells the records of a piece, of known size, from all others."""
+        ...
+
+
+KEPT_GROUPS = 4
+"""Groups of a lane of whose blocks it is known where they end."""
+Key = tuple[int, ...]
+"""(unit, piece); in a mixture (source, unit, piece)."""
+AHEAD = -1
+"""In place of a piece: the unit is wanted soon, and may be fetched."""
 
 
 class Streamed:
-    """The order of a `Stream`."""
+    """The order of a `Stream`.
+
+    The units of a lane are taken in groups of `Stream.block`. Block j of a group is the j-th piece of each.
+    """
 
     def __init__(
-        self, config: Stream, edges: np.ndarray, batch_size: int, seed: int, shuffle: bool
+        self,
+        config: Stream,
+        units: Units,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        fetch: Callable[[Key], Sequence],
     ):
         """Args:
         config: how to read.
-        edges: int64 [runs + 1]; run i is records edges[i] to edges[i + 1].
+        units: what is dealt.
         batch_size: over all processes.
         seed: decides the order.
-        shuffle: False deals the runs in their order, and leaves their records in theirs.
+        shuffle: False deals the units in their order, and leaves their records in theirs.
+        fetch: reads a piece, after which its size is known.
 
         Raises:
           ClipjaxError: the lanes do not fit the batch or the source.
@@ -132,48 +166,63 @@ class Streamed:
                 f"batch_size={batch_size} is not divisible by the {config.lanes} lanes of Stream; "
                 "change one of them"
             )
-        if len(edges) - 1 < config.lanes:
+        if len(units) < config.lanes:
             raise ClipjaxError(
-                f"the source has {len(edges) - 1} runs of records for the {config.lanes} lanes of "
+                f"the source has {len(units)} runs of records for the {config.lanes} lanes of "
                 "Stream: lower lanes or run"
             )
-        self._config, self._edges, self._seed, self._shuffle = config, edges, seed, shuffle
+        self._config, self._units, self._seed, self._shuffle = config, units, seed, shuffle
+        self._fetch = fetch
         self._batch_size, self._share = batch_size, batch_size // config.lanes
         self._shift = 0
-        self._counts = np.diff(edges)
-        self._epochs: list[list[int]] = [[0] for _ in range(config.lanes)]
-        self._lock = threading.Lock()
+        self._lanes = [_Lane() for _ in range(config.lanes)]
         # Lanes are in one epoch or the next, and in one block or the next two.
         self._dealt = functools.lru_cache(maxsize=3)(self._deal)
-        self._lane = functools.lru_cache(maxsize=3 * config.lanes)(self._make_lane)
         self._block = functools.lru_cache(maxsize=8 * config.lanes)(self._make_block)
 
     def at(self, position: int, attempt: int) -> tuple[int, int]:
-        """The replacement is what stands a batch later in the same block, which is in memory."""
+        """The replacement is what stands a batch later in the same block, which is in memory; where there
+        is none left, a record of the blocks after it."""
         step, row = divmod(position - self._shift, self._batch_size)
         lane, place = divmod(row, self._share)
-        epoch, block, offset = self._locate(lane, self._begin(step) + place)
-        indices = self._block(lane, epoch, block)
-        return int(indices[(offset + attempt * self._share) % len(indices)]), position
+        return self.in_lane(lane, self._begin(step) + place, attempt), position
 
-    def runs(self, step: int, first_row: int, rows: int) -> set[int]:
-        """The runs that some rows of a step's batch are in, and those of the blocks after them."""
-        found: set[int] = set()
-        for lane in range(first_row // self._share, -(-(first_row + rows) // self._share)):
-            begin = self._begin(step)
-            epoch, block, offset = self._locate(lane, begin)
-            # As many blocks as the batch touches, and one more.
-            end = begin - offset
-            while True:
-                blocks = self._lane(lane, epoch)
-                found.update(self._of_block(blocks, block).tolist())
-                if end >= begin + self._share:
-                    break
-                end += int(np.diff(blocks.block_ends, prepend=0)[block])
-                block += 1
-                if block == len(blocks.block_ends):
-                    epoch, block = epoch + 1, 0
-        return found
+    def in_lane(self, lane: int, place: int, attempt: int) -> int:
+        """The index of a lane's `place`-th record since the run began, or of its replacement."""
+        group, piece, begin, end = self.locate(lane, place)
+        offset, tried = place - begin + attempt * self._share, attempt * self._share
+        if attempt and tried >= end - begin:  # all around the block and nothing to be had
+            return self.in_lane(lane, end + (tried - (end - begin)) // self._share, 0)
+        return int(self._block(lane, group, piece)[offset % (end - begin)])
+
+    def runs(self, step: int, first_row: int, rows: int) -> set[Key]:
+        """The pieces that some rows of a step's batch are in, and those of the blocks after them."""
+        begin = self._begin(step)
+        lanes = self.lanes(first_row, rows)
+        return set().union(*(self.wanted(lane, begin, begin + self._share) for lane in lanes))
+
+    def first(self, step: int, first_row: int, rows: int) -> set[Key]:
+        """What can be asked for before `runs` has read what it takes to know where blocks end."""
+        lanes, begin = self.lanes(first_row, rows), self._begin(step)
+        return set().union(*(self.hinted(lane, begin) for lane in lanes))
+
+    def lanes(self, first_row: int, rows: int) -> range:
+        """The lanes of some rows of a batch."""
+        return range(first_row // self._share, -(-(first_row + rows) // self._share))
+
+    def hinted(self, lane: int, place: int) -> set[Key]:
+        """The first pieces of a lane, where nothing of it has been read and a record of the first block is wanted."""
+        begun = self._lanes[lane].found[3] or place >= self._config.block * self._config.run
+        return set() if begun else {(unit, 0) for unit in self.members(lane, 0)}
+
+    def wanted(self, lane: int, place: int, stop: int) -> set[Key]:
+        """The pieces that a lane's records from `place` to `stop` are in, and those after them."""
+        found: set[Key] = set()
+        while True:
+            group, piece, _, place = self.locate(lane, place)
+            found.update((unit, piece) for unit in self.members(lane, group))
+            if place >= stop:
+                return found | self._next(lane, group, piece)
 
     def go_on(self, shift: int) -> None:
         """Goes on after batches of other sizes, which saw `shift` examples beyond those of as many of this size.
@@ -188,153 +237,137 @@ class Streamed:
             )
         self._shift = shift
 
+    def locate(self, lane: int, place: int) -> tuple[int, int, int, int]:
+        """(group, piece, place of the block's first record, place after its last) of a lane's record.
+
+        Groups are counted through all epochs. Reads what it takes to know where blocks end.
+        """
+        state = self._lanes[lane]
+        with state.lock:
+            while not state.found[2] <= place < state.found[3]:
+                self._walk(lane, state, place)
+                self._find(lane, state, place)
+            return state.found
+
+    def _find(self, lane: int, state: _Lane, place: int) -> None:
+        """Goes through the blocks of a group up to a place; else learns that the group ends before it."""
+        group = bisect.bisect_right(state.ends, place)
+        first = state.ends[group - 1] if group else 0
+        ends = state.blocks.setdefault(group, [first])
+        while ends[-1] <= place:
+            size = self._block_size(lane, group, len(ends) - 1)
+            if not size:
+                if group < len(state.ends):
+                    raise ClipjaxError(
+                        "files of the stream hold fewer records than is known of them: put them back as "
+                        "they were, or remove what is kept in Stream.cache_dir"
+                    )
+                self._close(state, ends[-1], lane)
+                return
+            ends.append(ends[-1] + size)
+        while len(state.blocks) > KEPT_GROUPS:
+            del state.blocks[next(iter(state.blocks))]
+        piece = bisect.bisect_right(ends, place) - 1
+        state.found = (group, piece, ends[piece], ends[piece + 1])
+
+    def members(self, lane: int, group: int) -> list[int]:
+        """The units of a group."""
+        epoch, number = divmod(group, self._groups(lane))
+        units = self._dealt(epoch)[lane :: self._config.lanes]
+        return units[number * self._config.block : (number + 1) * self._config.block].tolist()
+
     def _begin(self, step: int) -> int:
         """How many records of each lane come before a step's."""
         return step * self._share + self._shift // self._config.lanes
 
-    def _locate(self, lane: int, place: int) -> tuple[int, int, int]:
-        """(epoch, block, offset in the block) of a lane's `place`-th record since the run began."""
-        ends = self._epochs[lane]
-        with self._lock:
-            while ends[-1] <= place:
-                length = int(self._lane(lane, len(ends) - 1).block_ends[-1])
-                ends.append(ends[-1] + length)
-        epoch = bisect.bisect_right(ends, place) - 1
-        place -= ends[epoch]
-        block_ends = self._lane(lane, epoch).block_ends
-        block = int(np.searchsorted(block_ends, place, side="right"))
-        return epoch, block, place - (int(block_ends[block - 1]) if block else 0)
+    def _walk(self, lane: int, state: _Lane, place: int) -> None:
+        """Learns where groups end, as far as `place` is beyond what has been read."""
+        while True:
+            group, begin = len(state.ends), state.ends[-1] if state.ends else 0
+            if place < begin:
+                return
+            epoch, number = divmod(group, self._groups(lane))
+            if number == 0:  # an epoch at once, where all is known
+                units = self._dealt(epoch)[lane :: self._config.lanes]
+                counts = self._units.counts(units, ask=False)
+                if counts is not None:
+                    sums = np.add.reduceat(counts, np.arange(0, len(units), self._config.block))
+                    if not sums.any():
+                        raise ClipjaxError(f"lane {lane} of Stream has no records in an epoch")
+                    state.ends.extend((begin + np.cumsum(sums)).tolist())
+                    continue
+            units = np.array(self.members(lane, group))
+            read = self._units.known(int(units[0]), 0) is not None
+            far = place - begin >= self._config.block * self._config.run
+            counts = self._units.counts(units, ask=far and not read)
+            if counts is None:
+                return
+            self._close(state, begin + int(counts.sum()), lane)
+
+    def _close(self, state: _Lane, end: int, lane: int) -> None:
+        """Says that a lane's next group ends there."""
+        state.ends.append(end)
+        epoch = self._groups(lane)
+        before = state.ends[-epoch - 1] if len(state.ends) > epoch else 0
+        if len(state.ends) >= epoch and end == before:
+            raise ClipjaxError(f"lane {lane} of Stream has no records in an epoch")
+
+    def _block_size(self, lane: int, group: int, piece: int) -> int:
+        sizes = []
+        for unit in self.members(lane, group):
+            size = self._units.known(unit, piece)
+            if size is None:
+                self._fetch((unit, piece))
+                size = self._units.known(unit, piece)
+                assert size is not None
+            sizes.append(size)
+        return sum(sizes)
+
+    def _next(self, lane: int, group: int, piece: int) -> set[Key]:
+        """The pieces of the block after one, as far as is known, and the units of the group after it."""
+        after = set()
+        if any(self._units.known(unit, piece + 1) != 0 for unit in self.members(lane, group)):
+            after = {
+                (unit, piece + 1)
+                for unit in self.members(lane, group)
+                if self._units.known(unit, piece + 1) != 0
+            }
+        coming = self.members(lane, group + 1)
+        return after | {(unit, AHEAD if after else 0) for unit in coming}
+
+    def _groups(self, lane: int) -> int:
+        """Groups of a lane in an epoch."""
+        units = len(range(lane, len(self._units), self._config.lanes))
+        return -(-units // self._config.block)
 
     def _deal(self, epoch: int) -> np.ndarray:
-        runs = np.arange(len(self._counts))
-        return self._rng(epoch, "runs").permutation(runs) if self._shuffle else runs
+        units = np.arange(len(self._units))
+        return self._rng(epoch, "runs").permutation(units) if self._shuffle else units
 
-    def _make_lane(self, lane: int, epoch: int) -> _Lane:
-        runs = self._dealt(epoch)[lane :: self._config.lanes]
-        ends = np.cumsum(self._counts[runs])
-        last = np.arange(self._config.block, len(runs) + self._config.block, self._config.block)
-        return _Lane(runs, ends[np.minimum(last, len(runs)) - 1])
-
-    def _make_block(self, lane: int, epoch: int, block: int) -> np.ndarray:
+    def _make_block(self, lane: int, group: int, piece: int) -> np.ndarray:
         """Indices of a block's records in the order they are shown."""
-        runs = self._of_block(self._lane(lane, epoch), block)
-        parts = [np.arange(self._edges[run], self._edges[run + 1]) for run in runs]
+        parts = [self._units.indices(unit, piece) for unit in self.members(lane, group)]
         indices = np.concatenate(parts)
         if self._shuffle:
-            indices = self._rng(epoch, "block", lane, block).permutation(indices)
+            epoch, number = divmod(group, self._groups(lane))
+            indices = self._rng(epoch, "block", lane, number, piece).permutation(indices)
         return indices
 
-    def _of_block(self, lane: _Lane, block: int) -> np.ndarray:
-        return lane.runs[block * self._config.block : (block + 1) * self._config.block]
-
-    def _rng(self, epoch: int, purpose: str, lane: int = 0, block: int = 0) -> np.random.Generator:
+    def _rng(
+        self, epoch: int, purpose: str, lane: int = 0, number: int = 0, piece: int = 0
+    ) -> np.random.Generator:
         mark = hashlib.blake2b(f"stream {purpose}".encode(), digest_size=8).digest()
-        counter = [0, lane, block, int.from_bytes(mark, "little")]
+        # The generator counts in the low bits of the first word.
+        counter = [piece << 40, lane, number, int.from_bytes(mark, "little")]
         return np.random.Generator(np.random.Philox(key=[self._seed, epoch], counter=counter))
 
 
-class Runs:
-    """Runs of records in memory: read ahead by threads, let go when no step needs them."""
+class _Lane:
+    """What is known of a lane, in records: where its groups end, the edges of the blocks of a few of them, and
+    the (group, piece, begin, end) that was found last."""
 
-    def __init__(self, records: RandomAccess, edges: np.ndarray, steps: int):
-        """Args:
-        records: an opened source.
-        edges: of the runs, as in `Streamed`.
-        steps: how many steps' runs are kept at a time.
-        """
-        self._records, self._edges = records, edges
-        self._wanted: collections.deque[set[int]] = collections.deque(maxlen=steps)
-        self._held: dict[int, concurrent.futures.Future] = {}
-        self._closed = False
-        self._lock = threading.Lock()
-
-    def want(self, runs: set[int], executor: concurrent.futures.Executor | None = None) -> None:
-        """Says which runs the next step needs, and begins to read them."""
-        with self._lock:
-            self._wanted.append(runs)
-            kept = set().union(*self._wanted)
-            for run in [run for run in self._held if run not in kept]:
-                self._held.pop(run).cancel()
-        if executor is not None:
-            for run in sorted(runs):
-                self._future(run, executor)
-
-    def close(self, executor: concurrent.futures.Executor) -> None:
-        """Ends the reading ahead: what is being read is finished, the rest is given up."""
-        self._closed = True
-        executor.shutdown(wait=True)
-        self._closed = False
-        self._wanted.clear()
-        self._held.clear()
-
-    def __getitem__(self, index: int) -> Record:
-        """A record.
-
-        Raises:
-          UnreadableRecord: it cannot be used.
-        """
-        run = int(np.searchsorted(self._edges, index, side="right")) - 1
-        found = self._future(run, None).result()[index - int(self._edges[run])]
-        if isinstance(found, UnreadableRecord):
-            raise found
-        return found
-
-    def _future(
-        self, run: int, executor: concurrent.futures.Executor | None
-    ) -> concurrent.futures.Future:
-        with self._lock:
-            future = self._held.get(run)
-            if future is not None:
-                return future
-            future = self._held[run] = concurrent.futures.Future()
-        if executor is None:
-            self._read(run, future)
-        else:
-            executor.submit(self._read, run, future)
-        return future
-
-    def _read(self, run: int, future: concurrent.futures.Future) -> None:
-        if not future.set_running_or_notify_cancel():
-            return
-        first, stop = int(self._edges[run]), int(self._edges[run + 1])
-        try:
-            if self._closed:
-                raise RuntimeError("the reading of runs has ended")
-            future.set_result(read_run(self._records, first, stop))
-        except BaseException as error:
-            future.set_exception(error)
-
-
-def edges_of(records: RandomAccess, size: int) -> np.ndarray:
-    """Where runs of at most `size` neighboring records begin and end, int64 [runs + 1]."""
-    own = getattr(records, "runs", None)
-    if callable(own):
-        return np.asarray(own(size), np.int64)
-    return np.append(np.arange(0, len(records), size, dtype=np.int64), len(records))
-
-
-def read_run(records: RandomAccess, first: int, stop: int) -> Sequence[Record | UnreadableRecord]:
-    """The records from `first` to `stop`, and in the place of any that cannot be used, why not."""
-    own = getattr(records, "read_run", None)
-    if callable(own):
-        try:
-            return retried(functools.partial(own, first, stop), f"records {first:,} to {stop:,}")
-        except Unreachable as failure:
-            return [failure] * (stop - first)
-    return [_one(records, index) for index in range(first, stop)]
-
-
-def _one(records: RandomAccess, index: int) -> Record | UnreadableRecord:
-    try:
-        return retried(functools.partial(records.__getitem__, index), f"record {index}")
-    except UnreadableRecord as failure:
-        return failure
-
-
-def edges_within(starts: Iterable[int], end: int, size: int) -> np.ndarray:
-    """Edges of runs of at most `size` records that do not reach across any of `starts`."""
-    pieces = []
-    bounds = [*starts, end]
-    for first, stop in itertools.pairwise(bounds):
-        pieces.append(np.arange(first, stop, size, dtype=np.int64))
-    return np.append(np.concatenate(pieces) if pieces else np.zeros(0, np.int64), end)
+    def __init__(self) -> None:
+        self.ends: list[int] = []
+        self.blocks: dict[int, list[int]] = {}
+        self.found = (0, 0, 0, 0)
+        self.lock = threading.RLock()

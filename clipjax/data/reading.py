@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import logging
 import os
 import threading
@@ -28,6 +29,8 @@ PAUSES = (0.1, 0.5, 2.0)
 FINAL = (PermissionError, IsADirectoryError, NotADirectoryError)
 """Errors that another attempt would not mend."""
 
+CONNECT_SECONDS, SILENT_SECONDS = 10, 30
+"""How long a server may take to answer at all, and between two parts of an answer."""
 SCAN_BLOCK = 1 << 22
 """Bytes that are fetched at once where a file at an address is read from end to end."""
 
@@ -36,6 +39,13 @@ T = TypeVar("T")
 
 class Unreachable(UnreadableRecord):
     """A record that could not be read because reading failed, not because of what it holds."""
+
+
+class ShortRead(OSError):
+    """An answer that ends before the bytes that were asked for."""
+
+    def __init__(self, missing: int):
+        super().__init__(f"the last {missing:,} bytes did not come")
 
 
 def retried(read: Callable[[], T], name: str) -> T:
@@ -76,10 +86,38 @@ def store(address: str) -> tuple[Any, str]:
     """
     import fsspec
 
+    scheme = address.split("://")[0].lower()
     try:
-        return fsspec.core.url_to_fs(address)
+        return fsspec.core.url_to_fs(address, **_patience(scheme))
     except (ImportError, ValueError) as error:
-        raise ClipjaxError(f"{address!r} cannot be opened ({error})") from error
+        extra = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "http": "http", "https": "http"}.get(scheme)
+        raise ClipjaxError(
+            f"{address!r} cannot be opened ({error})"
+            + (f": pip install 'clipjax[{extra}]'" if extra and _lacking(error) else "")
+        ) from error
+
+
+def _lacking(error: Exception) -> bool:
+    return isinstance(error, ImportError) or isinstance(error.__cause__, ImportError)
+
+
+def _patience(scheme: str) -> dict[str, Any]:
+    """What tells the client of a store how long to wait for a server that is silent."""
+    if scheme == "s3":
+        return {
+            "config_kwargs": {"connect_timeout": CONNECT_SECONDS, "read_timeout": SILENT_SECONDS}
+        }
+    if scheme in ("http", "https"):
+        import aiohttp
+
+        return {
+            "client_kwargs": {
+                "timeout": aiohttp.ClientTimeout(
+                    total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS
+                )
+            }
+        }
+    return {}  # gcsfs has time-outs of its own
 
 
 @contextlib.contextmanager
@@ -90,6 +128,8 @@ def as_os_errors(address: str) -> Iterator[None]:
     except (OSError, ValueError, ClipjaxError):
         raise
     except Exception as error:  # each client has errors of its own
+        if getattr(error, "status", None) in (401, 403):  # of aiohttp
+            raise PermissionError(errno.EACCES, "the server refuses it", address) from error
         raise OSError(f"{address}: {type(error).__name__}: {error}") from error
 
 
@@ -106,44 +146,87 @@ def state_of(path: str) -> FileState:
     Raises:
       ClipjaxError: it is not there, or cannot be asked.
     """
-    try:
-        if not is_address(path):
-            stat = os.stat(path)
-            return FileState(stat.st_size, stat.st_mtime_ns)
-        fs, inner = store(path)
-        with as_os_errors(path):
-            facts = fs.info(inner)
+
+    def ask() -> FileState:
+        try:
+            if not is_address(path):
+                stat = os.stat(path)
+                return FileState(stat.st_size, stat.st_mtime_ns)
+            fs, inner = store(path)
+            with as_os_errors(path):
+                facts = fs.info(inner)
+        except FileNotFoundError as error:
+            raise ClipjaxError(f"there is no file {path!r}") from error
         names = ("ETag", "etag", "md5Hash", "LastModified", "updated", "mtime", "created")
         marks = [str(facts[name]) for name in names if facts.get(name)]
+        if facts.get("size") is None:
+            raise ClipjaxError(f"{path}: the server does not say how long it is")
         return FileState(int(facts["size"]), marks[0] if marks else "")
-    except FileNotFoundError as error:
-        raise ClipjaxError(f"there is no file {path!r}") from error
-    except (OSError, KeyError, TypeError) as error:
-        raise ClipjaxError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+
+    return retried(ask, path)
 
 
-@contextlib.contextmanager
-def reader(path: str) -> Iterator[Callable[[int, int], bytes]]:
-    """`read(offset, size)` of a file, for going through it from end to end; fewer bytes at its end.
+def read_whole(path: str) -> bytes | None:
+    """All of a small file on disk or at an address; None where there is none.
 
     Raises:
-      OSError: it cannot be opened or read.
+      UnreadableRecord: it cannot be read.
     """
-    if not is_address(path):
-        with open(path, "rb", buffering=0) as file:
-            yield lambda at, n: os.pread(file.fileno(), n, at)
-        return
-    fs, inner = store(path)
-    with as_os_errors(path):
-        opened = fs.open(inner, "rb", block_size=SCAN_BLOCK)
-    with opened:
 
-        def read(at: int, n: int) -> bytes:
+    def read() -> bytes | None:
+        try:
+            if not is_address(path):
+                with open(path, "rb") as file:
+                    return file.read()
+            fs, inner = store(path)
             with as_os_errors(path):
-                opened.seek(at)
-                return opened.read(n)
+                return fs.cat_file(inner)
+        except (
+            FileNotFoundError,
+            PermissionError,
+        ):  # S3 says the latter where it may not be listed
+            return None
 
-        yield read
+    return retried(read, path)
+
+
+class Window:
+    """A file read from end to end: `window(offset, size)`, of which the next part is fetched ahead.
+
+    Fewer bytes come at the file's end. Not for several threads.
+    """
+
+    def __init__(self, files: Files, path: str, length: int, ahead: int, first: int = 0):
+        """Args:
+        files: what reads.
+        path: the file.
+        length: its bytes (`state_of`).
+        ahead: bytes that are fetched at once, at least.
+        first: the same, of the first time.
+        """
+        self._files, self._path, self._length = files, path, length
+        self._ahead, self._next = ahead, first or ahead
+        self._begin, self._held = 0, memoryview(b"")
+
+    def __call__(self, offset: int, size: int) -> bytes:
+        """Some bytes.
+
+        Raises:
+          UnreadableRecord: they cannot be read, or are more than a record may have.
+        """
+        size = min(size, self._length - offset)
+        if size > MAX_BYTES:
+            raise UnreadableRecord(
+                f"{os.path.basename(self._path)}: {size:,} bytes at byte {offset:,}, above {MAX_BYTES:,}"
+            )
+        at = offset - self._begin
+        if not 0 <= at <= at + size <= len(self._held):
+            wanted = min(max(size, self._next), self._length - offset)
+            self._next = self._ahead
+            name = f"{os.path.basename(self._path)}: from byte {offset:,} on"
+            self._held = memoryview(self._files.read(self._path, offset, wanted, name))
+            self._begin, at = offset, 0
+        return bytes(self._held[at : at + size])
 
 
 def read_file(path: str | os.PathLike[str], name: str) -> bytes:
@@ -186,7 +269,14 @@ class Files:
         def fetch() -> bytes:
             fs, inner = store(path)
             with as_os_errors(path):
-                return fs.cat_file(inner, start=offset, end=offset + size)
+                found = fs.cat_file(inner, start=offset, end=offset + size)
+            if len(found) > size:  # a server that knows no ranges sends all
+                return found[offset : offset + size]
+            if (
+                len(found) < size
+            ):  # a connection that was cut: each client tells in its own way, or not
+                raise ShortRead(size - len(found))
+            return found
 
         def attempt() -> bytes:
             file = self._take(path)

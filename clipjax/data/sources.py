@@ -14,8 +14,8 @@ decoding, augmentation and batching belong to the loader, so a source of one's o
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NotRequired, Protocol, TypedDict
 
@@ -78,6 +78,71 @@ class Source(Component):
           ClipjaxError: it is not there, or is not what the fields say.
         """
         raise NotImplementedError
+
+    def listed(self, least: int) -> list[str] | None:
+        """The files that `Data.stream` deals, in order, if it is to deal files; nothing of them is read.
+
+        Args:
+          least: the lanes of the stream: fewer files cannot be dealt to them.
+
+        Returns:
+          None: it deals runs of the opened source's records.
+        """
+        return None
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether `open_shard` wants a path on disk, also of a file at an address."""
+        return False
+
+    def open_shard(self, file: Place) -> Shard:
+        """Opens one of `listed`, to be read from end to end.
+
+        Raises:
+          ClipjaxError: it is not there, or is not what the fields say.
+        """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A file of a stream, and how its records are counted."""
+
+    path: str
+    """Where it is read from: on disk, or an address."""
+    run: int
+    """Records of a piece, where the file does not say otherwise."""
+    number: Callable[[int], int]
+    """The index in the stream of the file's n-th record, from 0."""
+    total: int | None = None
+    """How many records it has, where that is known beforehand."""
+
+    @property
+    def name(self) -> str:
+        """For messages and keys."""
+        return os.path.basename(self.path)
+
+
+class Shard(Protocol):
+    """An opened file of a stream, in pieces of neighboring records. Called from one thread at a time."""
+
+    edges: list[int]
+    """Where the pieces begin that are known by now, and where the last of them ends, in records; [0] at first."""
+    whole: bool
+    """Whether these are all."""
+    failed: bool
+    """Whether it could not be read to its end."""
+
+    def read(self, piece: int) -> list[Record | UnreadableRecord]:
+        """The records of a piece, and in the place of those that cannot be used, why not; then `edges` has it.
+
+        Nothing after the last, and then `whole` is True.
+        """
+        ...
+
+    def count(self) -> int:
+        """How many records there are; then `whole` is True."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,57 +238,6 @@ class _OpenTfds:
             if code == language
         ]
         return tuple(t for t, _ in pairs), tuple(c for _, c in pairs)
-
-
-@dataclasses.dataclass(frozen=True)
-class Mixture(Source):
-    """Several sources as one, in given proportions.
-
-    One epoch shows every record of every source at least once; a source that the weights favor is
-    repeated within the epoch. Ids stay distinct across sources.
-    """
-
-    sources: tuple[Source, ...]
-    """What to mix."""
-    weights: tuple[float, ...] = ()
-    """Share of each source, in any unit; () is in proportion to their sizes."""
-
-    def __post_init__(self):
-        if not self.sources:
-            raise ClipjaxError("Mixture: sources is empty; name at least one")
-        if self.weights and len(self.weights) != len(self.sources):
-            raise ClipjaxError(
-                f"Mixture: {len(self.weights)} weights for {len(self.sources)} sources; "
-                "give one each"
-            )
-        if any(not w > 0 for w in self.weights):
-            raise ClipjaxError(f"Mixture: weights={self.weights} must all be > 0")
-
-    def open(self) -> RandomAccess:
-        opened = [source.open() for source in self.sources]
-        for source, records in zip(self.sources, opened, strict=True):
-            if len(records) == 0:
-                raise ClipjaxError(f"Mixture: {source} has no records")
-        return _OpenMixture(opened, self.weights or tuple(float(len(o)) for o in opened))
-
-
-class _OpenMixture:
-    def __init__(self, opened: list[RandomAccess], weights: tuple[float, ...]):
-        self._opened = opened
-        # The shortest epoch that truncates no source. Rounded before the ceiling, so that a ratio
-        # such as 3 / (1/3) does not gain a record from float error.
-        scale = max(len(o) / w for o, w in zip(opened, weights, strict=True))
-        self._ends = np.cumsum([math.ceil(round(scale * w, 6)) for w in weights])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, index: int) -> Record:
-        which = int(np.searchsorted(self._ends, index, side="right"))
-        start = int(self._ends[which - 1]) if which else 0
-        records = self._opened[which]
-        record = records[(index - start) % len(records)]
-        return record | {"id": record["id"] * len(self._opened) + which}  # type: ignore[return-value]
 
 
 def default_data_dir() -> Path:

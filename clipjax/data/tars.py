@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import struct
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipjax.data.reading import is_address, reader, state_of
+from clipjax.data.reading import SCAN_BLOCK, Files, Window, is_address, state_of
 from clipjax.errors import ClipjaxError
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,9 @@ DAMAGED = -1
 SCANNERS = 16  # threads: on a network's disk a scan waits more than it computes
 MAX_PADDING = 1 << 20
 """Bytes of zeros at a tar's end, at most; usual are up to 10,240."""
+HOP = 1 << 15
+"""Bytes of a tar on disk that are read at once to find its headers."""
+_PLAIN = struct.Struct("100s24x12s12x8s189x155s12x")
 _DATALESS = b"123456"  # links, devices, folders, pipes: whatever their header says of a size
 
 
@@ -69,7 +73,7 @@ def stem_and_extension(name: str) -> tuple[str, str] | None:
 
 
 def members(
-    read: Callable[[int, int], bytes], length: int, path: str, whole: bool
+    read: Callable[[int, int], bytes], length: int, path: str, whole: bool, begin: int = 0
 ) -> Iterator[Member]:
     """The regular files of a tar, or of a run of its blocks that begins with a header.
 
@@ -78,16 +82,17 @@ def members(
       length: bytes there are.
       path: the tar's name, for errors.
       whole: whether the tar's end mark must follow, and nothing after that.
+      begin: byte of the first header.
 
     Raises:
       Damaged: a header is not one, or says what cannot be.
     """
-    offset, first, name, size_of = 0, 0, "", None
+    offset, first, name, size_of = begin, begin, "", None
     sparse = False
     while offset < length:
         block = read(offset, BLOCK)
         try:
-            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            header = _header(block)
         except tarfile.HeaderError as error:
             if not block.strip(b"\0") and len(block) == BLOCK:
                 if whole:
@@ -97,7 +102,7 @@ def members(
                 raise ClipjaxError(f"{path!r} is not an uncompressed tar file ({error})") from error
             what = "is cut short" if len(block) < BLOCK else "is damaged"
             raise Damaged(f"the tar {path!r} {what} at byte {offset:,} ({error})") from error
-        kind = header.type
+        kind = header.kind
         size = header.size if size_of is None else size_of
         if size < 0:  # the next header would lie before this one, for ever
             raise Damaged(f"the tar {path!r} gives {header.name!r} a negative size")
@@ -131,6 +136,29 @@ def members(
         raise Damaged(
             f"the tar {path!r} has no end mark: it seems to be cut short at byte {length:,}"
         )
+
+
+class _Header(NamedTuple):
+    name: str
+    kind: bytes
+    size: int
+
+
+def _header(block: bytes) -> _Header:
+    """What a header says: of a plain file at once, of all others as `tarfile` reads them."""
+    if len(block) == BLOCK and block[257:263] == b"ustar\0" and block[156] in b"0\0":
+        name, size, mark, prefix = _PLAIN.unpack(block)
+        try:
+            if int(mark[:6], 8) == sum(block) - sum(mark) + 256 and not prefix[:1].strip(b"\0"):
+                return _Header(
+                    name.split(b"\0", 1)[0].decode("utf-8", "surrogateescape"),
+                    b"0",
+                    int(size.rstrip(b"\0 "), 8),
+                )
+        except ValueError:
+            pass
+    found = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    return _Header(found.name, found.type, found.size)
 
 
 def _check_end(read: Callable[[int, int], bytes], offset: int, length: int, path: str) -> None:
@@ -175,11 +203,9 @@ def scan(path: str, image_keys: tuple[str, ...]) -> tuple[Places, int]:
       Damaged: it is not whole.
       ClipjaxError: it cannot be read, is no tar, or the members of a sample do not follow each other.
     """
-    try:
-        with reader(path) as read:
-            return _scan(read, path, state_of(path).size, image_keys)
-    except OSError as error:
-        raise ClipjaxError(f"{path}: {error.strerror or error}") from error
+    length = state_of(path).size
+    window = Window(Files(), path, length, SCAN_BLOCK if is_address(path) else HOP)
+    return _scan(window, path, length, image_keys)
 
 
 def _scan(
@@ -387,13 +413,13 @@ def _load(file: Path) -> _Kept | None:
             offset = -(-(len(MAGIC) + 8 + size) // 8) * 8
             if os.fstat(opened.fileno()).st_size != offset + 12 * total:
                 raise ValueError("it has another length than it says")
-        if not total:
-            places = Places(np.zeros(0, np.uint64), np.zeros(0, np.uint32))
-        else:
-            places = Places(
-                np.memmap(file, "<u8", "r", offset, (total,)),
-                np.memmap(file, "<u4", "r", offset + 8 * total, (total,)),
-            )
+            if not total:
+                places = Places(np.zeros(0, np.uint64), np.zeros(0, np.uint32))
+            else:  # of the file that was looked at: another may have its name by now
+                places = Places(
+                    np.memmap(opened, "<u8", "r", offset, (total,)),
+                    np.memmap(opened, "<u4", "r", offset + 8 * total, (total,)),
+                )
         return _Kept(facts["tars"], facts["counts"], facts["without"], places)
     except FileNotFoundError:
         return None

@@ -14,18 +14,45 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from clipjax.data.captions import as_texts, at_path, encodable
-from clipjax.data.order import edges_within
-from clipjax.data.reading import MAX_BYTES, Files, as_os_errors, is_address, store
-from clipjax.data.sources import RandomAccess, Record, Source, UnreadableRecord
-from clipjax.data.tars import Index, index_tars, kept_file, members, stem_and_extension
+from clipjax.data.pieces import attempt, edges_within
+from clipjax.data.reading import (
+    MAX_BYTES,
+    SCAN_BLOCK,
+    Files,
+    Unreachable,
+    Window,
+    as_os_errors,
+    is_address,
+    state_of,
+    store,
+)
+from clipjax.data.shards import Sequential
+from clipjax.data.sources import (
+    Place,
+    RandomAccess,
+    Record,
+    Shard,
+    Source,
+    UnreadableRecord,
+)
+from clipjax.data.tars import (
+    HOP,
+    Damaged,
+    Index,
+    Member,
+    index_tars,
+    kept_file,
+    members,
+    stem_and_extension,
+)
 from clipjax.errors import ClipjaxError
 
 logger = logging.getLogger(__name__)
@@ -56,9 +83,10 @@ class WebDataset(Source):
     label_key: str | None = None
     """Extension of the file that holds the class index, usually "cls"."""
     index_dir: str | None = None
-    """Folder to keep the tars' tables of contents in; default: they are not kept."""
+    """Folder to keep the tars' tables of contents in; default: they are not kept, and a stream makes none."""
     damaged: Literal["refuse", "skip"] = "refuse"
-    """What happens to a tar that is damaged or not whole: the run is refused, or the tar left out."""
+    """What happens to a tar that is damaged or not whole: the run is refused, or the tar left out. A stream
+    without index_dir shows what comes before the damage, and skips the rest as one record."""
 
     def __post_init__(self):
         if self.languages and len(self.languages) != len(self.caption_keys):
@@ -73,6 +101,22 @@ class WebDataset(Source):
 
     def open(self) -> RandomAccess:
         return _OpenTars(self, self.index())
+
+    def listed(self, least: int) -> list[str] | None:
+        """The tars, unless an index of theirs is kept, or they are fewer than `least`."""
+        if self.index_dir is not None:
+            return None
+        paths = self._paths()
+        return paths if len(paths) >= least else None
+
+    def open_shard(self, file: Place) -> Shard:
+        return _TarShard(self, file)
+
+    def _paths(self) -> list[str]:
+        paths = expand(self.shards)
+        if not paths:
+            raise ClipjaxError(f"WebDataset: no file matches shards={self.shards!r}")
+        return paths
 
     def index_file(self) -> Path | None:
         """The file in `index_dir` that keeps where the samples are."""
@@ -89,9 +133,7 @@ class WebDataset(Source):
         Raises:
           ClipjaxError: a tar is not there, or cannot be used.
         """
-        paths = expand(self.shards)
-        if not paths:
-            raise ClipjaxError(f"WebDataset: no file matches shards={self.shards!r}")
+        paths = self._paths()
         skip = self.damaged == "skip"
         index = index_tars(paths, self.image_keys, self.index_file(), skip, executor)
         if not len(index):
@@ -107,7 +149,7 @@ class WebDataset(Source):
 class _OpenTars:
     def __init__(self, config: WebDataset, index: Index):
         self._config, self._index, self._files = config, index, Files()
-        self._warned = False
+        self._maker = _Maker(config)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -135,7 +177,7 @@ class _OpenTars:
             while after < stop and self._end(after) - begin <= READ_BYTES:
                 after += 1
             if self._end(after - 1) - begin > MAX_BYTES:
-                found.append(_attempt(self, first))
+                found.append(attempt(self, first))
             else:
                 found += self._read_together(first, after, path, begin)
             first = after
@@ -149,7 +191,7 @@ class _OpenTars:
         try:
             content = self._files.read(path, begin, self._end(stop - 1) - begin, name)
         except UnreadableRecord:  # one by one: what can be read of them counts
-            return [_attempt(self, index) for index in range(first, stop)]
+            return [attempt(self, index) for index in range(first, stop)]
         found: list[Record | UnreadableRecord] = []
         for index in range(first, stop):
             offset = self._index[index][1] - begin
@@ -165,7 +207,7 @@ class _OpenTars:
 
     def _parsed(self, index: int, path: str, content: bytes) -> Record:
         stem, files = _files(lambda at, n: content[at : at + n], len(content), path)
-        return self._record(index, f"{os.path.basename(path)}:{stem}", files)
+        return self._maker.record(index, f"{os.path.basename(path)}:{stem}", files)
 
     def facts(self, index: int) -> Record:
         """The record without its picture, of which nothing is read."""
@@ -177,9 +219,21 @@ class _OpenTars:
             path,
             self._config.image_keys,
         )
-        return self._record(index, f"{os.path.basename(path)}:{stem}", files)
+        return self._maker.record(index, f"{os.path.basename(path)}:{stem}", files)
 
-    def _record(self, index: int, key: str, files: dict[str, bytes]) -> Record:
+
+class _Maker:
+    """Makes records of the files of samples."""
+
+    def __init__(self, config: WebDataset):
+        self._config, self._warned = config, False
+
+    def record(self, index: int, key: str, files: dict[str, bytes]) -> Record:
+        """The record of a sample's files, by their extensions.
+
+        Raises:
+          UnreadableRecord: it has no picture, or a file of it does not parse.
+        """
         config = self._config
         image = next((files[e] for e in config.image_keys if e in files), None)
         if image is None:
@@ -210,11 +264,88 @@ class _OpenTars:
         return others | record  # type: ignore[return-value]
 
 
-def _attempt(records: RandomAccess, index: int) -> Record | UnreadableRecord:
-    try:
-        return records[index]
-    except UnreadableRecord as failure:
-        return failure
+class _TarShard(Sequential):
+    """The samples of one tar, one after another, without knowing where they are."""
+
+    def __init__(self, config: WebDataset, place: Place):
+        super().__init__(place)
+        self._config, self._maker, self._files = config, _Maker(config), Files()
+        self._length = state_of(place.path).size
+        self._without = 0
+        self._expected = SCAN_BLOCK  # bytes of a piece: no more is fetched than will be used
+
+    def take(self, offset: int, first: int, keep: bool) -> tuple[list[Any], int | None]:
+        found: list[Any] = []
+        path = self.place.path
+        ahead = SCAN_BLOCK // 4 if is_address(path) else HOP
+        # What the piece before it took, and a little: then one request will mostly do.
+        window = Window(self._files, path, self._length, ahead, self._expected if keep else ahead)
+        seen: set[str] = set()
+        try:
+            for stem, held in self._samples(window, offset):
+                if len(found) == self.place.run:
+                    begin = next(iter(held.values()))[0].start
+                    self._expected = (begin - offset) * 17 // 16 + HOP
+                    return found, begin
+                if not any(extension in self._config.image_keys for extension in held):
+                    self._without += 1
+                    continue
+                if keep:
+                    twice = stem in seen
+                    found.append(self._record(window, stem, held, first + len(found), twice))
+                else:
+                    found.append(stem)
+                seen.add(stem)
+        except ClipjaxError as error:
+            self.failed = True
+            return [*found, self.lost(error, first + len(found))], None
+        if self._without:
+            logger.warning("%s: %d samples have no picture", path, self._without)
+        return found, None
+
+    def _samples(
+        self, window: Window, offset: int
+    ) -> Iterator[tuple[str, dict[str, list[Member]]]]:
+        """The samples of the tar from a byte on: their stems, and their files by extension."""
+        stem, held = "", dict[str, list[Member]]()
+        for member in members(window, self._length, self.place.path, whole=True, begin=offset):
+            if member.data + member.size > self._length:
+                raise Damaged(f"the tar {self.place.path!r} is cut short in {member.name!r}")
+            parts = stem_and_extension(member.name)
+            if parts is None or member.name.startswith("/") or ".." in member.name.split("/"):
+                continue
+            if held and parts[0] != stem:
+                yield stem, held
+                held = {}
+            stem = parts[0]
+            held.setdefault(parts[1], []).append(member)
+        if held:
+            yield stem, held
+
+    def _record(
+        self, window: Window, stem: str, held: dict[str, list[Member]], place: int, twice: bool
+    ) -> Record | UnreadableRecord:
+        key = f"{self.place.name}:{stem.encode(errors='surrogateescape').decode(errors='replace')}"
+        try:
+            if twice:
+                raise UnreadableRecord(
+                    f"{key}: its files do not follow each other; pack the tar again with its names in order "
+                    "(tar --sort=name)"
+                )
+            for extension, found in held.items():
+                if len(found) > 1:
+                    raise UnreadableRecord(f"{key}: the file .{extension} is there more than once")
+            size = sum(found.size for (found,) in held.values())
+            if size > MAX_BYTES:
+                raise UnreadableRecord(f"{key} has {size:,} bytes, above {MAX_BYTES:,}")
+            files = {
+                extension: window(found.data, found.size) for extension, (found,) in held.items()
+            }
+            return self._maker.record(self.place.number(place), key, files)
+        except Unreachable:
+            raise
+        except UnreadableRecord as failure:
+            return failure
 
 
 def expand(pattern: str) -> list[str]:

@@ -54,7 +54,7 @@ class Setting:
     """What a run is, for an objective that keeps state.
 
     Attributes:
-      examples: records in the data set.
+      examples: records in the data set; 0 where nobody knows, in a stream of files.
       batch_size: rows of the global batch.
       width: `width("image")` is the number of dimensions of that row of the model's output.
     """

@@ -82,6 +82,11 @@ class Table(Component):
 
     def init(self, setting: Setting, **begin: float | tuple[float, int]) -> State:
         """One column for each name, of the value to begin with; (value, width) for vectors."""
+        if not setting.examples:
+            raise ClipjaxError(
+                f"{type(self).__name__} keeps something of every example, and it is not known how many records the "
+                "stream has: let `clipjax data sizes` count them into a sizes.json beside the files"
+            )
         length = -(-setting.examples // TABLE_MULTIPLE) * TABLE_MULTIPLE
 
         def column(value, *width):

@@ -16,14 +16,28 @@ class Scale:
 
     batch_size: int
     """Global batch, in examples."""
-    num_examples: int
-    """Examples in one epoch."""
+    num_examples: int | None
+    """Examples in one epoch; None where nobody knows before they are read."""
     shift: int = 0
     """Examples seen beyond `step * batch_size`: not 0 once the batch size has changed on the way."""
 
     def examples(self, step: int) -> int:
         """Examples seen after so many finished steps."""
         return step * self.batch_size + self.shift
+
+    @property
+    def epoch(self) -> int:
+        """Examples in one epoch.
+
+        Raises:
+          ClipjaxError: nobody knows.
+        """
+        if self.num_examples is None:
+            raise ClipjaxError(
+                "an epoch is asked for, and it is not known how many records the stream has: say it in steps "
+                "or examples, or let `clipjax data sizes` count them into a sizes.json beside the files"
+            )
+        return self.num_examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +72,9 @@ class Duration(Component):
         return math.floor((self._examples(scale) - scale.shift) / scale.batch_size + 0.5)
 
     def _examples(self, scale: Scale) -> float:
-        one = {"examples": 1, "epochs": scale.num_examples, "steps": scale.batch_size}
-        return self.amount * one[self.unit]
+        if self.unit == "epochs":
+            return self.amount * scale.epoch
+        return self.amount * (scale.batch_size if self.unit == "steps" else 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +124,7 @@ class Every(Component):
             return False
         if scale is None:
             raise ValueError(f"Every: {self.unit} cannot be counted without a scale")
-        each = self.amount * (scale.num_examples if self.unit == "epochs" else 1)
+        each = self.amount * (scale.epoch if self.unit == "epochs" else 1)
         # A step that crosses a multiple, not one that meets it: batches need not divide it.
         return scale.examples(step) // each > scale.examples(step - 1) // each
 

@@ -316,7 +316,7 @@ def check_data(saved: Meta, now: Meta, workdir: Path, new_data: bool) -> None:
     Raises:
       ClipjaxError: their number or their fingerprint is another, and nobody said that this is meant.
     """
-    if saved.num_examples is None or now.num_examples == saved.num_examples:
+    if None in (saved.num_examples, now.num_examples) or now.num_examples == saved.num_examples:
         same = None in (saved.fingerprint, now.fingerprint) or saved.fingerprint == now.fingerprint
         if same:
             return

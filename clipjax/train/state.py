@@ -147,7 +147,7 @@ class Blueprint:
                 objective_state=_objective_state(
                     objective,
                     Setting(
-                        scale.num_examples,
+                        scale.num_examples or 0,
                         scale.batch_size,
                         lambda name: _width(merge(graphdef, params, model_state), inputs, name),
                     ),

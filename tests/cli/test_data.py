@@ -1,6 +1,7 @@
 """`clipjax data index`: made by processes beforehand, and used by the run."""
 
 import io
+import json
 import tarfile
 
 from PIL import Image
@@ -32,6 +33,23 @@ def test_an_index_made_beforehand(run, tmp_path, monkeypatch):
     monkeypatch.setattr(tars, "scan", lambda *a: 1 / 0)
     opened = source.open()
     assert [opened[i]["key"] for i in (0, 17, 29)] == ["0.tar:0", "1.tar:17", "2.tar:29"]
+
+
+def test_the_sizes_of_files(run, tmp_path):
+    for number, count in enumerate((3, 5)):
+        write(tmp_path / f"{number}.tar", range(10 * number, 10 * number + count))
+    (tmp_path / "1_stats.json").write_text('{"successes": 4}')  # believed
+    code, printed, err = run("data", "sizes", str(tmp_path / "*.tar"))
+    assert code == 0 and "7 records in 2 files" in err
+    assert printed.strip() == str(tmp_path / "sizes.json")
+    assert json.loads((tmp_path / "sizes.json").read_text()) == {"0.tar": 3, "1.tar": 4}
+    code, printed, err = run("data", "sizes", str(tmp_path / "*.zip"))
+    assert code == 2 and "is of none of .tar" in err
+    (tmp_path / "1_stats.json").unlink()
+    (tmp_path / "sizes.json").unlink()
+    write(tmp_path / "1.tar", range(3), end=4000)
+    code, printed, err = run("data", "sizes", str(tmp_path / "*.tar"))
+    assert code == 2 and "1 of 2 files cannot be counted" in err
 
 
 def test_damaged_tars_and_bad_commands_are_named(run, tmp_path, caplog):

@@ -1,5 +1,6 @@
 """Tars and Parquet files at an address, and a store that fails at times."""
 
+import dataclasses
 import io
 import itertools
 import tarfile
@@ -66,21 +67,24 @@ def address(monkeypatch):
     fs.rm("/bucket", recursive=True)
 
 
-def batches(source, steps=15, **changes):
+def batches(source, steps=15, faults=None, **changes):
     given = {"image_size": 8, "batch_size": 8, "num_threads": 1, "max_error_rate": 1.0}
     config = Data(source, fields=(Image(),), **(given | changes))
     loader = config.build(BPE(300).build(["x"]), 0)
+    Faulty.faults = faults or Faulty.faults
     return loader, [loader.batch(step) for step in range(steps)]
 
 
 @pytest.mark.parametrize("stream", [None, Stream(lanes=2, run=5, block=2)])
 @pytest.mark.parametrize("name", ["{0..2}.tar", "*.tar", "t.parquet"])
-def test_what_is_at_an_address_is_read_as_on_disk(address, name, stream):
+def test_what_is_at_an_address_is_read_as_on_disk(address, name, stream, tmp_path):
     source = found_source(f"{address}/{name}", captions=True)
     assert isinstance(source, Parquet if name == "t.parquet" else WebDataset)
     opened = source.open()
     assert len(opened) == 60 and opened[33]["captions"] == ("33",)
     assert opened.facts(59)["captions"] == ("59",)
+    if stream and isinstance(source, WebDataset):
+        source = dataclasses.replace(source, index_dir=str(tmp_path))
     for rows in batches(source, 3, stream=stream)[1]:
         np.testing.assert_array_equal(rows["image"][:, 0, 0, 0], rows["sample"])
 
@@ -96,16 +100,16 @@ def faults(seed):
     rng = np.random.default_rng(seed)
     while True:
         kind = rng.random()
-        yield RuntimeError("503") if kind < 0.03 else 7 if kind < 0.05 else None
+        fault = RuntimeError("503") if kind < 0.03 else 7 if kind < 0.05 else None
+        yield from [fault] * 4 if fault is not None and rng.random() < 0.5 else [fault]
 
 
 def test_reads_that_fail_at_times_change_nothing_but_what_is_skipped(address):
     source = WebDataset(f"{address}/*.tar")
     _, good = batches(source)
-    Faulty.faults = faults(0)
-    loader, first = batches(source)
-    Faulty.faults = faults(0)
-    again, second = batches(source)
+    loader, first = batches(source, faults=faults(0))
+    Faulty.faults = itertools.repeat(None)
+    again, second = batches(source, faults=faults(0))
     assert loader.skipped == again.skipped == loader.unreachable > 0
     for a, b, c in zip(first, second, good, strict=True):
         np.testing.assert_array_equal(a["image"], b["image"])
@@ -117,9 +121,12 @@ def test_reads_that_fail_at_times_change_nothing_but_what_is_skipped(address):
 
 def test_a_store_that_is_down_ends_the_run_in_words(address):
     source = WebDataset(f"{address}/*.tar")
-    Faulty.faults = itertools.repeat(ConnectionError("refused"))
+    down = itertools.repeat(ConnectionError("refused"))
     with pytest.raises(ClipjaxError, match=r"100 records in a row .*failed 4 times \(refused\)"):
-        batches(source, 1)
+        batches(source, 1, down)
+    Faulty.faults = down
+    with pytest.raises(ClipjaxError, match=r"0\.tar.*failed 4 times \(refused\)"):
+        source.open()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from PIL import Image as Pillow
 
 from clipjax.component import from_json, to_json
 from clipjax.data import BPE, Array, Data, Image, Source, Stream, Text, UnreadableRecord, WebDataset
-from clipjax.data.order import Shuffled, Streamed, edges_of, edges_within
+from clipjax.data.order import Shuffled, Streamed
+from clipjax.data.pieces import RunsOf, edges_of, edges_within
 from clipjax.errors import ClipjaxError
 
 TOKENIZER = BPE(300).build(["number 7"])
@@ -30,7 +31,7 @@ def tars(folder, sizes, bad=()):
                     header.size = len(content)
                     tar.addfile(header, io.BytesIO(content))
                 i += 1
-    return WebDataset(str(folder / "*.tar"), label_key="cls")
+    return WebDataset(str(folder / "*.tar"), label_key="cls", index_dir=str(folder / "index"))
 
 
 FIELDS = (Image(), Array("label", dtype="int32"))
@@ -132,10 +133,10 @@ def test_runs_that_no_step_needs_are_let_go(tmp_path):
     most = 0
     for _ in range(100):
         next(batches)
-        most = max(most, len(loader._runs._held))
+        most = max(most, len(loader._stream.pieces._held))
     batches.close()
     assert most <= 4 * 2 * 3  # lanes, runs of a block, and at most three blocks at a time
-    assert not loader._runs._held
+    assert not loader._stream.pieces._held
 
 
 def test_runs_do_not_reach_across_files():
@@ -186,16 +187,16 @@ def test_refusals(tmp_path):
 
 def test_a_stream_goes_on_after_batches_of_another_size():
     """Four steps of 8, then two of 16: every record once an epoch, as if the size had never changed."""
-    stream, edges = Stream(lanes=4, run=4, block=2), np.arange(0, 65, 4)
-    small = Streamed(stream, edges, 8, 3, True)
+    stream, units = Stream(lanes=4, run=4, block=2), RunsOf(range(64), 4)
+    small = Streamed(stream, units, 8, 3, True, lambda key: [])
     seen = [small.at(position, 0)[0] for position in range(32)]
-    large = Streamed(stream, edges, 16, 3, True)
+    large = Streamed(stream, units, 16, 3, True, lambda key: [])
     shift = 32 - 4 * 16
     large.go_on(shift)
     for step in (4, 5):
         rows = [large.at(step * 16 + shift + row, 0)[0] for row in range(16)]
         wanted = large.runs(step, 0, 16)
-        assert {int(np.searchsorted(edges, index, side="right")) - 1 for index in rows} <= wanted
+        assert {units.find(index)[:2] for index in rows} <= wanted
         seen += rows
     assert sorted(seen) == list(range(64))
     with pytest.raises(ClipjaxError, match="change lanes back"):

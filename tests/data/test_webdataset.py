@@ -339,6 +339,31 @@ def test_the_index_takes_twelve_bytes_a_sample_and_is_mapped(tmp_path):
     assert isinstance(places.starts, np.memmap) and isinstance(places.blocks, np.memmap)
 
 
+def test_an_index_is_whole_or_absent_whoever_writes_it(tmp_path):
+    """Several write the same file, of different contents, while others read it."""
+    file = tmp_path / "a.tars"
+
+    def kept(n):
+        places = tars.Places(np.arange(n, dtype=np.uint64), np.full(n, n, np.uint32))
+        return tars._Kept([["a.tar", n, 0]], [n], [0], places)
+
+    def work(i):
+        for n in range(1 + i % 4, 2000, 97):
+            if i < 4:
+                tars._save(file, kept(n))
+            elif (found := tars._load(file)) is not None:
+                count = found.counts[0]
+                assert found.marks == [["a.tar", count, 0]]
+                assert (found.places.blocks == count).all() and len(found.places.starts) == count
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert [f.name for f in tmp_path.iterdir()] == ["a.tars"]  # and no scratch is left
+    with file.open("r+b") as opened:
+        opened.truncate(file.stat().st_size - 5)
+    assert tars._load(file) is None
+
+
 def test_a_tar_that_shrinks_is_a_record_skipped(shards, tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "PAUSES", ())
     opened = WebDataset(str(shards / "s-000.tar")).open()
