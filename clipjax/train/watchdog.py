@@ -23,6 +23,9 @@ from clipjax.errors import EXIT_STALLED
 FOLDER = "clipjax/alive/"
 ANSWER = 10.0
 """Seconds that the process where all meet has for an answer."""
+PARTING = 5.0
+"""Seconds that it stays after its own words: jax ends all others when it goes, before they have said theirs."""
+MEETING_PLACE = "process 0, where all meet, does not answer"
 
 
 class Watchdog:
@@ -81,6 +84,8 @@ class Watchdog:
                 flush=True,
             )
             faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
+        if _client() and jax.process_count() > 1 and jax.process_index() == 0:
+            time.sleep(PARTING)
         os._exit(EXIT_STALLED)
 
     def _publish(self) -> None:
@@ -100,7 +105,7 @@ class Watchdog:
         self._over.wait(2.5 * self._period)
         after = _ask(client)
         if before is None or after is None:
-            return "; process 0, where all meet, does not answer"
+            return "; " + MEETING_PLACE
         words = []
         for process in range(jax.process_count()):
             old, new = before.get(process), after.get(process)

@@ -70,6 +70,7 @@ def test_while_steps_run_the_first_signal_waits_and_the_second_does_not():
     ask_in_steps = functools.partial(ask, before="stop.wait_for_steps()")
     steps = "time.sleep(1); sys.stdout.write(f'{stop.number} ')"
     assert ask_in_steps(steps, signal.SIGTERM)[::2] == (0, "15 lived\n")
+    assert ask_in_steps(steps, signal.SIGHUP)[::2] == (0, "1 lived\n")
     code, _, out, _ = ask_in_steps(steps, signal.SIGTERM, signal.SIGTERM)
     assert (code, out) == (-signal.SIGTERM, "")
     evaluating = "with stop.at_once(): time.sleep(50)"
