@@ -287,8 +287,9 @@ class _Group:
         said = log.stat().st_size
         self._processes[index].send_signal(signal.SIGSTOP)
         others = [p for i, p in enumerate(self._processes) if i != index]
-        # Its own limit, then the time that it listens for signs of life and for answers (train/watchdog.py).
-        end = time.monotonic() + 60 * self._bench.stall_minutes * 1.5 + 2 * ANSWER + PARTING
+        # The limit, four times in an evaluation or save, and then what it takes to listen to the others
+        # (train/watchdog.py).
+        end = time.monotonic() + 60 * self._bench.stall_minutes * 4.5 + 2 * ANSWER + PARTING
         while any(p.poll() is None for p in others) and time.monotonic() < end:
             time.sleep(0.1)
         codes = [p.poll() for p in others]
@@ -298,8 +299,17 @@ class _Group:
         with log.open(errors="replace") as file:
             file.seek(said)
             words = file.read()
-        named = f"process {index} on {socket.gethostname()} is silent" if index else MEETING_PLACE
-        return codes == [EXIT_STALLED] * len(others) and words.count(named) == len(others)
+        silent = re.findall(r"process (\d+) on \S+ is silent", words)
+        if index:  # this one and no other, by each of the others
+            named = silent == [str(index)] * len(others)
+        else:
+            named = not silent and words.count(MEETING_PLACE) == len(others)
+        if not named or codes != [EXIT_STALLED] * len(others):
+            print(
+                f"process {index} was stopped: codes {codes}, silent {silent}:\n{words[-3000:]}",
+                file=sys.stderr,
+            )
+        return named and codes == [EXIT_STALLED] * len(others)
 
     def wait_for(self, condition: Any) -> None:
         """Until it holds, or one of the processes ends."""

@@ -51,7 +51,9 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self._limit is not None:
-            threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+            # Apart, since process 0 may not answer, and since all listen to each other when no step ends.
+            for name, work in (("watchdog", self._watch), ("signs of life", self._live)):
+                threading.Thread(target=work, daemon=True, name=name).start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -59,16 +61,15 @@ class Watchdog:
 
     def _watch(self) -> None:
         assert self._limit is not None
-        published, publisher = 0.0, threading.Thread()
         while not self._over.wait(min(self._period, 1.0, self._limit / 4)):
             now = time.monotonic()
-            if now - published >= self._period:
-                published = now
-                if not publisher.is_alive():  # else nobody answers
-                    publisher = threading.Thread(target=self._publish, daemon=True)
-                    publisher.start()
             if now - self._last > self._limit * self._patience:
                 self._end(now - self._last)
+
+    def _live(self) -> None:
+        self._publish()
+        while not self._over.wait(self._period):
+            self._publish()
 
     def _end(self, seconds: float) -> None:
         doing, last = self._doing, self._last

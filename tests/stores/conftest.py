@@ -160,12 +160,10 @@ class GoogleProxy(Proxy):
 
     def _name(self, query, body):
         """The quoted name of the object that an upload makes."""
-        names = query.get("name") or [
-            json.loads(line)["name"]  # the first part of a multipart upload
-            for line in body.splitlines()
-            if line.startswith(b"{")
-        ]
-        return urllib.parse.quote(names[0], safe="")
+        if "name" in query:
+            return urllib.parse.quote(query["name"][0], safe="")
+        facts = next(line for line in body.splitlines() if line.startswith(b"{"))  # the first part
+        return urllib.parse.quote(json.loads(facts)["name"], safe="")
 
     def _generation(self, name):
         status, _, content = self.ask("GET", f"/storage/v1/b/{BUCKET}/o/{name}")
