@@ -12,11 +12,12 @@ quickstart: $(VENV)/.installed-quickstart
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-# Files and strings through transformers and OpenCLIP, in an environment of its own.
+# Files and strings through transformers, OpenCLIP, CLIP_benchmark, sentence-transformers, in an environment of its own.
 test-interop: $(INTEROP)/.installed
 	rm -rf $(INTEROP)/exports
 	$(INTEROP)/bin/python tests/interop/reference/export_all.py $(INTEROP)/exports
 	$(INTEROP)/bin/python tests/interop/reference/check_all.py $(INTEROP)/exports
+	$(INTEROP)/bin/python tests/interop/reference/check_clients.py $(INTEROP)/exports
 
 # A slice of every room, in under three minutes on two cores; `make test` is all of them.
 CHECK := tests/test_component.py tests/test_sharding.py tests/test_public_names.py tests/objectives/test_identities.py \

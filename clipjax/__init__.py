@@ -15,6 +15,7 @@ _HOMES = {
     "Pretrained": "clipjax.pretrained",
     "StartFrom": "clipjax.start",
     "Average": "clipjax.start",
+    "Together": "clipjax.start",
     "Component": "clipjax.component",
     "ClipjaxError": "clipjax.errors",
     "Predictor": "clipjax.predictor",

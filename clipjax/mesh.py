@@ -69,7 +69,7 @@ def arrange(devices: Sequence[Any], shape: tuple[int, int, int]) -> np.ndarray:
     group, data, tensor = shape
     islands: dict[tuple[str, int], list[Any]] = {}
     for device in devices:
-        islands.setdefault(_island(device), []).append(device)
+        islands.setdefault(island(device), []).append(device)
     kind = next(iter(islands))[0]
     parts = [sorted(islands[key], key=_host) for key in sorted(islands)]
     number, size = len(parts), len(parts[0])
@@ -101,7 +101,7 @@ def arrange(devices: Sequence[Any], shape: tuple[int, int, int]) -> np.ndarray:
 _PLURAL = {"slice": "slices", "host": "hosts"}
 
 
-def _island(device: Any) -> tuple[str, int]:
+def island(device: Any) -> tuple[str, int]:
     """What the device shares fast links with."""
     index = getattr(device, "slice_index", None)
     if index is None and device.platform == "tpu":

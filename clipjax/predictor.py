@@ -13,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from clipjax.batch import Encoded
+from clipjax.batching import Batching, by_length, host_type
 from clipjax.classifier import Classification, Classifier
 from clipjax.data.augment import Resize
 from clipjax.data.images import decode
@@ -27,7 +27,7 @@ from clipjax.errors import ClipjaxError
 from clipjax.generation import Generated, Greedy, Strategy
 from clipjax.generation.generate import compiled, prompt_rows, row_length, special_tokens
 from clipjax.layout import on_mesh
-from clipjax.mesh import batch_sharding, batch_shards, replicated
+from clipjax.mesh import replicated
 from clipjax.params import Tree, merge, split
 
 if TYPE_CHECKING:
@@ -35,13 +35,6 @@ if TYPE_CHECKING:
 
     Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
-PER_SHARD = 64
-"""Default rows a device embeds at once. On a CPU, 256 take twice the time a row that 64 do."""
-FEW_PER_SHARD = 4
-"""Rows a device embeds at once where all of a call's rows are fewer than a batch. On a CPU, a
-ViT-B/32 takes about the same time a row from 4 rows to 64, and more with 1."""
-_FEW_BATCHES = 8  # full batches after which the last one is padded
-_IN_FLIGHT = 2  # batches dispatched ahead of the device; simulated devices deadlock without a bound
 _READERS = min(8, os.cpu_count() or 1)  # threads; Pillow decodes without holding the interpreter
 
 
@@ -103,13 +96,8 @@ class Predictor:
         Raises:
           ClipjaxError: `batch_size` is below 1.
         """
-        shards = 1 if mesh is None else batch_shards(mesh)
-        if batch_size is None:
-            batch_size = PER_SHARD * shards
-        if batch_size < 1:
-            raise ClipjaxError(f"Predictor: batch_size={batch_size} must be at least 1")
-        self.batch_size = -(-batch_size // shards) * shards
-        self._few = min(FEW_PER_SHARD * shards, self.batch_size)
+        self._batching = Batching.of(mesh, batch_size)
+        self.batch_size = self._batching.size
         self.tokenizer, self.context_length, self.image_size = tokenizer, context_length, image_size
         self.resize = resize
         self.params, self.model_state = params, model_state
@@ -200,7 +188,7 @@ class Predictor:
         read: Callable[[np.ndarray], np.ndarray],
         count: int,
         output: str = "embedding",
-    ) -> np.ndarray:
+    ) -> Any:
         """Embeds pictures that are read while the ones before are being embedded.
 
         Args:
@@ -208,10 +196,10 @@ class Predictor:
             `image_size`. With several processes, each is asked for the rows of its own devices
             alone.
           count: how many there are.
-          output: "embedding", or "pooled", as for `encode`.
+          output: "embedding", or another, as for `encode`.
 
         Returns:
-          float32 [count, E], unit norm, in every process; of "pooled", [count, D].
+          float32 [count, E], unit norm, in every process; of "pooled", [count, D], and so on.
         """
         shape = (self.image_size,) * 2 + (3,)
         return self._stream(self._encoder("image", output), read, count, shape, np.uint8)
@@ -365,11 +353,14 @@ class Predictor:
         function = self._captioners[strategy]
         pixels = (self.image_size, self.image_size, 3)
         done: list[Any] = []
-        for index in self._indices(count):
+        for index in self._batching.indices(count):
             batch = (
-                self._batch(read, index, pixels),
-                *(self._batch(rows.__getitem__, index, rows.shape[1:]) for rows in prompts),
-                self._batch(lambda rows: rows.astype(np.int32), index, ()),
+                self._batching.place(read, index, pixels),
+                *(
+                    self._batching.place(rows.__getitem__, index, rows.shape[1:])
+                    for rows in prompts
+                ),
+                self._batching.place(lambda rows: rows.astype(np.int32), index, ()),
             )
             with on_mesh(self.mesh):
                 output = function(self.params, self.model_state, batch, np.uint32(seed % 2**32))
@@ -443,36 +434,30 @@ class Predictor:
     def _encode_by_length(self, name: str, tokens: np.ndarray) -> np.ndarray:
         """Embeddings of many texts, short ones in shorter rows where what follows them is unseen."""
         length = tokens.shape[1]
-        sizes = [2**i for i in range(4, 16) if 2**i < length] + [length]
-        place = np.searchsorted(sizes, self._used_lengths(tokens))
         embedded: np.ndarray | None = None
-        for i, size in enumerate(sizes):
-            rows = np.flatnonzero(place == i)
-            if len(rows) < self.batch_size and size < length:
-                place[rows] = i + 1  # too few to compile a program for
-                continue
-            if not len(rows):
-                continue
+        for size, rows in by_length(self._used_lengths(name, tokens), length, self.batch_size):
             part = tokens[rows, :size]
             made = self._stream(self._encoder(name), part.__getitem__, len(part), (size,), np.int32)
             if len(rows) == len(tokens):
                 return made
-            embedded = (
-                np.empty((len(tokens), made.shape[1]), made.dtype) if embedded is None else embedded
-            )
+            if embedded is None:
+                embedded = np.empty((len(tokens), made.shape[1]), made.dtype)
             embedded[rows] = made
         assert embedded is not None
         return embedded
 
-    def _used_lengths(self, tokens: np.ndarray) -> np.ndarray:
+    def _used_lengths(self, name: str, tokens: np.ndarray) -> np.ndarray:
         """[n]: how many tokens of each row are seen; all, where the tower's kind is not known."""
+        from clipjax.models.base import encoder_of
         from clipjax.models.dual_encoder import JointModule
         from clipjax.towers import TextTransformer
 
         module = self.module()
-        config = getattr(getattr(module, "text", None), "config", None)
-        if isinstance(module, JointModule) and isinstance(config, TextTransformer):
-            return config.used_lengths(tokens)
+        if isinstance(module, JointModule):
+            tower = getattr(module, encoder_of(name, module.encoders) or "", None)
+            config = getattr(tower, "config", None)
+            if isinstance(config, TextTransformer):
+                return config.used_lengths(tokens)
         return np.full(len(tokens), tokens.shape[1])
 
     def _read_numbered(self, numbered: tuple[int, Picture]) -> np.ndarray:
@@ -528,55 +513,13 @@ class Predictor:
         if not count:
             like = jax.ShapeDtypeStruct((self.batch_size, *shape), dtype)
             made = jax.eval_shape(function, self.params, self.model_state, like)
-            return jax.tree.map(lambda x: np.zeros((0, *x.shape[1:]), _host_type(x)), made)
-        done: list[Any] = []
-        running: collections.deque[Any] = collections.deque()
+            return jax.tree.map(lambda x: np.zeros((0, *x.shape[1:]), host_type(x)), made)
 
-        def fetch(output: Any) -> Any:
-            return jax.tree.map(lambda x: np.asarray(x, _host_type(x)), output)
-
-        for index in self._indices(count):
-            if self.between_batches is not None:
-                self.between_batches()
-            batch = self._batch(read, index, shape)
+        def dispatch(batch: Any) -> Any:
             with on_mesh(self.mesh):
-                running.append(function(self.params, self.model_state, batch))
-            if len(running) >= _IN_FLIGHT:
-                done.append(fetch(running.popleft()))
-        done.extend(map(fetch, running))
-        return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *done)
+                return function(self.params, self.model_state, batch)
 
-    def _indices(self, count: int) -> Iterator[np.ndarray]:
-        """The rows of each batch: beyond the end the last one again, as zeros need not be valid."""
-        whole = count // self.batch_size * self.batch_size
-        for start in range(0, whole, self.batch_size):
-            yield np.arange(start, start + self.batch_size)
-        rest = count - whole
-        size = self._few if self._few_pay(whole, rest) else self.batch_size
-        for start in range(whole, count, size):
-            yield np.minimum(np.arange(start, start + size), count - 1)
-
-    def _few_pay(self, whole: int, rest: int) -> bool:
-        """Whether `rest` rows after `whole` ones in full batches go by a few at a time.
-
-        On a CPU a row takes the same time in both programs, and a padded batch costs its padding. An
-        accelerator is no faster with a few rows than with a batch. Beyond some batches the padding of
-        one no longer matters, and a second program would have to be compiled.
-        """
-        if whole >= _FEW_BATCHES * self.batch_size:
-            return False
-        device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
-        if device.platform != "cpu":
-            return rest <= self._few
-        return not whole or rest <= self.batch_size // 2
-
-    def _batch(
-        self, read: Callable[[np.ndarray], np.ndarray], index: np.ndarray, shape: tuple[int, ...]
-    ) -> np.ndarray | jax.Array:
-        """The rows [k, *shape] at these indices, split over the mesh if there is one."""
-        if self.mesh is None:
-            return _read_once(read, index)
-        return _spread(read, index, shape, self.mesh)
+        return self._batching.stream(dispatch, read, count, shape, self.between_batches)
 
 
 def mean_direction(x: np.ndarray) -> np.ndarray:
@@ -597,33 +540,3 @@ def _mapped(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[An
         return
     with ThreadPoolExecutor(_READERS) as readers:
         yield from readers.map(function, items)
-
-
-def _read_once(read: Callable[[np.ndarray], np.ndarray], index: np.ndarray) -> np.ndarray:
-    """The rows at ascending indices; one that is repeated at the end is read once."""
-    distinct = int(np.searchsorted(index, index[-1])) + 1
-    rows = read(index[:distinct])
-    if distinct == len(index):
-        return rows
-    return np.concatenate([rows, np.repeat(rows[-1:], len(index) - distinct, axis=0)])
-
-
-def _spread(
-    read: Callable[[np.ndarray], np.ndarray], index: np.ndarray, shape: tuple[int, ...], mesh: Mesh
-) -> jax.Array:
-    """A global array of which each process reads the rows of its own devices, each of them once."""
-    pieces: dict[tuple[int, int], np.ndarray] = {}
-
-    def piece(where: Any) -> np.ndarray:
-        rows = slice(*where[0].indices(len(index)))
-        key = (rows.start, rows.stop)
-        if key not in pieces:  # devices along the tensor axis share their rows
-            pieces[key] = _read_once(read, index[rows])
-        return pieces[key]
-
-    return jax.make_array_from_callback((len(index), *shape), batch_sharding(mesh), piece)
-
-
-def _host_type(x: Any) -> Any:
-    """float32 for whatever is floating; what is not stays."""
-    return np.float32 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype

@@ -29,10 +29,12 @@ from clipjax.errors import ClipjaxError, did_you_mean
 from clipjax.files import replace_file
 from clipjax.mesh import MeshShape
 from clipjax.models import Model
+from clipjax.models.base import tower_of
 from clipjax.params import Tree, abstract, paths
 from clipjax.predictor import Predictor
 from clipjax.sharding import Sharding
 from clipjax.stores import delivered, fetched, is_remote, place
+from clipjax.towers.base import Tower
 
 FORMAT = 1
 MODEL_FILE, WEIGHTS_FILE, TOKENIZER_FOLDER = "model.json", "model.safetensors", "tokenizer"
@@ -47,8 +49,8 @@ class Pretrained:
       params: nested dict of arrays (NumPy, or jax on any mesh), as `clipjax.params.split` makes it.
       model_state: the model's other arrays (batch statistics), or `{}`.
       tokenizer: turns texts into tokens; None where there is none to be had.
-      context_length: tokens of a text, special tokens counted.
-      image_size: height and width of pictures, in pixels.
+      context_length: tokens of a text, special tokens counted; 0 for a model that reads none.
+      image_size: height and width of pictures, in pixels; 0 for a model that sees none.
       resize: how pictures come to that size.
       sharding: where the parameters go on a mesh: as the run laid them out that it comes from.
     """
@@ -84,6 +86,17 @@ class Pretrained:
                 raise ClipjaxError(
                     f"the weights have {name!r}, which the model lacks{did_you_mean(name, wanted)}"
                 )
+
+    def tower(self, name: str) -> Tower:
+        """The configuration of the tower called "image" or "text", for a run's model to be built of.
+
+        Raises:
+          ClipjaxError: the model has none of that name.
+        """
+        found = tower_of(self.model, name)
+        if not isinstance(found, Tower):
+            raise ClipjaxError(f"the model, a {type(self.model).__name__}, has no tower {name!r}")
+        return found
 
     def folded(self) -> Pretrained:
         """The same model without what only training needs, such as LoRA's factors beside the kernels."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from clipjax.mesh import MeshShape
 from clipjax.params import abstract, join, select
 from clipjax.predictor import Predictor
 from clipjax.pretrained import Pretrained, is_pretrained, read_pretrained
-from clipjax.stores import fetched, is_remote, place
+from clipjax.stores import fetched, is_hub, is_remote, place
 
 if TYPE_CHECKING:
     from clipjax.config import Run
@@ -108,12 +109,17 @@ def open_pretrained(path: str | Path, mesh: Mesh | None = None) -> Pretrained:
 
     Args:
       path: a run's folder, one of its `checkpoints/<step>`, a folder that `Pretrained.save` wrote, or
-        other people's weights, as `clipjax.interop.import_weights` takes them.
+        other people's weights, as `clipjax.interop.import_weights` takes them; or hf://owner/name[@revision]
+        for any of the last two on the Hugging Face Hub.
       mesh: what a run's checkpoint is restored onto; default: all devices along the data axis.
 
     Raises:
       ClipjaxError: there is no model, or it names components that are unknown here.
     """
+    if is_hub(path):
+        from clipjax.hub import snapshot
+
+        path = snapshot(os.fspath(path))
     path = place(path)
     is_run = path.parent.name == "checkpoints" or (path / "checkpoints").is_dir()
     if is_remote(path) and not is_run:

@@ -23,6 +23,7 @@ from clipjax.mesh import BATCH_AXES
 log = logging.getLogger(__name__)
 AnyMesh = Mesh | AbstractMesh
 WASTEFUL = 2.0  # times the ideal bytes a device, above which the description says what to do
+HOST = "pinned_host"
 NEGLIGIBLE = 64 * 2**20  # bytes a device
 
 
@@ -60,6 +61,17 @@ class Sharding(Component):
     min_size: int = 4096
     """Leaves with fewer elements (in one layer, where layers are stacked) stay whole: gathering a
     norm's scale from all devices costs more time than it saves memory."""
+    offload: str = ""
+    """Regular expression of paths of the train state, such as ^opt_state/: large leaves that wait in the host's
+    memory between steps; empty: none."""
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.offload)
+        except re.error as error:
+            raise ClipjaxError(
+                f"sharding.offload={self.offload!r} is no regular expression: {error}"
+            ) from error
 
     def apply(self, tree: Any, mesh: AnyMesh) -> Any:
         """A tree of `NamedSharding`, one for each leaf of `tree` (arrays or ShapeDtypeStructs).
@@ -77,7 +89,11 @@ class Sharding(Component):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             if name.startswith("objective_state/") and "/rows/" in name:
                 return _as_the_batch(name, leaf.shape, mesh)
-            return self._leaf(name, leaf.shape, rule_of(name, leaf.shape), mesh, whole)
+            sharding = self._leaf(name, leaf.shape, rule_of(name, leaf.shape), mesh, whole)
+            waits = self.offload and _size(leaf.shape) >= self.min_size
+            if waits and re.search(self.offload, name):
+                return sharding.with_memory_kind(HOST)
+            return sharding
 
         shardings = jax.tree_util.tree_map_with_path(leaf_sharding, tree)
         if whole:
@@ -265,6 +281,20 @@ def per_device_bytes(tree: Any, shardings: Any) -> tuple[int, int]:
         total += _size(leaf.shape) * leaf.dtype.itemsize
         local += _size(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     return local, total
+
+
+def on_host(sharding: NamedSharding) -> bool:
+    """Whether an array laid out so is in the host's memory."""
+    return sharding.memory_kind == HOST
+
+
+def to_devices(tree: Any, shardings: Any) -> Any:
+    """In a compiled function: the tree with what waits on the host back on the devices."""
+    return jax.tree.map(
+        lambda x, s: jax.device_put(x, s.with_memory_kind("device")) if on_host(s) else x,
+        tree,
+        shardings,
+    )
 
 
 def _bytes(number: float) -> str:

@@ -1,6 +1,7 @@
 """Start: what a run begins with instead of random weights.
 
     start=StartFrom("models/vit_b16", fresh="^(text|text_projection)/")   # LiT: only the image tower is kept
+    start=Together(parts=(StartFrom("models/dinov3", fresh=...), StartFrom("models/xlmr", fresh=...)))
     start=Average(("runs/a", "runs/b"), weights=(0.5, 0.5))               # WiSE-FT, model soups
 
 docs/transfer.md has the recipes.
@@ -181,6 +182,35 @@ class Average(Start):
             mean = jax.tree.map(lambda m, x, w=weight: m + w * _float(x), mean, _arrays(other))
         params, model_state = jax.tree.map(lambda m, x: m.astype(x.dtype), mean, _arrays(first))
         return dataclasses.replace(first, params=params, model_state=model_state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Together(Start):
+    """Weights of several models: an image tower of one, a text tower of another.
+
+    Each part's `fresh` says what it does not bring; what none brings is random.
+    """
+
+    parts: tuple[Start, ...] = ()
+    """The starts, at least two."""
+
+    def __post_init__(self) -> None:
+        if len(self.parts) < 2:
+            raise ClipjaxError(f"Together: parts={self.parts}: name at least two")
+        if self.fresh or self.into:
+            raise ClipjaxError("Together: fresh and into are settings of its parts")
+
+    def leaves(self, params, model_state, opener):
+        taken: list[dict[str, Any]] = [{}, {}]
+        for part in self.parts:
+            for mine, theirs in zip(taken, part.leaves(params, model_state, opener), strict=True):
+                twice = sorted(mine.keys() & theirs.keys())
+                if twice:
+                    raise ClipjaxError(
+                        f"Together: two parts bring {twice[0]!r}: let the fresh of all but one match it"
+                    )
+                mine |= theirs
+        return taken[0], taken[1]
 
 
 def overlay(tree: Any, leaves: dict[str, Any]) -> Any:

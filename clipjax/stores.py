@@ -61,6 +61,10 @@ def place(path: str | os.PathLike[str]) -> Path:
     if address is None:
         return Path(text)
     scheme, rest = address[1].lower(), text[address.end() :].strip("/")
+    if is_hub(text):
+        raise ClipjaxError(
+            f"{text}: models are read from hf://, and nothing else is; give a path on disk, gs:// or s3://"
+        )
     if scheme not in SCHEMES:
         raise ClipjaxError(
             f"{text}: there is no store {scheme}:// here; give a path on disk, gs:// or s3://"
@@ -77,6 +81,11 @@ def place(path: str | os.PathLike[str]) -> Path:
     from etils import epath
 
     return cast(Path, epath.Path(f"{scheme}://{rest}"))
+
+
+def is_hub(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is an address on the Hugging Face Hub, where models are read from (`hub.snapshot`)."""
+    return os.fspath(path).lower().startswith("hf:/")
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:

@@ -144,7 +144,70 @@ def _matmul_step(size: int, dtype: str, **_) -> Callable[[], None]:
     return lambda: jax.block_until_ready(product(a, b))
 
 
-def _memory(field: str) -> int:
+def _torch_clip(
+    model: str, rows: int, image_size: int, length: int, words: int, **_
+) -> Callable[[], None]:
+    """A training step of OpenCLIP's model of that name, with its own loss and torch's AdamW, in float32."""
+    import open_clip
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    clip = open_clip.create_model(model).train()
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-4)
+    image, text = _pairs(rows, image_size, length, words)
+    pixels = torch.from_numpy(image).permute(0, 3, 1, 2).float() / 255
+    tokens, loss_of = torch.from_numpy(text).long(), open_clip.ClipLoss()
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss_of(*clip(pixels, tokens)[:3]).backward()
+        optimizer.step()
+
+    return step
+
+
+def _jax_clip(image: str, text: str, embed_dim: int, rows: int, **_) -> Callable[[], None]:
+    """A training step of the same size in whatever clipjax this process imports, on one device."""
+    import jax
+
+    from clipjax.mesh import MeshShape
+    from clipjax.models import DualEncoder
+    from clipjax.objectives import PairEngine, Softmax
+    from clipjax.optim import AdamW, Scale
+    from clipjax.sharding import Sharding
+    from clipjax.towers import TextTransformer, ViT
+    from clipjax.train.state import Blueprint
+    from clipjax.train.step import jit_step, make_step
+
+    towers = ViT.preset(image), TextTransformer.preset(text)
+    model = DualEncoder(image=towers[0], text=towers[1], embed_dim=embed_dim)
+    mesh, objective = MeshShape().build(jax.devices()[:1]), Softmax()
+    blueprint = Blueprint.draw(
+        model, objective, AdamW(), None, mesh, Sharding(), 1, Scale(rows, rows), 0
+    )
+    step = jit_step(make_step(blueprint, objective, PairEngine(mesh), mesh, 1), blueprint)
+    size, length, words = towers[0].image_shape[0], towers[1].context_length, towers[1].vocab_size
+    pixels, tokens = _pairs(rows, size, length, words)
+    batch = jax.device_put({"image": pixels, "text": tokens, "id": jax.numpy.arange(rows)})
+    held = [blueprint.init()]
+
+    def once() -> None:
+        held[0], metrics = step(held[0], batch)
+        jax.block_until_ready(metrics)
+
+    return once
+
+
+def _pairs(rows: int, image_size: int, length: int, words: int):
+    """uint8 [rows, size, size, 3] and int32 [rows, length] without padding."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (rows, image_size, image_size, 3), np.uint8)
+    return image, rng.integers(3, words, (rows, length), np.int32)
+
+
+def memory(field: str) -> int:
     """A line of /proc/self/status, in bytes (VmRSS: now; VmHWM: the peak)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
@@ -154,7 +217,7 @@ def _memory(field: str) -> int:
 
 def _added_peak(step: Callable[[], None], who: str) -> int:
     """Bytes by which one step raises the peak, of the accelerator's memory if there is one."""
-    if who != "torch":
+    if who not in ("torch", "OpenCLIP"):
         import jax
 
         device = jax.devices()[0]
@@ -162,10 +225,10 @@ def _added_peak(step: Callable[[], None], who: str) -> int:
             before = device.memory_stats()["bytes_in_use"]
             step()
             return device.memory_stats()["peak_bytes_in_use"] - before
-    before = _memory("VmRSS")
+    before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     step()
-    return _memory("VmHWM") - before
+    return memory("VmHWM") - before
 
 
 def main() -> None:
@@ -177,6 +240,10 @@ def main() -> None:
         step = _torch_step(**settings)
     elif who == "matmul":
         step = _matmul_step(**settings)
+    elif who == "OpenCLIP":
+        step = _torch_clip(**settings)
+    elif who == "clip":
+        step = _jax_clip(**settings)
     else:
         step, report = _jax_step(who, **settings)
     print(json.dumps(report | {"bytes": _added_peak(step, who)}), flush=True)

@@ -1,23 +1,18 @@
-"""`clipjax bench memory`: what one device holds and sends in a training step, without running one.
+"""`clipjax bench memory`: what one device holds and sends in a training step of a published size.
 
-The step of a published size is compiled for simulated CPU devices, from shapes alone: nothing is allocated.
+The plain case of `clipjax plan`: the step is compiled from shapes alone, for simulated CPU devices or for a machine
+that is not here. Nothing is allocated.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from typing import Any, Literal
 
-from clipjax.bench.program import temporary_bytes, work
-from clipjax.component import Component, from_json, to_json
+from clipjax.component import Component
+from clipjax.config import Run
 from clipjax.errors import ClipjaxError
-
-READ_ONLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""The program is read and never run, so its machine code need not be good: half the time to compile."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +25,8 @@ class MemoryBench(Component):
     """Text tower: a TextTransformer preset."""
     devices: int = 8
     """Simulated devices."""
+    on: str = ""
+    """Another machine, as for `clipjax plan`: v5e-16, h100x8; empty: simulated devices."""
     group: int = 1
     """Groups of the mesh."""
     tensor: int = 1
@@ -41,9 +38,9 @@ class MemoryBench(Component):
     accumulate: int = 1
     """Micro-batches per step."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute dtype of the towers (simulated devices compute in float32 all the same)."""
-    remat: Literal["none", "norms", "lean", "activation", "dots", "full"] = "none"
-    """What the towers recompute; a ResNet knows none and full."""
+    """Compute dtype of the towers and of the pairs (simulated devices compute in float32 all the same)."""
+    remat: str = "none"
+    """What the towers recompute, as their `remat`; a ResNet knows none and full."""
     json: bool = False
     """End with one JSON object on the last line."""
 
@@ -52,6 +49,11 @@ class MemoryBench(Component):
             if getattr(self, name) < 1:
                 raise ClipjaxError(f"bench memory: {name}={getattr(self, name)} must be positive")
         self.model()  # refuses what is no preset before a process is started
+
+    @property
+    def machine(self) -> str:
+        """As `clipjax plan --on` takes it."""
+        return self.on or f"cpux{self.devices}"
 
     def model(self) -> Any:
         """The dual encoder that is measured."""
@@ -67,104 +69,68 @@ class MemoryBench(Component):
             )
         return DualEncoder(image=ViT.preset(self.image, **settings), text=text)
 
+    def planned(self, shards: int) -> Run:
+        """The run whose step is compiled, for that many batch shards."""
+        from clipjax.data import BPE, Data, Tfds
+        from clipjax.mesh import MeshShape
+        from clipjax.objectives import Softmax
+        from clipjax.optim import AdamW, Duration
+        from clipjax.sharding import Sharding
+
+        model = self.model()
+        words = model.text.vocab_size
+        return Run(
+            model=model,
+            objective=Softmax(),
+            data=Data(
+                Tfds("none"), BPE(vocab_size=words), image_size=model.image.image_size,
+                batch_size=self.local_batch * shards, context_length=model.text.context_length,
+            ),
+            optimizer=AdamW(),
+            duration=Duration(1000),
+            mesh=MeshShape(group=self.group, tensor=self.tensor),
+            sharding=Sharding(fsdp=self.fsdp),
+            pair_dtype=self.dtype,
+            accumulate=self.accumulate,
+        )  # fmt: skip
+
     def run(self) -> dict[str, Any]:
-        """Measures in a process with that many devices, prints the table, returns the JSON object."""
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={self.devices}"
-        done = subprocess.run(
-            [sys.executable, "-m", "clipjax.bench.memory", json.dumps(to_json(self))],
-            env=os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        if done.returncode:
-            raise ClipjaxError("bench memory: the step did not compile (its error is above)")
-        results = json.loads(done.stdout.splitlines()[-1])
-        self._print(results)
+        """Compiles in a process with those devices, prints the table, returns the JSON object."""
+        from rich.console import Console
+
+        from clipjax.plan import table
+        from clipjax.plan.estimate import estimate
+        from clipjax.plan.machines import machine
+        from clipjax.plan.program import compiled_for
+
+        on = machine(self.machine)
+        run = self.planned(max(1, on.devices // self.tensor))
+        found = compiled_for(run, on, [], run.data.batch_size)
+        table.show(Console(width=140), run, on, found, estimate(run, on, found, None))
+        results = summary(found)
         if self.json:
             print(json.dumps(results))
         return results
 
-    def _print(self, results: dict[str, Any]) -> None:
-        from rich.console import Console
-        from rich.table import Table
 
-        title = f"{self.image} + {self.text}, {self.local_batch} pairs on each of {self.devices} devices"
-        table = Table("one device", "MB", "of the whole", title=title)
-        for name in ("params", "opt_state"):
-            local, total = results[name]
-            table.add_row(name, f"{local / 1e6:.1f}", f"{local / total:.4f}")
-        share = f"{results['share']:.4f}"
-        table.add_row("both", f"{results['held_bytes'] / 1e6:.1f}", share)
-        table.add_row("temporary", f"{results['temp_bytes'] / 1e6:.1f}", "")
-        for kind, size in results["sent_bytes"].items():
-            table.add_row(f"sent: {kind}", f"{size / 1e6:.1f}", "")
-        Console().print(table)
-
-
-def compile_step(bench: MemoryBench) -> tuple[Any, Any]:
-    """The compiled step and its blueprint, on the devices of this process.
-
-    Raises:
-      ClipjaxError: the mesh does not fit the devices, or the batch the mesh.
-    """
-    import jax
-    import jax.numpy as jnp
-
-    from clipjax.mesh import MeshShape, batch_sharding, batch_shards
-    from clipjax.objectives import PairEngine, Softmax
-    from clipjax.optim import AdamW, Scale
-    from clipjax.sharding import Sharding
-    from clipjax.train.state import Blueprint
-    from clipjax.train.step import check_batch, jit_step, make_step
-
-    model, objective = bench.model(), Softmax()
-    mesh_shape = MeshShape(group=bench.group, tensor=bench.tensor)
-    mesh = mesh_shape.build(jax.devices()[: bench.devices])
-    rows = bench.local_batch * batch_shards(mesh)
-    check_batch(rows, mesh, bench.accumulate)
-    blueprint = Blueprint.draw(
-        model, objective, AdamW(), None, mesh, Sharding(fsdp=bench.fsdp), 1, Scale(rows, rows), 0
-    )
-    split = batch_sharding(mesh)
-    batch = {
-        "image": jax.ShapeDtypeStruct(
-            (rows, *model.image.image_shape, 3), jnp.uint8, sharding=split
-        ),
-        "text": jax.ShapeDtypeStruct((rows, model.text.context_length), jnp.int32, sharding=split),
-        "id": jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=split),
-    }
-    step = make_step(blueprint, objective, PairEngine(mesh), mesh, bench.accumulate)
-    jitted: Any = jit_step(step, blueprint)
-    lowered = jitted.lower(blueprint.target(), batch)
-    return lowered.compile(compiler_options=READ_ONLY), blueprint
-
-
-def measure(bench: MemoryBench, compiled: Any, blueprint: Any) -> dict[str, Any]:
-    """What the compiled step says.
+def summary(found: dict[str, Any]) -> dict[str, Any]:
+    """What a compiled step says, in short.
 
     Returns:
       params and opt_state: [bytes on one device, bytes in all]; held_bytes, both on one device;
       share, both on one device over both in all; state_bytes, the whole train state as the compiled
       program returns it into the donated one; temp_bytes; sent_bytes by collective, on a ring.
     """
-    from clipjax.sharding import per_device_bytes
-
-    abstract, shardings = blueprint.abstract, blueprint.shardings
-    params = per_device_bytes(abstract.params, shardings.params)
-    opt_state = per_device_bytes(abstract.opt_state, shardings.opt_state)
+    params, opt_state = (
+        [found[part][name] for part in ("state", "state_total")] for name in ("params", "opt_state")
+    )
     held = params[0] + opt_state[0]
-    sent = work(compiled, bench.devices).sent
     return {
         "params": params,
         "opt_state": opt_state,
         "held_bytes": held,
         "share": held / (params[1] + opt_state[1]),
-        "state_bytes": int(compiled.memory_analysis().alias_size_in_bytes),
-        "temp_bytes": temporary_bytes(compiled),
-        "sent_bytes": {kind: float(size) for kind, size in sorted(sent.items())},
+        "state_bytes": found["aliased"],
+        "temp_bytes": found["temporary"],
+        "sent_bytes": found["sent"],
     }
-
-
-if __name__ == "__main__":
-    bench = from_json(json.loads(sys.argv[1]))
-    print(json.dumps(measure(bench, *compile_step(bench))))

@@ -1,4 +1,4 @@
-"""What a compiled program does: bytes it sends, matrix products, temporary memory.
+"""What a compiled program does: bytes it sends, over which links, matrix products, temporary memory.
 
 Read from the optimized HLO text. Loop bodies are counted as often as they run, which
 `compiled.cost_analysis()` does not do.
@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4}
 _BYTES |= {"f32": 4, "s64": 8, "u64": 8, "f64": 8}
@@ -20,9 +24,10 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\([^=]*?\)|\S+) ([\w\-
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
-_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
-_IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
+_GROUPS = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
+_IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
+_PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 
@@ -35,25 +40,35 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "coll
 
 @dataclasses.dataclass
 class Work:
-    """Per device: bytes sent by kind of collective, and floating-point operations of products."""
+    """Per device: bytes sent by kind of collective, and floating-point operations of products.
+
+    Attributes:
+      sent: by kind.
+      network: of these, by kind, what leaves the sender's island of fast links.
+      matmul_flops: multiplications and additions.
+    """
 
     sent: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     matmul_flops: float = 0.0
+    network: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def add(self, other: Work, times: int = 1) -> None:
         """Adds `other` as often as it runs."""
         self.matmul_flops += times * other.matmul_flops
-        for kind, size in other.sent.items():
-            self.sent[kind] += times * size
+        for mine, others in ((self.sent, other.sent), (self.network, other.network)):
+            for kind, size in others.items():
+                mine[kind] += times * size
 
 
-def work(compiled: Any, devices: int = 1) -> Work:
+def work(compiled: Any, devices: int = 1, islands: Sequence[Any] = ()) -> Work:
     """Counts a compiled program.
 
     Args:
       compiled: what `jax.jit(f).lower(...).compile()` gives.
       devices: devices of a collective that does not list its groups.
+      islands: of each device, in the mesh's order, what it shares fast links with; none: all do.
     """
+    islands = islands or [0] * devices
     computations, entry = _parse(compiled.as_text())
     counted: dict[str, Work] = {}
 
@@ -63,7 +78,7 @@ def work(compiled: Any, devices: int = 1) -> Work:
             shapes = {i[0]: i[1] for i in computations[name]}
             channels: set[str] = set()
             for _, shape, kind, rest in computations[name]:
-                total.add(_own(shape, kind, rest, shapes, devices))
+                total.add(_own(shape, kind, rest, shapes, devices, islands))
                 called = _CALLED.findall(rest)
                 if kind == "fusion" and _again(called, computations, channels):
                     continue
@@ -107,6 +122,16 @@ def _bound(rest: str, computations: dict[str, Any]) -> int | None:
     return None
 
 
+def largest_arrays(compiled: Any, most: int = 40) -> list[str]:
+    """The largest arrays that a program's text names, such as f32[256,512], inside of fusions included."""
+    found = {
+        f"{dtype}[{dims}]": _BYTES[dtype] * math.prod(_numbers(dims))
+        for dtype, dims in _SHAPE.findall(compiled.as_text())
+        if dtype in _BYTES
+    }
+    return sorted(found, key=lambda name: -found[name])[:most]
+
+
 def temporary_bytes(compiled: Any) -> int:
     """Temporary memory of one device, in bytes, as the compiler planned it."""
     return int(compiled.memory_analysis().temp_size_in_bytes)
@@ -126,7 +151,9 @@ def _parse(text: str) -> tuple[dict[str, list[tuple[str, str, str, str]]], str]:
     return computations, entry
 
 
-def _own(shape: str, kind: str, rest: str, shapes: dict[str, str], devices: int) -> Work:
+def _own(
+    shape: str, kind: str, rest: str, shapes: dict[str, str], devices: int, islands: Sequence[Any]
+) -> Work:
     if kind == "dot":
         inline = _SHAPE.match(rest)  # some versions print the operand's shape in place
         lhs_dims = _dims(inline.group(0) if inline else shapes[_OPERAND.findall(rest)[0]])
@@ -144,7 +171,8 @@ def _own(shape: str, kind: str, rest: str, shapes: dict[str, str], devices: int)
         for dtype, dims in _SHAPE.findall(shape)
         if dtype in _BYTES
     )
-    g = _group_size(rest, devices)
+    groups = _groups(rest, devices)
+    g = len(groups[0])
     # Bytes one device sends on a ring, from the size of what it holds afterwards.
     factor = {
         "all-gather": (g - 1) / g,
@@ -153,7 +181,21 @@ def _own(shape: str, kind: str, rest: str, shapes: dict[str, str], devices: int)
         "all-to-all": (g - 1) / g,
         "collective-permute": 1,
     }[kind]
-    return Work(collections.Counter({kind: factor * size}))
+    sent = factor * size
+    if kind == "collective-permute":
+        pairs = _PAIRS.search(rest)
+        edges = _lists(pairs.group(1)) if pairs else []
+        slow = float(any(islands[a] != islands[b] for a, b in edges))  # who waits for the slow link
+    else:
+        slow = max(leaving(group, islands) for group in groups)
+    return Work(collections.Counter({kind: sent}), network=collections.Counter({kind: slow * sent}))
+
+
+def leaving(group: Sequence[int], islands: Sequence[Any]) -> float:
+    """The share of a ring's edges that leave an island, its devices in the order of their islands."""
+    order = sorted((islands[device] for device in group), key=str)
+    edges = list(itertools.pairwise([*order, order[0]]))
+    return sum(a != b for a, b in edges) / len(edges)
 
 
 def _result(shape: str) -> str:
@@ -169,15 +211,35 @@ def _result(shape: str) -> str:
     return parts[1] if len(parts) > 1 else shape
 
 
-def _group_size(rest: str, devices: int) -> int:
+def _groups(rest: str, devices: int) -> list[list[int]]:
+    """The devices of each group of a collective, all groups being of one size."""
     if found := _GROUPS.search(rest):
-        return found.group(1).count(",") + 1
+        return _lists(found.group(1))
     if found := _IOTA_GROUPS.search(rest):
-        return int(found.group(2))
+        number, size, shape, axes = found.groups()
+        ids = np.arange(int(number) * int(size)).reshape(_numbers(shape))
+        ids = ids.transpose(_numbers(axes)) if axes else ids
+        return ids.reshape(int(number), int(size)).tolist()
     if found := _MESH_GROUPS.search(rest):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", found.group(1)))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'?([\w]+)'?", found.group(2)))
-    return devices
+        names = list(sizes)
+        inner = [names.index(axis) for axis in re.findall(r"'?([\w]+)'?", found.group(2))]
+        ids = np.arange(math.prod(map(int, sizes.values()))).reshape(
+            [int(n) for n in sizes.values()]
+        )
+        outer = [axis for axis in range(ids.ndim) if axis not in inner]
+        size = math.prod(ids.shape[axis] for axis in inner)
+        return ids.transpose(*outer, *inner).reshape(-1, size).tolist()
+    return [list(range(devices))]
+
+
+def _lists(text: str) -> list[list[int]]:
+    """ "{0,1},{2,3}" as lists."""
+    return [_numbers(part) for part in re.findall(r"\{([\d,]*)\}", text)]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]
 
 
 def _dims(shape: str) -> list[int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipjax.errors import ClipjaxError, did_you_mean
-from clipjax.stores import place
+from clipjax.stores import is_hub, place
 
 if TYPE_CHECKING:
     from clipjax.config import Run
@@ -25,6 +25,15 @@ def new_parser(verb: str, description: str) -> argparse.ArgumentParser:
         help="a Python file of your own whose components the configuration names; repeatable",
     )  # fmt: skip
     return parser
+
+
+def model_path(text: str) -> Path:
+    """A place that a model is read from; of hf://owner/name, where it was fetched to."""
+    if not is_hub(text):
+        return place(text)
+    from clipjax.hub import snapshot
+
+    return snapshot(text)
 
 
 def import_files(files: list[Path]) -> None:

@@ -14,9 +14,13 @@ BENCHES = {
     "loss": ("clipjax.bench.loss", "LossBench"),
     "memory": ("clipjax.bench.memory", "MemoryBench"),
     "methods": ("clipjax.bench.methods", "MethodsBench"),
+    "neighbors": ("clipjax.bench.neighbors", "NeighborsBench"),
+    "openclip": ("clipjax.bench.openclip", "OpenclipBench"),
+    "precision": ("clipjax.bench.precision", "PrecisionBench"),
     "retrieval": ("clipjax.bench.retrieval", "RetrievalBench"),
     "step": ("clipjax.bench.step", "StepBench"),
     "survive": ("clipjax.bench.survive", "SurviveBench"),
+    "zeroshot": ("clipjax.bench.zeroshot", "ZeroshotBench"),
 }
 """Name -> module and class: a dataclass whose fields are the options, with `run() -> None`."""
 

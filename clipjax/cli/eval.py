@@ -6,32 +6,28 @@ Without --dataset and --evals, a run's own evaluators.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import json
 import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipjax.cli.arguments import import_files, new_parser
+from clipjax.cli.arguments import import_files, model_path, new_parser
+from clipjax.cli.figures import print_figures
 from clipjax.cli.tasks import (
     TASKS,
     add_options,
     build,
-    compositional,
     evaluator_class,
     is_by_folder,
+    of_entries,
     options_of,
+    reads_entries,
     wants_training,
 )
 from clipjax.errors import ClipjaxError, did_you_mean
-from clipjax.stores import place
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from clipjax.data import Source
     from clipjax.evals import Evaluator, Runner
     from clipjax.predictor import Predictor
@@ -55,17 +51,15 @@ def main(arguments: list[str]) -> int:
     # All of them are looked for before the first is evaluated.
     steps = {path: step_of(path, bool(evaluators)) for path in options.models}
     results: dict[str, dict[str, float]] = {}
-    samples: dict[str, dict[str, np.ndarray]] = {}
     for path in options.models:
         predictor, runners = open_model(path, evaluators, options.batch_size)
-        results[str(path)], samples[str(path)] = {}, {}
+        results[str(path)] = {}
         for _, runner in runners:
-            results[str(path)] |= runner(predictor)
-            samples[str(path)] |= runner.samples
+            results[str(path)] |= runner(predictor) | runner.figures
     import jax
 
     if jax.process_index() == 0:
-        _print(results, steps, samples, options)
+        print_figures(results, steps, options.table, options.bootstrap, options.json)
         if options.confusion:  # last, so that the figures are there whatever becomes of it
             _draw_confusion(options, runners)
     return 0
@@ -95,15 +89,16 @@ def _parser(tasks: list[str]) -> argparse.ArgumentParser:
         "eval", "Figures of runs and models, by their own evaluators or on any data set."
     )
     add = parser.add_argument
-    add("models", nargs="+", type=place, metavar="RUN_OR_MODEL",
-        help="a run's folder, one of its checkpoints/<step>, a model's folder, or other people's weights")  # fmt: skip
+    add("models", nargs="+", type=model_path, metavar="RUN_OR_MODEL",
+        help="a run's folder, one of its checkpoints/<step>, a model's folder, hf://owner/name, or other "
+        "people's weights")  # fmt: skip
     add("--json", action="store_true", help="end with one JSON object on the last line")
     add("--table", choices=("md", "csv"),
         help="print a table of this form: a row a figure, a column a model")  # fmt: skip
     add("--batch-size", type=int, help="pictures or texts at a time (default: 64 a device)")
     add("--bootstrap", type=int, metavar="N",
-        help="also 95 %% intervals of figures that are means over pictures or texts, from N resamples; with "
-        "several models, also the first one's differences from the others on the same examples")  # fmt: skip
+        help="also 95 %% intervals of figures, from N resamples of the pictures or texts; with several "
+        "models, also what each has more than the first on the same examples, with tests of it")  # fmt: skip
     add("--watch", action="store_true",
         help="evaluate a run's checkpoints as they come, until it has ended; figures go to the run's "
         "watched.jsonl")  # fmt: skip
@@ -124,7 +119,11 @@ def _parser(tasks: list[str]) -> argparse.ArgumentParser:
         "what captioning takes its baseline from")  # fmt: skip
     for key, what in _KEYS.items():
         add(f"--{key.replace('_', '-')}", help=what)
-    add("--templates", metavar="FILE", help="zeroshot: prompts, one a line or a JSON list")
+    add(
+        "--templates",
+        metavar="FILE",
+        help="zeroshot, segmentation: prompts, one a line, a JSON list, or of CLIP_benchmark's files",
+    )
     add("--confusion", type=Path, metavar="OUT.png", help="zeroshot: draw what was taken for what")
     add_options(parser, tasks)
 
@@ -189,19 +188,23 @@ def _check(options: argparse.Namespace, tasks: list[str]) -> None:
             raise ClipjaxError(f"{useless[0]} needs --dataset")
         return
     chosen = set(options.task) or {_default_task(options, name) for name in options.dataset}
+    spoken = any(map(_is_crossmodal, options.dataset))  # --images has its pictures
     for name, needed in owners.items():
-        if given([name]) and not chosen & set(needed):
+        if given([name]) and not chosen & set(needed) and not (name == "images" and spoken):
             raise ClipjaxError(f"{given([name])[0]} is for --task {' or '.join(needed)}")
-    if "compositional" in chosen and chosen != {"compositional"}:
-        raise ClipjaxError("--task compositional reads files of entries: evaluate it by itself")
-    if "compositional" in chosen and not options.images:
-        raise ClipjaxError("--task compositional needs --images, the folder of the pictures")
+    of_files = sorted(task for task in chosen if reads_entries(task))
+    if of_files and set(of_files) != chosen:
+        raise ClipjaxError(f"--task {of_files[0]} reads files of entries: evaluate it by itself")
+    if of_files and not options.images:
+        raise ClipjaxError(f"--task {of_files[0]} needs --images, the folder of the pictures")
 
 
 def _owners(tasks: list[str]) -> dict[str, list[str]]:
     """By option, the tasks that it says something to."""
-    found = {"templates": ["zeroshot"], "confusion": ["zeroshot"], "train_dataset": []}
+    found: dict[str, list[str]] = {"confusion": ["zeroshot"], "train_dataset": [], "templates": []}
     for task in tasks:
+        if any(each.name == "templates" for each in dataclasses.fields(evaluator_class(task))):
+            found["templates"].append(task)
         for name in options_of(evaluator_class(task)):
             found.setdefault(name, []).append(task)
         if wants_training(task):
@@ -213,10 +216,11 @@ def _evaluators(options: argparse.Namespace, tasks: list[str]) -> tuple[Evaluato
     """What the options ask for; none for the run's own."""
     if options.evals:
         return _from_file(options.evals)
-    if options.images:
-        return (compositional(options),)
     found = []
     names = _short_names(options.dataset)
+    chosen = options.task or [_default_task(options, name) for name in options.dataset]
+    if any(map(reads_entries, chosen)):
+        return tuple(of_entries(task, options) for task in dict.fromkeys(chosen))
     for dataset in options.dataset:
         asked = options.task or [_default_task(options, dataset)]
         for task in dict.fromkeys(asked):
@@ -246,10 +250,27 @@ def _from_file(path: Path) -> tuple[Evaluator, ...]:
 
 def _default_task(options: argparse.Namespace, dataset: str) -> str:
     """`zeroshot` where class names are at hand, else `retrieval`."""
-    if options.images:
+    from clipjax.data.published import published
+
+    if options.images and not _is_crossmodal(dataset):
         return "compositional"
+    known = published(dataset)
+    if known is not None:
+        return "retrieval" if known.retrieval else "zeroshot"
     named = options.prompts or _shipped(dataset) or is_by_folder(dataset)
     return "zeroshot" if named else "retrieval"
+
+
+def _is_crossmodal(dataset: str) -> bool:
+    """Whether a data set is a file of captions by language."""
+    from clipjax.data import Crossmodal, found_source
+
+    if not dataset.endswith(".jsonl") or not Path(dataset).expanduser().is_file():
+        return False
+    try:
+        return isinstance(found_source(dataset, captions=True), Crossmodal)
+    except ClipjaxError:  # a table of another kind, or entries
+        return False
 
 
 _SAME_CLASSES = {
@@ -259,8 +280,13 @@ _SAME_CLASSES = {
 
 
 def _shipped(dataset: str) -> str | None:
-    """The class names that come with clipjax for a TFDS data set."""
+    """The class names that lie beside a data set, or come with clipjax for one of TFDS."""
+    from clipjax.data.published import published
     from clipjax.evals.prompts import shipped_classes
+
+    known = published(dataset)
+    if known is not None:
+        return known.names
 
     name = dataset.split(":")[0].split("/")[0]
     name = _SAME_CLASSES.get(name, name)
@@ -282,9 +308,21 @@ def _short_names(datasets: list[str]) -> dict[str, str]:
 
 
 def _source(options: argparse.Namespace, name: str) -> Source:
-    from clipjax.data.named import named_source
+    from clipjax.data import Crossmodal, WebDataset
+    from clipjax.data.named import named_source, with_keys
+    from clipjax.data.published import published
 
-    return named_source(name, **{key: getattr(options, key) for key in _KEYS})
+    keys = {key: getattr(options, key) for key in _KEYS}
+    known = published(name)
+    if known is not None:
+        source: Source = with_keys(known.source, name, keys)
+    else:
+        source = named_source(name, **keys)
+    if isinstance(source, WebDataset) and source.label_key is None:
+        source = dataclasses.replace(source, label_key="cls")
+    if isinstance(source, Crossmodal) and options.images:
+        source = dataclasses.replace(source, images=str(Path(options.images).resolve()))
+    return source
 
 
 def _train_source(options: argparse.Namespace, dataset: str) -> Source | None:
@@ -343,89 +381,3 @@ def _draw_confusion(options: argparse.Namespace, runners: list[tuple[Evaluator, 
         )
     draw_confusion(confusions[0], options.confusion)
     print(f"wrote {options.confusion}", file=sys.stderr)
-
-
-def _print(
-    results: Mapping[str, Mapping[str, float]],
-    steps: Mapping[Path, int | None],
-    samples: Mapping[str, Mapping[str, np.ndarray]],
-    options: argparse.Namespace,
-) -> None:
-    if options.table:
-        print_table(results, options.table)
-    else:
-        from clipjax.tracking import print_results
-
-        for (path, figures), step in zip(results.items(), steps.values(), strict=True):
-            print_results(path if step is None else f"{path} at step {step}", figures)
-    intervals, differences = _trust(samples, options.bootstrap) if options.bootstrap else ({}, {})
-    if not options.json:
-        return
-    facts: dict[str, dict[str, Any]] = {
-        path: ({} if step is None else {"step": step}) | dict(figures)
-        for (path, figures), step in zip(results.items(), steps.values(), strict=True)
-    }
-    for path, found in intervals.items():
-        facts[path]["interval_95"] = found
-    for path, found in differences.items():
-        facts[path]["difference"] = found
-    print(json.dumps(next(iter(facts.values())) if len(facts) == 1 else facts))
-
-
-def _trust(
-    samples: Mapping[str, Mapping[str, np.ndarray]], resamples: int
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """(95 % intervals by model and figure, differences from the first model likewise); prints both."""
-    from clipjax.evals.intervals import difference, interval
-
-    intervals: dict[str, dict[str, Any]] = {}
-    differences: dict[str, dict[str, Any]] = {}
-    first, *others = samples
-    for path, values in samples.items():
-        intervals[path] = {name: interval(x, resamples) for name, x in values.items()}
-        print(f"95 % intervals of {path}, {resamples} resamples")
-        for name, (low, high) in intervals[path].items():
-            print(f"  {name:40} {low:.4f} to {high:.4f}")
-    for path in others:
-        differences[path] = {}
-        print(f"{path} less {first}, on the same examples")
-        for name, x in samples[path].items():
-            if name in samples[first]:
-                found = difference(samples[first][name], x, resamples)
-                differences[path][name] = dataclasses.asdict(found)
-                print(
-                    f"  {name:40} {found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f}), "
-                    f"p = {found.p:.3g}"
-                )
-    return intervals, differences
-
-
-def print_table(results: Mapping[str, Mapping[str, float]], kind: str) -> None:
-    """Figures of several models on stdout: a row a figure, a column a model.
-
-    Args:
-      results: by model, its figures by name; what a model lacks stays empty.
-      kind: "md" (four decimals) or "csv" (all digits).
-    """
-    names = list(dict.fromkeys(name for figures in results.values() for name in figures))
-    head = ["figure", *results]
-    if kind == "csv":
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(head)
-        for name in names:
-            writer.writerow([name, *(figures.get(name, "") for figures in results.values())])
-        return
-    rows = [
-        [name, *(f"{figures[name]:.4f}" if name in figures else "" for figures in results.values())]
-        for name in names
-    ]
-    head = [cell.replace("|", "\\|") for cell in head]
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    print("| " + " | ".join(cell.ljust(w) for cell, w in zip(head, widths, strict=True)) + " |")
-    rule = ["-" * widths[0]] + ["-" * (w - 1) + ":" for w in widths[1:]]
-    print("| " + " | ".join(rule) + " |")
-    for row in rows:
-        cells = [row[0].ljust(widths[0])] + [
-            c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)
-        ]
-        print("| " + " | ".join(cells) + " |")

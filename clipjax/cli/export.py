@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clipjax.cli.arguments import import_files, new_parser
+from clipjax.cli.arguments import import_files, model_path, new_parser
 from clipjax.stores import place
 
 
@@ -15,7 +15,9 @@ def main(arguments: list[str]) -> int:
         "tokenizer. A model that the format cannot express is refused by the field.",
     )
     parser.add_argument(
-        "model", type=place, help="a run, a checkpoint, a model folder, or any weights"
+        "model",
+        type=model_path,
+        help="a run, a checkpoint, a model folder, hf://owner/name, or any weights",
     )
     parser.add_argument(
         "--to", required=True, metavar="FORMAT", help=", ".join([*FORMATS, "clipjax"])

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipjax.cli.arguments import import_files, new_parser
+from clipjax.cli.arguments import import_files, model_path, new_parser
 from clipjax.errors import ClipjaxError
 from clipjax.stores import place
 
@@ -22,7 +22,9 @@ def main(arguments: list[str]) -> int:
         "a model folder of clipjax may be given too, to change its image size or context length.",
     )
     parser.add_argument(
-        "source", type=place, help="a folder, or a .safetensors, .npz, .pt, .pth or .bin file"
+        "source",
+        type=model_path,
+        help="a folder, hf://owner/name, or a .safetensors, .npz, .pt, .pth or .bin file",
     )
     parser.add_argument("--out", type=place, required=True, help="the new model folder")
     parser.add_argument(
@@ -58,11 +60,13 @@ def main(arguments: list[str]) -> int:
     pretrained = _own(namespace) if own else _foreign(namespace)
     pretrained.save(namespace.out)
     tokenizer = pretrained.tokenizer
+    seen = []
+    if pretrained.image_size:
+        seen.append(f"pictures of {pretrained.image_size} px")
     words = f"{tokenizer.vocab_size:,} tokens" if tokenizer else "no tokenizer (give --tokenizer)"
-    print(
-        f"{namespace.out}: {count(pretrained.params):,} parameters, pictures of "
-        f"{pretrained.image_size} px, texts of {pretrained.context_length} tokens, {words}"
-    )
+    if pretrained.context_length:
+        seen += [f"texts of {pretrained.context_length} tokens", words]
+    print(f"{namespace.out}: {count(pretrained.params):,} parameters, " + ", ".join(seen))
     return 0
 
 

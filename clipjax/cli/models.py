@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipjax.cli.arguments import import_files
+from clipjax.cli.arguments import import_files, model_path
 from clipjax.errors import ClipjaxError
-from clipjax.stores import place
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,8 +24,9 @@ RUNS = Path("runs")
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds `--model`, which `open_model` opens."""
     parser.add_argument(
-        "--model", type=place, metavar="PATH",
-        help="a run's folder, one of its checkpoints/<step>, or a model's folder; default: the only run in runs/",
+        "--model", type=model_path, metavar="PATH",
+        help="a run's folder, one of its checkpoints/<step>, a model's folder, or hf://owner/name; default: the "
+        "only run in runs/",
     )  # fmt: skip
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clipjax.cli.arguments import new_parser, parse_run
+from clipjax.errors import ClipjaxError
 from clipjax.stores import place
 
-BAR = 40  # characters of the picture of a chip's memory
-NAMES = {"params": "parameters", "opt_state": "optimizer", "ema": "average", "averages": "teachers",
-         "objective_state": "objective", "model_state": "statistics"}  # fmt: skip
-"""What the table calls parts of the train state."""
+if TYPE_CHECKING:
+    from clipjax.config import Run
+    from clipjax.plan.machines import Machine
 
 
 def main(arguments: list[str]) -> int:
@@ -30,80 +31,81 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--json", action="store_true", help="end with one JSON object on the last line"
     )
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE.png", help="draw it too (.png, .svg, .pdf)"
+    )
+    parser.add_argument("--disk", type=float, default=1.0, metavar="GB/S",
+                        help="what each host writes of a checkpoint a second (default: 1)")  # fmt: skip
+    parser.add_argument("--check", action="store_true",
+                        help="on cpuxN: take two steps for real too, and say what memory they took")  # fmt: skip
+    search = parser.add_argument_group("--search")
+    search.add_argument("--search", action="store_true",
+                        help="try accumulate, remat, FSDP and groups, exchange, and rank what fits")  # fmt: skip
+    search.add_argument(
+        "--batch_sizes", type=int, nargs="+", metavar="N", help="to try (default: the run's)"
+    )
+    search.add_argument(
+        "--most", type=int, default=6, help="steps to compile, at most (default: 6)"
+    )
+    search.add_argument("--minutes", type=float, default=10.0, help="for all of it (default: 10)")
     namespace, run = parse_run(parser, arguments)
-    from clipjax.plan.estimate import estimate
+    if namespace.batch_sizes and not namespace.search:
+        raise ClipjaxError("--batch_sizes is for --search; one batch size is --data.batch_size")
+    if namespace.check and namespace.search:
+        raise ClipjaxError("--check is for one plan: leave out --search")
     from clipjax.plan.machines import machine
-    from clipjax.plan.program import compiled_for
 
     on = machine(namespace.on)
     files = [Path(file) for file in namespace.imports]
     if not Path(namespace.config).is_dir() and Path(namespace.config).suffix == ".py":
         files.append(Path(namespace.config))
-    found = compiled_for(run, on, files, namespace.examples or run.data.batch_size)
-    expected = estimate(run, on, found, namespace.examples)
-    _print(run, on, found, expected)
+    return (_search if namespace.search else _plan)(namespace, run, on, files)
+
+
+def _plan(namespace: Namespace, run: Run, on: Machine, files: list[Path]) -> int:
+    from clipjax.plan import table
+    from clipjax.plan.estimate import estimate
+    from clipjax.plan.program import checked_on_cpus, compiled_for
+
+    compile_it = checked_on_cpus if namespace.check else compiled_for
+    found = compile_it(run, on, files, namespace.examples or run.data.batch_size)
+    judged = estimate(run, on, found, namespace.examples, 1e9 * namespace.disk)
+    table.show(_console(), run, on, found, judged)
+    _picture(namespace, on, [("", judged)])
     if namespace.json:
-        print(json.dumps({"on": on.name, "compiled": found, "estimated": expected}))
-    return 0 if expected.get("fits", True) else 1
+        print(json.dumps({"on": on.name, "compiled": found, "estimated": judged}))
+    return 0 if judged.get("fits", True) else 1
 
 
-def _print(run: Any, on: Any, found: dict[str, Any], expected: dict[str, Any]) -> None:
+def _search(namespace: Namespace, run: Run, on: Machine, files: list[Path]) -> int:
+    from clipjax.plan import table
+    from clipjax.plan.search import search
+
+    console = _console()
+    ranked, counts = search(
+        run, on, files, namespace.examples, namespace.batch_sizes or [run.data.batch_size],
+        namespace.most, 60 * namespace.minutes, lambda text: print(text, file=sys.stderr),
+    )  # fmt: skip
+    table.show_ranked(console, on, ranked, counts)
+    named = [
+        (" ".join(str(value) for value in entry["settings"].values()), entry["estimated"])
+        for entry in ranked
+    ]
+    if named:
+        _picture(namespace, on, named)
+    if namespace.json:
+        print(json.dumps({"on": on.name, "ranked": ranked, **counts}))
+    return 0 if ranked and ranked[0]["estimated"].get("fits", True) else 1
+
+
+def _picture(namespace: Namespace, on: Machine, plans: list[tuple[str, dict[str, Any]]]) -> None:
+    if namespace.picture:
+        from clipjax.plan.picture import draw
+
+        draw(namespace.picture, f"{on.devices} x {on.chip.name}", plans)
+
+
+def _console() -> Any:
     from rich.console import Console
-    from rich.table import Table
 
-    console = Console(file=sys.stdout)
-    per_shard = run.data.batch_size // found["shards"]
-    title = f"{on.devices} x {on.chip.name}, {run.data.batch_size} pairs a step, {per_shard} on each batch shard"
-    table = Table("one chip", "", "from", title=title)
-    for name, size in found["state"].items():
-        table.add_row(NAMES.get(name, name), _bytes(size), "shapes and sharding")
-    table.add_row("batch", _bytes(found["batch"]), "shapes and sharding")
-    table.add_row("temporary", _bytes(found["temporary"]), "compiler")
-    held, memory = expected["held"], expected["memory"]
-    of = f" of {_bytes(memory)}" if memory else ""
-    table.add_row("all of it", f"{_bytes(held)}{of}", "compiler", end_section=True)
-    for kind, size in found["sent"].items():
-        table.add_row(f"sent: {kind}", _bytes(size), "compiler's program")
-    if "step" in expected:
-        table.add_section()
-        for name, seconds in expected["seconds"].items():
-            table.add_row(
-                f"a step's {name}", f"{1000 * seconds:.1f} ms", "arithmetic, at the maker's figures"
-            )
-        table.add_row(
-            "step, at least", f"{1000 * expected['step']:.1f} ms: {expected['limit']}", "arithmetic"
-        )
-        table.add_row("if nothing overlaps", f"{1000 * expected['serial']:.1f} ms", "arithmetic")
-        table.add_row("MFU, at most", f"{expected['mfu']:.0%}", "arithmetic: 3 forward passes")
-        table.add_row("pairs/s, at most", f"{expected['pairs_per_second']:,.0f}", "arithmetic")
-        table.add_row(
-            "pairs/s a host must feed", f"{expected['pairs_per_host']:,.0f}", "arithmetic"
-        )
-    if "hours" in expected:
-        hours = f"{expected['hours']:,.1f} h for {expected['steps']:,} steps"
-        table.add_row(
-            "whole run, at least",
-            f"{hours}, {expected['chip_hours']:,.0f} chip-hours",
-            "arithmetic",
-        )
-    console.print(table)
-    if memory:
-        console.print(_bar(found, held, memory))
-        console.print(f"chip: {on.chip.flops / 1e12:g} TFLOP/s bfloat16, {on.chip.bandwidth / 1e9:g} GB/s memory, "
-                      f"{on.chip.link / 1e9:g} GB/s links one way ({on.chip.source})")  # fmt: skip
-    console.print(found["layout"])
-    if not expected.get("fits", True):
-        console.print(f"[bold]It does not fit[/bold]: {_bytes(held - memory)} too much. Raise --accumulate, set the "
-                      "towers' remat to 'lean' or 'full', or split with --sharding.fsdp")  # fmt: skip
-
-
-def _bar(found: dict[str, Any], held: float, memory: float) -> str:
-    """A chip's memory as a line: state, batch and what is temporary."""
-    parts = {"#": sum(found["state"].values()), "b": found["batch"], "t": found["temporary"]}
-    drawn = "".join(mark * round(BAR * size / memory) for mark, size in parts.items())
-    over = " over" if held > memory else ""
-    return f"|{drawn[: 2 * BAR]:.<{BAR}}| {held / memory:.0%}{over}   # state, b batch, t temporary"
-
-
-def _bytes(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140)

@@ -29,6 +29,10 @@ TASKS = {
     "geometry": "Geometry",
     "compositional": "Compositional",
     "captioning": "Captioning",
+    "winoground": "Winoground",
+    "winogavil": "WinoGAViL",
+    "segmentation": "Segmentation",
+    "linear_segmentation": "LinearSegmentation",
 }
 """Name -> class in `clipjax.evals`. A user's own evaluator (--imports) is a task by its class's name."""
 
@@ -194,6 +198,8 @@ def build(
     Raises:
       ClipjaxError: the evaluator takes no data set, or needs one to learn from.
     """
+    from clipjax.data import ClassFolder, PictureFolder
+
     cls = evaluator_class(task)
     fields = {field.name for field in dataclasses.fields(cls)}
     if "source" not in fields:
@@ -205,10 +211,15 @@ def build(
         values["train"] = train
     if "training" in fields and options.train_dataset:
         values["training"] = train
-    if task == "zeroshot":
+    if "masks" in fields and isinstance(source, ClassFolder):  # its folders are no classes
+        values["source"] = PictureFolder(source.root)
+    if "train_masks" in fields and isinstance(train, ClassFolder):
+        values["train"] = PictureFolder(train.root)
+    if "templates" in fields:
         from clipjax.evals.prompts import read_templates
 
-        values.setdefault("prompts", prompts)
+        if not values.get("class_names"):
+            values.setdefault("prompts", prompts)
         values["templates"] = read_templates(options.templates) if options.templates else ()
     return cls(**values)
 
@@ -219,12 +230,15 @@ def given(options: argparse.Namespace, names: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def compositional(options: argparse.Namespace) -> Evaluator:
-    """`Compositional`, whose data sets are files of entries."""
-    from clipjax.evals import Compositional
+def reads_entries(task: str) -> bool:
+    """Whether a task's data sets are files of entries about pictures in a folder."""
+    return any(field.name == "files" for field in dataclasses.fields(evaluator_class(task)))
 
-    values = given(options, options_of(Compositional))
-    return Compositional(files=tuple(options.dataset), **values)
+
+def of_entries(task: str, options: argparse.Namespace) -> Evaluator:
+    """The evaluator of a task whose data sets are files of entries."""
+    cls = evaluator_class(task)
+    return cls(files=tuple(options.dataset), **given(options, options_of(cls)))  # type: ignore[call-arg]
 
 
 def wants_training(task: str) -> bool:

@@ -11,6 +11,7 @@ from clipjax.data.augment import (
 )
 from clipjax.data.boxes import Boxes
 from clipjax.data.columns import Parquet, SavedDataset
+from clipjax.data.crossmodal import Crossmodal
 from clipjax.data.evalset import EvalSet, load_eval
 from clipjax.data.fields import Array, Example, Field, Image, Spec, Text, View
 from clipjax.data.folder import ClassFolder, ImageFolder, PictureFolder
@@ -40,6 +41,7 @@ __all__ = [
     "ClassFolder",
     "ClipBPE",
     "ColorJitter",
+    "Crossmodal",
     "Data",
     "Embeddings",
     "EvalSet",

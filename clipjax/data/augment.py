@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from clipjax.component import Component
-from clipjax.data.images import Jpeg, resize
+from clipjax.data.images import Jpeg, resize, resize_fast
 from clipjax.errors import ClipjaxError
 
 LONGEST = 8
@@ -142,7 +142,7 @@ class RandomResizedCrop(Augmentation):
     def mapped(self, image, size, rng):
         left, top, right, bottom = box = self._box(image.shape[0], image.shape[1], rng)
         scaling = _scaling(size / (right - left), size / (bottom - top))
-        return resize(image, (size, size), box), scaling @ _shifting(-left, -top)
+        return resize_fast(image, (size, size), box), scaling @ _shifting(-left, -top)
 
     def _box(self, height: int, width: int, rng) -> tuple[float, float, float, float]:
         log_low, log_high = math.log(self.ratio[0]), math.log(self.ratio[1])
@@ -281,15 +281,16 @@ def augmented_jpeg(
         return None
     left, top, right, bottom = box
     across, down = size / (right - left), size / (bottom - top)
-    least = (math.ceil(jpeg.height * down), math.ceil(jpeg.width * across))
-    # Between half and all of the size there is little to win and sharpness to lose.
-    pixels = jpeg.decode(least if max(across, down) <= 0.5 else None)
+    # Between half and all of the size there is nothing to win.
+    enough = max(across, down)
+    eighths = next((n for n in (1, 2, 4) if enough <= n / 8), 8)
+    pixels = jpeg.decode(eighths)
     if pixels is None:
         rng.bit_generator.state = state
         return None
-    # Sizes are rounded up to whole pixels: the scale is the eighths that were asked for.
-    scale = round(8 * pixels.shape[0] / jpeg.height) / 8
-    image = resize(pixels, (size, size), (left * scale, top * scale, right * scale, bottom * scale))
+    scale = eighths / 8
+    reduced = (left * scale, top * scale, right * scale, bottom * scale)
+    image = resize_fast(pixels, (size, size), reduced)
     image, rest = augmented(image, augmentations[1:], resize_to, size, rng)
     return image, None if rest is None else rest @ _scaling(across, down) @ _shifting(-left, -top)
 

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,11 @@ class Pictures:
             return np.zeros((0, self._size, self._size, 3), np.uint8)
         return np.stack(list(_threads().map(self._read, wanted.tolist())))
 
+    def facts(self, row: int) -> dict[str, Any]:
+        """The record of a row, without its picture where that is less to read."""
+        read = getattr(self._opened, "facts", self._opened.__getitem__)
+        return dict(read(int(self._index[row])))
+
     def keep(self, pixels: np.ndarray) -> None:
         """Takes all pictures, uint8 [n, S, S, 3], and reads no record any more."""
         self._kept = pixels
@@ -106,6 +112,20 @@ class EvalSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    def entries(self, key: str) -> list[Any]:
+        """What each record has under a name (see `fields.entry`), None where it has nothing.
+
+        Raises:
+          ClipjaxError: no record has it.
+        """
+        from clipjax.data.fields import entry
+
+        found = [entry(self.images.facts(i), key, None) for i in range(len(self))]
+        if all(value is None for value in found):
+            known = ", ".join(map(str, self.images.facts(0)))
+            raise ClipjaxError(f"no record has {key!r}; the first one has {known}")
+        return found
+
 
 def load_eval(
     source: Source,
@@ -117,7 +137,8 @@ def load_eval(
     """Reads the first `limit` records of a source (None: all), in its order.
 
     Texts and labels stay in memory. Pictures do too where all of them take at most `keep_bytes`;
-    otherwise they are decoded whenever they are asked for, and only the first is decoded here.
+    otherwise they are decoded whenever they are asked for, and only the first is decoded here. Several
+    threads read and decode.
 
     Args:
       source: what to read.
@@ -136,19 +157,36 @@ def load_eval(
     index: list[int] = []
     records: list[dict[str, Any]] = []
     skipped = 0
-    read = getattr(opened, "facts", opened.__getitem__)
-    for i in range(count):
+    facts = getattr(opened, "facts", opened.__getitem__)
+
+    def load(i: int, whole: bool) -> tuple[dict[str, Any], np.ndarray | None] | UnreadableRecord:
         try:
-            record: Any = opened[i] if keep or not records else read(i)
-            if keep or not records:
+            record: Any = opened[i] if whole else facts(i)
+            image = None
+            if whole:
                 image = resize(decode(record["image"], record["key"]), image_size)
-                images.append(image)
+            return {key: record[key] for key in KEPT if key in record}, image
         except UnreadableRecord as failure:
-            logger.warning("left out of the evaluation: %s", failure)
+            return failure
+
+    def all_of_them() -> Iterator[Any]:
+        ahead = iter(range(count))
+        for i in ahead:  # one by one up to the first that can be used, which is read as a whole
+            found = load(i, True)
+            yield found
+            if not isinstance(found, UnreadableRecord):
+                break
+        yield from _threads().map(functools.partial(load, whole=keep), ahead)
+
+    for found in all_of_them():
+        if isinstance(found, UnreadableRecord):
+            logger.warning("left out of the evaluation: %s", found)
             skipped += 1
             continue
-        index.append(i)
-        records.append({key: record[key] for key in KEPT if key in record})
+        index.append(skipped + len(records))
+        records.append(found[0])
+        if found[1] is not None and keep:
+            images.append(found[1])
     if not records:
         raise ClipjaxError(f"no record of {source} can be read ({skipped} tried)")
     spoken = [_nonempty(r["captions"], r.get("languages", ())) for r in records]

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 
 from clipjax.component import Component
 from clipjax.data.augment import Augmentation, CaptionChoice, Shown, augmented, augmented_jpeg
@@ -65,7 +66,8 @@ class Draws:
 
     @functools.cached_property
     def _main(self) -> tuple[Shown | None, np.random.Generator]:
-        rng = np.random.Generator(np.random.Philox(key=self._key))
+        key: Any = _Key(self._key)
+        rng = np.random.Generator(np.random.Philox(key))
         return self._captions.choose(self._record, rng), rng
 
     @property
@@ -80,6 +82,17 @@ class Draws:
         # Philox counts up from the low end of 256 bits: another top word is another stream.
         counter = [0, 0, 0, 0 if name == "text" else _digest(name)]
         return np.random.Generator(np.random.Philox(key=self._key, counter=counter))
+
+
+class _Key(ISeedSequence):
+    """The key of a Philox, which a Philox is given so, as with `key=` it asks the system for entropy too."""
+
+    def __init__(self, key: Sequence[int]):
+        self._key = key
+
+    def generate_state(self, n_words, dtype=np.uint32):
+        assert n_words == len(self._key)
+        return np.array(self._key, dtype)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+from clipjax.data import crossmodal
 from clipjax.data.columns import Parquet, SavedDataset
 from clipjax.data.folder import (
     PICTURE_SUFFIXES,
@@ -34,7 +35,8 @@ HOLDS = (
 def found_source(path: str, captions: bool) -> Source | None:
     """The source that a path, or a pattern of paths, holds; None where there is nothing.
 
-    * `*.tar`: WebDataset. `*.parquet`: Parquet. `.csv`, `.tsv`, `.jsonl`: a table of pictures.
+    * `*.tar`: WebDataset. `*.parquet`: Parquet. `.csv`, `.tsv`, `.jsonl`: a table of pictures, or of
+      captions by language (`Crossmodal`).
     * A folder with such a table in it, by the names in `TABLES`; a folder that `save_to_disk` wrote; one
       of .parquet files, or of .tar files.
     * A folder of pictures with a .txt beside each (img2dataset's `files`); else of one folder per class, or
@@ -79,13 +81,15 @@ def found_source(path: str, captions: bool) -> Source | None:
     return ClassFolder(path) if captions else PictureFolder(path)
 
 
-def table_source(table: Path) -> ImageFolder:
+def table_source(table: Path) -> Source:
     """A table of pictures, by the usual names of its columns.
 
     Raises:
       ClipjaxError: no column has a usual name.
     """
     names = _header(table)
+    if crossmodal.KEY in names:
+        return crossmodal.Crossmodal(str(table))
     image = next((name for name in PATH_COLUMNS if name in names), None)
     if image is None:
         raise ClipjaxError(

@@ -2,14 +2,16 @@
 
 JPEG goes through libjpeg-turbo (simplejpeg) where it is there, without a copy and, where less is
 wanted, at a fraction of the size; everything else, and whatever that cannot read, through Pillow.
+What training resizes goes through cykooz_resizer where it is there: Pillow's filters, vectorized.
 """
 
 from __future__ import annotations
 
 import functools
 import io
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -110,17 +112,20 @@ class Jpeg:
             return None
         return cls(content, height, width, orientation)
 
-    def decode(self, least: tuple[int, int] | None = None) -> np.ndarray | None:
+    def decode(self, eighths: int = 8) -> np.ndarray | None:
         """The pixels, uint8 [H, W, 3]; None where the file is damaged.
 
         Args:
-          least: (height, width) that will do: the picture comes at the smallest of the sizes n/8 that
-            has as many pixels both ways. None is the whole picture, the same pixels as Pillow's.
+          eighths: 1, 2, 4 or 8 eighths of the size, rounded up to whole pixels, are decoded. 8 is the whole
+            picture, the same pixels as Pillow's. (libjpeg-turbo is slower at the others than at twice the size.)
         """
         options = {}
-        if least is not None:
-            height, width = least[::-1] if self._orientation > 4 else least
-            options = {"min_height": height, "min_width": width}
+        if eighths < 8:
+            height, width = (self.height, self.width)
+            if self._orientation > 4:
+                height, width = width, height
+            least = (-(-height * eighths // 8), -(-width * eighths // 8))
+            options = {"min_height": least[0], "min_width": least[1]}
         try:
             pixels = _simplejpeg().decode_jpeg(self._content, "RGB", strict=True, **options)
         except Exception:  # damaged, or an unusual kind: Pillow says what it is, or reads it
@@ -143,13 +148,32 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 def _orientation(content: bytes) -> int:
     """The EXIF orientation of a JPEG file, 1 where it has none."""
-    if b"Exif\0" not in content and b"Orientation" not in content:
+    if not any(
+        segment.startswith(b"Exif\0") or b"Orientation" in segment  # in XMP
+        for segment in _application_segments(content)
+    ):
         return 1
     from PIL import ExifTags, Image
 
     with Image.open(io.BytesIO(content), formats=("JPEG", "MPO")) as picture:
         value = picture.getexif().get(ExifTags.Base.Orientation, 1)
     return value if value in _UPRIGHT else 1
+
+
+def _application_segments(content: bytes) -> Iterator[bytes]:
+    """What applications wrote into a JPEG file's header: the segments APP1, which hold EXIF and XMP."""
+    at = 2
+    while at + 4 <= len(content) and content[at] == 0xFF:
+        mark = content[at + 1]
+        if mark == 0xDA:  # the picture begins
+            return
+        if mark == 0xFF:  # filling
+            at += 1
+            continue
+        size = int.from_bytes(content[at + 2 : at + 4])
+        if mark == 0xE1:
+            yield content[at + 4 : at + 2 + size]
+        at += 2 + size
 
 
 @functools.cache
@@ -188,6 +212,47 @@ def resize(
     return np.asarray(resized)
 
 
+def resize_fast(
+    image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float]
+) -> np.ndarray:
+    """`resize` with the bicubic filter, several times as fast where cykooz_resizer is there.
+
+    It rounds otherwise: 0.2 of 255 in the mean, a few of 255 at most.
+    """
+    library = _cykooz_resizer()
+    if library is None:
+        return resize(image, size, box)
+    height, width = size
+    left, top, right, bottom = box
+    # The box, and what the filter reaches around it, is all that is copied.
+    reach_x = 2 + math.ceil(2 * max((right - left) / width, 1))
+    reach_y = 2 + math.ceil(2 * max((bottom - top) / height, 1))
+    first_x, first_y = max(int(left) - reach_x, 0), max(int(top) - reach_y, 0)
+    part = image[first_y : math.ceil(bottom) + reach_y, first_x : math.ceil(right) + reach_x]
+    source = library.ImageData(part.shape[1], part.shape[0], library.PixelType.U8x3, part.tobytes())
+    made = library.ImageData(width, height, library.PixelType.U8x3)
+    # Rounding must not lead out of the picture.
+    left, top = left - first_x, top - first_y
+    crop = library.CropBox(
+        left,
+        top,
+        min(right - first_x, part.shape[1]) - left,
+        min(bottom - first_y, part.shape[0]) - top,
+    )
+    bicubic = library.ResizeAlg.convolution(library.FilterType.catmull_rom)
+    library.Resizer().resize(source, made, library.ResizeOptions(bicubic, False, crop))
+    return np.frombuffer(made.get_buffer(), np.uint8).reshape(height, width, 3)
+
+
+@functools.cache
+def _cykooz_resizer() -> Any:
+    try:
+        import cykooz_resizer
+    except ImportError:
+        return None
+    return cykooz_resizer
+
+
 def _checked(picture: Image.Image, name: str, max_pixels: int) -> np.ndarray:
     if picture.width * picture.height > max_pixels:
         raise UnreadableRecord(
@@ -197,9 +262,11 @@ def _checked(picture: Image.Image, name: str, max_pixels: int) -> np.ndarray:
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
-    from PIL import Image, ImageOps
+    from PIL import ExifTags, Image, ImageOps
 
-    picture = ImageOps.exif_transpose(picture)
+    picture.load()  # PNG's EXIF may come after the pixels
+    if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        picture = ImageOps.exif_transpose(picture)  # which copies in any case
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
     if picture.mode.startswith("I;16"):  # Pillow would clip deep gray at 255

@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -29,6 +29,7 @@ from clipjax.data.order import Order, Plan, Runs, Shuffled, Stream, Streamed, ed
 from clipjax.data.reading import Unreachable, retried
 from clipjax.data.sources import RandomAccess, Source, UnreadableRecord
 from clipjax.data.tokenizers import BPE, Tokenizer, TokenizerModel
+from clipjax.data.workers import Rows, made_by_workers
 from clipjax.errors import ClipjaxError, RunFailed
 
 logger = logging.getLogger(__name__)
@@ -83,8 +84,11 @@ class Data(Component):
     """Keep decoded pictures in memory, at full size; for small data sets. Without, a JPEG whose first
     augmentation crops it is decoded only as large as the crop needs."""
     num_threads: int | None = None
-    """Threads that decode and augment, per process; default: one per core. One is best for pictures
-    below 100 pixels, where Python's own share of the work dominates."""
+    """Threads that decode and augment, per process; default: one per core, or one in each worker. One
+    is best for pictures below 100 pixels, where Python's own share of the work dominates."""
+    num_workers: int = 0
+    """Processes that decode and augment, beside each one that trains; 0 is threads alone. They win where
+    Python's own share of the work dominates: pictures below 100 pixels, or many cores."""
     prefetch: int = 2
     """Batches made while the step before them runs."""
     max_error_rate: float = 0.01
@@ -95,6 +99,12 @@ class Data(Component):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ClipjaxError(f"Data: {name}={value} must be >= 1")
+        if self.num_workers < 0:
+            raise ClipjaxError(f"Data: num_workers={self.num_workers} must be >= 0")
+        if self.num_workers and self.cache:
+            raise ClipjaxError(
+                "Data: each of num_workers would keep its own cache; drop one of them"
+            )
         if not 0 <= self.max_error_rate <= 1:
             raise ClipjaxError(f"Data: max_error_rate={self.max_error_rate} must be in [0, 1]")
         if self.cache and self.stream is not None:
@@ -187,9 +197,15 @@ class Loader:
                 f"batch_size={data.batch_size} is not divisible by the {process_count} processes "
                 "that feed it; change batch_size"
             )
+        if data.num_workers and data.batch_size % (process_count * data.num_workers):
+            raise ClipjaxError(
+                f"batch_size={data.batch_size} is not divisible by {process_count} processes with "
+                f"num_workers={data.num_workers} each; change num_workers"
+            )
         if seed < 0:
             raise ClipjaxError(f"seed={seed} must be >= 0")
         self._data, self._tokenizer, self._seed = data, tokenizer, seed
+        self._process = (process_index, process_count)
         self._num_threads = data.num_threads or _cores()
         self._rows = data.batch_size // process_count
         self._first_row = process_index * self._rows
@@ -262,13 +278,35 @@ class Loader:
         self._account(failures)
         return rows
 
-    def iterate(self, start_step: int = 0, shift: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """The batches of `start_step`, `start_step + 1`, ... without end, made ahead by threads.
+    def iterate(self, start_step: int = 0, shift: int = 0) -> Generator[Rows]:
+        """The batches of `start_step`, `start_step + 1`, ... without end, made ahead by threads or workers.
 
         Batch k begins at position k * B + `shift` (`Scale.shift`).
 
-        Close the iterator (or let it be collected) to stop the threads. An error that `batch` would
+        Close the iterator (or let it be collected) to stop them. An error that `batch` would
         raise is raised at the batch it belongs to.
+        """
+        if self._data.num_workers:
+            made = made_by_workers(
+                self._data, self._tokenizer, self._seed, *self._process, start_step, shift
+            )
+        else:
+            made = self.made(start_step, shift)
+        with contextlib.closing(made):
+            for rows, failures in made:
+                self._account(failures)
+                yield rows
+
+    def made(
+        self, start_step: int, shift: int = 0, rows_of: Callable[[], Rows] | None = None
+    ) -> Generator[tuple[Rows, list[UnreadableRecord]]]:
+        """As `iterate`, by threads, and beside each batch why records in it were replaced; these are not
+        counted.
+
+        Args:
+          start_step: the first batch.
+          shift: as in `iterate`.
+          rows_of: gives the arrays that a batch is made in; default: new ones.
         """
         if isinstance(self._order, Streamed):
             self._order.go_on(shift)
@@ -285,11 +323,11 @@ class Loader:
                 # The one that is asked for, and `prefetch` that are made while it is used.
                 while len(ahead) < self._data.prefetch + 1:
                     self._read_ahead(step, readers)
-                    ahead.append(self._submit(pool, step, shift))
+                    rows = rows_of() if rows_of else self._empty_rows()
+                    ahead.append((rows, self._submit(pool, rows, step, shift)))
                     step += 1
                 rows, parts = ahead.popleft()
-                self._account([failure for part in parts for failure in part.result()])
-                yield rows
+                yield rows, [failure for part in parts for failure in part.result()]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             if readers is not None and self._runs is not None:
@@ -301,11 +339,11 @@ class Loader:
             assert isinstance(self._order, Streamed)
             self._runs.want(self._order.runs(step, self._first_row, self._rows), readers)
 
-    def _submit(self, pool: ThreadPoolExecutor, step: int, shift: int) -> tuple[dict, list[Future]]:
-        rows, positions = self._empty_rows(), self._positions(step, shift)
+    def _submit(self, pool: ThreadPoolExecutor, rows: Rows, step: int, shift: int) -> list[Future]:
+        positions = self._positions(step, shift)
         edges = np.linspace(0, self._rows, min(self._num_threads, self._rows) + 1, dtype=int)
         parts = [slice(*ends) for ends in itertools.pairwise(edges)]
-        return rows, [
+        return [
             pool.submit(self._fill, {k: v[part] for k, v in rows.items()}, positions[part])
             for part in parts
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def named_source(name: str, default_split: str = "test", **fields: str | None) -
     path = Path(name).expanduser()
     found = found_source(name, captions=True)
     if found is not None:
-        return _with_fields(found, name, given)
+        return with_keys(found, name, fields)
     if path.is_absolute() or name.startswith("."):
         raise ClipjaxError(f"there is no folder {name!r}")
     if path.exists():
@@ -49,8 +50,9 @@ def named_source(name: str, default_split: str = "test", **fields: str | None) -
     return Tfds(":".join(parts), last + bracket + rest, **given)
 
 
-def _with_fields(found: Source, name: str, given: dict[str, Any]) -> Source:
+def with_keys(found: Source, name: str, keys: Mapping[str, str | None]) -> Source:
     """A source found at a path, with what the command says of its columns or extensions."""
+    given = {key: value for key, value in keys.items() if value is not None}
     image, caption = given.get("image_key"), given.get("caption_key")
     if isinstance(found, WebDataset):
         fields = {

@@ -35,7 +35,7 @@ class TokenizerModel:
       vocab_size: number of token ids; every id is below it.
       pad_id: fills up rows.
       bos_id: stands first in every row, or None for a vocabulary without one.
-      eos_id: ends every row, also a truncated one.
+      eos_id: ends every row, also a truncated one, unless `ends` is False.
     """
 
     def __init__(
@@ -46,8 +46,10 @@ class TokenizerModel:
         bos_id: int | None,
         eos_id: int,
         clean: Clean = "keep",
+        ends: bool = True,
     ):
         self._kind, self._vocabulary, self._clean = kind, vocabulary, clean
+        self._ends = ends
         self.pad_id, self.bos_id, self.eos_id = pad_id, bos_id, eos_id
         if kind == "tokenizers":
             self.vocab_size: int = vocabulary.get_vocab_size()
@@ -66,7 +68,8 @@ class TokenizerModel:
         Returns:
           int32 [n, L].
         """
-        fixed = 1 if self.bos_id is None else 2
+        start = 0 if self.bos_id is None else 1
+        fixed = start + self._ends
         if context_length <= fixed:
             raise ClipjaxError(
                 f"context_length={context_length} leaves no room for text beside {fixed} special "
@@ -74,13 +77,13 @@ class TokenizerModel:
             )
         room = context_length - fixed
         rows = np.full((len(texts), context_length), self.pad_id, np.int32)
-        start = fixed - 1
         if self.bos_id is not None:
             rows[:, 0] = self.bos_id
         for row, ids in zip(rows, self._ids([self._cleaned(t) for t in texts]), strict=True):
             ids = ids[:room]
             row[start : start + len(ids)] = ids
-            row[start + len(ids)] = self.eos_id
+            if self._ends:
+                row[start + len(ids)] = self.eos_id
         return rows
 
     def decode(self, ids: np.ndarray) -> list[str]:
@@ -107,6 +110,7 @@ class TokenizerModel:
             "bos_id": self.bos_id,
             "eos_id": self.eos_id,
             "clean": self._clean,
+            "ends": self._ends,
         }
         (folder / _FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
 
@@ -143,12 +147,12 @@ class TokenizerModel:
 
         vocabulary = Vocabulary.from_str(self._vocabulary.to_str())
         own = [] if vocabulary.normalizer is None else [vocabulary.normalizer]
-        before = _cleaning(self._clean) if cleaning else []
-        vocabulary.normalizer = normalizers.Sequence(before + own)
-        ids = [i for i in (self.bos_id, self.eos_id) if i is not None]
-        tokens = [(self.token(i), i) for i in ids]
+        first = _cleaning(self._clean) if cleaning else []
+        vocabulary.normalizer = normalizers.Sequence(first + own)
+        before, after = self.bos_id, self.eos_id if self._ends else None
+        tokens = [(self.token(i), i) for i in (before, after) if i is not None]
         template = [name for name, _ in tokens]
-        template.insert(len(template) - 1, "$A")
+        template.insert(0 if before is None else 1, "$A")
         vocabulary.post_processor = processors.TemplateProcessing(
             single=" ".join(template), special_tokens=tokens
         )
@@ -258,6 +262,8 @@ class TokenizerFile(Tokenizer):
     clean: Clean = "keep"
     """Before encoding: lower, canonical (that, `_` as a space and no other ASCII punctuation:
     SigLIP), clip (OpenAI's); OpenCLIP mends texts first: repair, repair_lower, repair_canonical."""
+    ends: bool = True
+    """Whether a text is ended by eos (Gemma's and TIPS's are not)."""
 
     def build(self, captions=()):
         from tokenizers import Tokenizer as Vocabulary
@@ -280,6 +286,7 @@ class TokenizerFile(Tokenizer):
             bos_id=_optional_special(self, "bos", find, _BOS_NAMES),
             eos_id=_special(self, "eos", find, _EOS_NAMES),
             clean=self.clean,
+            ends=self.ends,
         )
 
 
@@ -298,6 +305,8 @@ class SentencePiece(Tokenizer):
     clean: Clean = "keep"
     """Before encoding: lower, canonical (that, `_` as a space and no other ASCII punctuation:
     SigLIP), clip (OpenAI's); OpenCLIP mends texts first: repair, repair_lower, repair_canonical."""
+    ends: bool = True
+    """Whether a text is ended by eos (Gemma's and TIPS's are not)."""
 
     def build(self, captions=()):
         path = _existing(self.path)
@@ -320,6 +329,7 @@ class SentencePiece(Tokenizer):
             bos_id=_optional_special(self, "bos", find, own(vocabulary.bos_id())),
             eos_id=_special(self, "eos", find, own(vocabulary.eos_id()) + _EOS_NAMES),
             clean=self.clean,
+            ends=self.ends,
         )
 
 

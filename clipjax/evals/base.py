@@ -17,8 +17,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from clipjax.component import Component
 from clipjax.errors import ClipjaxError
 from clipjax.evals.once import Once
@@ -73,8 +71,7 @@ class Runner:
 
     Attributes:
       once: where splits and embeddings come from, so that runners of one evaluation make each once.
-      samples: by figure, the value of each example whose mean the figure is, as last evaluated; for
-        those figures that are means.
+      figures: as last evaluated; those that are a `Figure` know their examples, for intervals.
 
     What comes out of `prepare` and `__call__` names the evaluator: a `ClipjaxError` keeps its kind
     and gets the name put before its message; any other exception, a bug, gets it as a note.
@@ -83,14 +80,15 @@ class Runner:
     def __init__(self, evaluator: Any):
         self.evaluator = evaluator
         self.once = Once()
-        self.samples: dict[str, np.ndarray] = {}
+        self.figures: dict[str, float] = {}
         self._loaded_for: tuple[int, int] | None = None
 
     def __call__(self, predictor: Predictor) -> dict[str, float]:
         """The evaluator's figures."""
         self.prepare(predictor)
         with self._named():
-            return {name: float(value) for name, value in self.evaluate(predictor).items()}
+            self.figures = dict(self.evaluate(predictor))
+            return {name: float(value) for name, value in self.figures.items()}
 
     def prepare(self, predictor: Predictor) -> None:
         """Loads what is needed, once for pictures and texts of one size.
@@ -108,7 +106,7 @@ class Runner:
         """Loads what `evaluate` needs; for subclasses."""
 
     def evaluate(self, predictor: Predictor) -> dict[str, float]:
-        """The figures; for subclasses."""
+        """The figures, each a `Figure` where it is worked out from examples; for subclasses."""
         return self.evaluator.run(predictor)
 
     def chance(self) -> dict[str, float]:

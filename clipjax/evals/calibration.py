@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
+from clipjax.evals.figure import Figure
+
 BINS = 15
 _SEED = 0  # of the halves that the temperature is fitted and judged on
 
 
 def expected_calibration_error(
-    confidence: np.ndarray, right: np.ndarray, bins: int = BINS
+    confidence: np.ndarray,
+    right: np.ndarray,
+    bins: int = BINS,
+    weights: np.ndarray | None = None,
 ) -> float:
     """Mean of |accuracy - mean confidence| over bins of equal width, weighted by their size.
 
@@ -19,11 +24,14 @@ def expected_calibration_error(
       confidence: [n] in [0, 1], the probability of the predicted class.
       right: [n] bool, whether that class is the true one.
       bins: how many.
+      weights: [n], how often each counts; default: once.
     """
     index = np.clip(np.ceil(np.asarray(confidence, np.float64) * bins) - 1, 0, bins - 1)
     index = index.astype(np.int64)
-    gap = np.bincount(index, weights=right.astype(np.float64) - confidence, minlength=bins)
-    return float(np.abs(gap).sum() / len(confidence))
+    weights = np.ones(len(index)) if weights is None else weights
+    apart = weights * (np.asarray(right, np.float64) - confidence)
+    gap = np.bincount(index, weights=apart, minlength=bins)
+    return float(np.abs(gap).sum() / weights.sum())
 
 
 def best_temperature(logits: np.ndarray, label: np.ndarray) -> float:
@@ -72,17 +80,18 @@ def calibration(logits: np.ndarray, label: np.ndarray) -> dict[str, float]:
     half = np.zeros(len(label), bool)
     half[np.random.default_rng(_SEED).permutation(len(label))[: len(label) // 2]] = True
     temperature = best_temperature(logits[half], label[half]) if half.any() else 1.0
-    scaled = logits[~half] / temperature
-    return {
-        "ece": _ece(logits, label),
-        "nll": cross_entropy(logits, label),
-        "ece_scaled": _ece(scaled, label[~half]),
-        "nll_scaled": cross_entropy(scaled, label[~half]),
-        "temperature": temperature,
-    }
+    figures: dict[str, float] = {}
+    for kind, scores, true in (
+        ("", logits, label),
+        ("_scaled", logits[~half] / temperature, label[~half]),
+    ):
+        log_p = log_softmax(scores)
+        right = log_p.argmax(axis=1) == true
+        figures[f"ece{kind}"] = Figure(np.stack([np.exp(log_p.max(axis=1)), right], axis=1), _ece)
+        figures[f"nll{kind}"] = Figure(-log_p[np.arange(len(true)), true])
+    return figures | {"temperature": temperature}
 
 
-def _ece(logits: np.ndarray, label: np.ndarray) -> float:
-    probability = np.exp(log_softmax(logits))
-    predicted = probability.argmax(axis=1)
-    return expected_calibration_error(probability.max(axis=1), predicted == label)
+def _ece(values: np.ndarray, weights: np.ndarray | None) -> float:
+    """The calibration error of [n, 2], a confidence and whether it was right."""
+    return expected_calibration_error(values[:, 0], values[:, 1], weights=weights)

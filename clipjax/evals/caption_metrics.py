@@ -59,18 +59,44 @@ def bleu(
     Raises:
       ClipjaxError: the lists disagree, or a picture has no reference.
     """
+    return bleu_of(bleu_counts(candidates, references, n).sum(axis=0))
+
+
+def bleu_counts(
+    candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]], n: int = 4
+) -> np.ndarray:
+    """[N, 2 n + 2]: what each caption adds to a corpus' BLEU, which `bleu_of` makes of the sum.
+
+    n-grams of length 1 to n that are right, all that there are, the caption's length, and that of
+    the reference nearest to it in length.
+
+    Args:
+      candidates: a caption for each of N pictures.
+      references: one or more captions for each picture.
+      n: longest n-gram.
+
+    Raises:
+      ClipjaxError: as in `bleu`.
+    """
     _check(candidates, references)
-    correct, guessed = np.zeros(n), np.zeros(n)
-    candidate_length = reference_length = 0
-    for candidate, own in zip(candidates, references, strict=True):
+    counts = np.zeros((len(candidates), 2 * n + 2))
+    for row, candidate, own in zip(counts, candidates, references, strict=True):
         allowed: Counts = collections.Counter()
         for reference in own:
             allowed |= _ngrams(reference, n)  # the largest count in any one reference
         for gram, count in (_ngrams(candidate, n) & allowed).items():
-            correct[len(gram) - 1] += count
-        guessed += np.maximum(len(candidate) - np.arange(n), 0)
-        candidate_length += len(candidate)
-        reference_length += min((abs(len(r) - len(candidate)), len(r)) for r in own)[1]
+            row[len(gram) - 1] += count
+        row[n : 2 * n] = np.maximum(len(candidate) - np.arange(n), 0)
+        nearest = min((abs(len(r) - len(candidate)), len(r)) for r in own)[1]
+        row[2 * n :] = len(candidate), nearest
+    return counts
+
+
+def bleu_of(counts: np.ndarray) -> tuple[float, ...]:
+    """BLEU-1 to BLEU-n of the sum [2 n + 2] of a corpus' `bleu_counts`."""
+    n = len(counts) // 2 - 1
+    correct, guessed = counts[:n], counts[n : 2 * n]
+    candidate_length, reference_length = counts[2 * n :]
     # These two, from pycocoevalcap, keep a corpus without a match from dividing by zero.
     precision = (correct + 1e-15) / (guessed + 1e-9)
     score = np.cumprod(precision) ** (1 / (1 + np.arange(n)))

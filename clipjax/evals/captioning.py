@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from clipjax.data import Source, UnreadableRecord
 from clipjax.errors import ClipjaxError
 from clipjax.evals import caption_metrics, java_metrics
 from clipjax.evals.base import Evaluator, Runner, require_at_least
+from clipjax.evals.figure import Figure
 from clipjax.evals.metrics import top_k
 from clipjax.evals.retrieval import merge_equal, spaced
 from clipjax.generation import Greedy, Strategy
@@ -171,10 +173,12 @@ class CaptioningRunner(Runner):
         rows, texts = _spoken(references, language)
         candidates = [self._tokens(captions[i]) for i in rows]
         wanted = [[self._tokens(text) for text in own] for own in texts]
-        bleu = caption_metrics.bleu(candidates, wanted)
-        figures = {f"BLEU-{n}": value for n, value in enumerate(bleu, 1)}
-        figures["ROUGE-L"] = float(caption_metrics.rouge_l(candidates, wanted).mean())
-        figures["CIDEr-D"] = float(caption_metrics.cider_d(candidates, wanted).mean())
+        counts = caption_metrics.bleu_counts(candidates, wanted)
+        figures: dict[str, float] = {
+            f"BLEU-{n}": Figure(counts, functools.partial(_bleu, n=n)) for n in range(1, 5)
+        }
+        figures["ROUGE-L"] = Figure(caption_metrics.rouge_l(candidates, wanted))
+        figures["CIDEr-D"] = Figure(caption_metrics.cider_d(candidates, wanted))
         return figures | java_metrics.score(self._java(), candidates, wanted)
 
     def _clip_scores(
@@ -194,8 +198,8 @@ class CaptioningRunner(Runner):
         reference = predictor.encode_text([prefix + text for own in texts for text in own])
         with_references = caption_metrics.ref_clip_score(image, caption, reference, owner)
         return {
-            "CLIPScore": float(caption_metrics.clip_score(image, caption).mean()),
-            "RefCLIPScore": float(with_references.mean()),
+            "CLIPScore": Figure(caption_metrics.clip_score(image, caption)),
+            "RefCLIPScore": Figure(with_references),
         }
 
     def _java(self) -> list[str]:
@@ -245,6 +249,12 @@ class CaptioningRunner(Runner):
                 )
         if not self._references:
             raise ClipjaxError(f"{config.source} has no captions to compare with")
+
+
+def _bleu(counts: np.ndarray, weights: np.ndarray | None, n: int) -> float:
+    """BLEU-n of a corpus whose captions count so often."""
+    summed = counts.sum(axis=0) if weights is None else weights @ counts
+    return caption_metrics.bleu_of(summed)[n - 1]
 
 
 def _spoken(

@@ -12,6 +12,7 @@ from clipjax.errors import ClipjaxError, RunFailed
 from clipjax.evals import metrics
 from clipjax.evals.base import Evaluator, Runner, require_at_least
 from clipjax.evals.embed import Output
+from clipjax.evals.figure import Figure, mean_by_class
 from clipjax.predictor import Predictor
 
 
@@ -92,10 +93,15 @@ def accuracies(score: np.ndarray, label: np.ndarray) -> dict[str, float]:
     """`top1`, `top5` and `mean_per_class` of scores [n, C]; a tie counts against the classifier."""
     own = score[np.arange(len(label)), label]
     ranks = (score >= own[:, None]).sum(axis=1)
+    return class_figures(ranks, label)
+
+
+def class_figures(ranks: np.ndarray, label: np.ndarray) -> dict[str, float]:
+    """`top1`, `top5` and `mean_per_class` of the ranks [n] of the true classes [n]."""
     return {
-        "top1": metrics.recall_at(ranks, 1),
-        "top5": metrics.recall_at(ranks, 5),
-        "mean_per_class": metrics.mean_per_class_accuracy(ranks, label),
+        "top1": Figure(ranks <= 1),
+        "top5": Figure(ranks <= 5),
+        "mean_per_class": Figure(np.stack([ranks <= 1, label], axis=1), mean_by_class),
     }
 
 

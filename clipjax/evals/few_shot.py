@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from clipjax.errors import ClipjaxError
 from clipjax.evals.features import FeatureEvaluator, Labeled, accuracies
+from clipjax.evals.figure import Figure, mean_by_class
 from clipjax.evals.logistic import ROUGH, Examples, fit
 
 
@@ -51,15 +52,34 @@ class FewShot(FeatureEvaluator):
                 examples = Examples.place(train.x[chosen], train.y[chosen], mesh, rows)
                 classifier = fit(examples, classes, 10.0**self.log10_c, ending=ROUGH)
                 found.append(accuracies(classifier(test.x), test.y))
-            top1 = [each["top1"] for each in found]
+            hits = np.stack([each["top1"].values for each in found], axis=1)
+            classed = np.concatenate([hits, test.y[:, None]], axis=1)
             figures |= {
-                f"{shots}_shot/top1": float(np.mean(top1)),
-                f"{shots}_shot/top1_std": float(np.std(top1, ddof=1)) if len(top1) > 1 else 0.0,
-                f"{shots}_shot/mean_per_class": float(
-                    np.mean([each["mean_per_class"] for each in found])
-                ),
+                f"{shots}_shot/top1": Figure(hits, _mean_of_draws),
+                f"{shots}_shot/top1_std": Figure(hits, _spread_of_draws),
+                f"{shots}_shot/mean_per_class": Figure(classed, _mean_by_class),
             }
         return figures
+
+
+def _by_draw(hits: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    return np.average(hits, axis=0, weights=weights)
+
+
+def _mean_of_draws(hits: np.ndarray, weights: np.ndarray | None) -> float:
+    """The mean accuracy of [n, draws]."""
+    return float(_by_draw(hits, weights).mean())
+
+
+def _spread_of_draws(hits: np.ndarray, weights: np.ndarray | None) -> float:
+    """The standard deviation of the draws' accuracies, 0 for a single draw."""
+    return float(np.std(_by_draw(hits, weights), ddof=1)) if hits.shape[1] > 1 else 0.0
+
+
+def _mean_by_class(classed: np.ndarray, weights: np.ndarray | None) -> float:
+    """The mean over draws of `mean_by_class`, of [n, draws + 1], the class last."""
+    draws = range(classed.shape[1] - 1)
+    return float(np.mean([mean_by_class(classed[:, [i, -1]], weights) for i in draws]))
 
 
 def draw_shots(label: np.ndarray, shots: int, seed: int) -> np.ndarray:

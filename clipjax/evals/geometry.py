@@ -10,6 +10,7 @@ import numpy as np
 from clipjax.data import Source
 from clipjax.errors import ClipjaxError
 from clipjax.evals.base import Evaluator, Runner, require_at_least
+from clipjax.evals.figure import Figure
 from clipjax.predictor import Predictor
 
 _TILE = 2048
@@ -65,21 +66,46 @@ def geometry(image: np.ndarray, text: np.ndarray) -> dict[str, float]:
     """The figures of `Geometry` for n >= 2 pairs of unit vectors [n, E]."""
     x, y = np.asarray(image, np.float64), np.asarray(text, np.float64)
     return {
-        "alignment": float(((x - y) ** 2).sum(axis=1).mean()),
-        "uniformity/image": uniformity(x, x),
-        "uniformity/text": uniformity(y, y),
-        "uniformity/cross": uniformity(x, y),
-        "modality_gap": float(np.linalg.norm(x.mean(axis=0) - y.mean(axis=0))),
+        "alignment": Figure(((x - y) ** 2).sum(axis=1)),
+        "uniformity/image": Figure(_nearness(x, x), _uniformity),
+        "uniformity/text": Figure(_nearness(y, y), _uniformity),
+        "uniformity/cross": Figure(_nearness(x, y), _uniformity),
+        "modality_gap": Figure(x - y, _gap),
     }
 
 
 def uniformity(a: np.ndarray, b: np.ndarray) -> float:
     """log mean exp(-2 ||a_i - b_j||^2) over i != j, for unit rows [n, E]."""
-    total = 0.0
+    return _uniformity(_nearness(a, b), None)
+
+
+def _nearness(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """[n, 2]: of each a_i the mean of exp(-2 ||a_i - b_j||^2) over j != i, and of each b_j over i."""
+    totals = np.zeros((len(a), 2))
     for start in range(0, len(a), _TILE):
         # ||a - b||^2 = 2 - 2 a.b on the sphere; each term is at most 1, so nothing overflows.
         terms = np.exp(4 * (a[start : start + _TILE] @ b.T) - 4)
         own = np.arange(len(terms))
         terms[own, start + own] = 0.0
-        total += terms.sum()
-    return math.log(total / (len(a) * (len(a) - 1)))
+        totals[start : start + _TILE, 0] += terms.sum(axis=1)
+        totals[:, 1] += terms.sum(axis=0)
+    return totals / (len(a) - 1)
+
+
+def _uniformity(nearness: np.ndarray, weights: np.ndarray | None) -> float:
+    """The logarithm of the mean over pairs; with weights to first order (Hajek's projection).
+
+    A pair's two members both move it, so that the mean of pairs moves by the sum of what the means
+    of either side do. Where rows spread evenly over the sphere both hardly do, and an interval is too
+    narrow.
+    """
+    whole = nearness[:, 0].mean()
+    if weights is None:
+        return math.log(whole)
+    moved = np.average(nearness, axis=0, weights=weights).sum() - whole
+    return math.log(max(moved, np.finfo(np.float64).tiny))
+
+
+def _gap(apart: np.ndarray, weights: np.ndarray | None) -> float:
+    """The length of the mean of x - y, [n, E]."""
+    return float(np.linalg.norm(np.average(apart, axis=0, weights=weights)))

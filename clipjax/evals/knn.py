@@ -73,9 +73,9 @@ def nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest rows of a bank, best first; equal similarities in order of index.
 
-    The devices, each with its share of the bank, find their best 2 k in float32, and the best 2 k
-    of those of all; only these come to the host, to be ordered by float64 similarities. So the
-    host's memory does not grow with the devices.
+    The devices, each with its share of the bank, find their best 2 k in float32; then each, of its
+    share of the queries, the best 2 k of all devices'. Only these come to the host, to be ordered by
+    float64 similarities: neither its memory nor a device's grows with the number of devices.
 
     Args:
       query: [q, E].
@@ -91,15 +91,16 @@ def nearest(
     placed = spread(padded, mesh)
     find = _finder(mesh, 2 * k, len(bank))
     indices, similarities = [], []
-    for start in range(0, len(query), QUERIES):
-        rows = np.asarray(query[start : start + QUERIES], np.float32)
-        block = np.pad(rows, ((0, QUERIES - len(rows)), (0, 0))) if start else rows
-        candidates = np.asarray(find(block, placed))[: len(rows)]
+    rows = -(-min(QUERIES, len(query)) // shards) * shards  # at a time, as many of each device
+    for start in range(0, len(query), rows):
+        part = np.asarray(query[start : start + rows], np.float32)
+        block = np.pad(part, ((0, rows - len(part)), (0, 0)))
+        candidates = np.asarray(find(block, placed))[: len(part)]
         # In order of index, for the stable sort to break ties by it; what pads the bank comes last.
         candidates = np.sort(candidates, axis=1)
         there = np.minimum(candidates, len(bank) - 1)
         exact = np.einsum(
-            "qe,qke->qk", rows.astype(np.float64), np.asarray(bank)[there].astype(np.float64)
+            "qe,qke->qk", part.astype(np.float64), np.asarray(bank)[there].astype(np.float64)
         )
         exact[candidates >= len(bank)] = -np.inf
         best = np.argsort(-exact, axis=1, kind="stable")[:, : min(k, len(bank))]
@@ -122,8 +123,10 @@ def _finder(mesh: Mesh | None, count: int, size: int):
 
     def best_of_all(query, bank):
         score, index = local(query, bank, jax.lax.axis_index(BATCH_AXES))
+        # Of [q, count] here, to [q / shards, count x shards]: a share of the queries, from everywhere.
         score, index = (
-            jax.lax.all_gather(x, BATCH_AXES, axis=1, tiled=True) for x in (score, index)
+            jax.lax.all_to_all(x, BATCH_AXES, split_axis=0, concat_axis=1, tiled=True)
+            for x in (score, index)
         )
         best = jax.lax.top_k(score, min(count, score.shape[1]))[1]
         return jnp.take_along_axis(index, best, axis=1)
@@ -135,7 +138,7 @@ def _finder(mesh: Mesh | None, count: int, size: int):
         best_of_all,
         mesh=mesh,
         in_specs=(PartitionSpec(), rows),
-        out_specs=PartitionSpec(),
+        out_specs=rows,
         check_vma=False,
     )
     return jax.jit(each, out_shardings=jax.NamedSharding(mesh, PartitionSpec()))

@@ -158,15 +158,34 @@ def class_ranks(
     Raises:
       ClipjaxError: shapes disagree, an embedding is not finite, or a label is out of range.
     """
+    return classified(image, classes, label, group=group, tile=tile, ties=ties)[0]
+
+
+def classified(
+    image: np.ndarray,
+    classes: np.ndarray,
+    label: np.ndarray,
+    *,
+    group: np.ndarray | None = None,
+    tile: int = 2048,
+    ties: Ties = "against",
+) -> tuple[np.ndarray, np.ndarray]:
+    """`class_ranks` and `predictions`, of one pass over the scores."""
     label = np.asarray(label)
-    ranks = np.empty(len(image), np.int64)
+    ranks, predicted = np.empty(len(image), np.int64), np.empty(len(image), np.int64)
     for rows, score, own in _class_scores(image, classes, label, group, tile):
         if ties == "first":
             before = np.arange(score.shape[1])[None] < label[rows, None]
             ranks[rows] = 1 + _ahead(score, own[:, None], before).sum(axis=1)
-        else:
-            ranks[rows] = (score >= own[:, None] - TIE).sum(axis=1)
-    return ranks
+            predicted[rows] = score.argmax(axis=1)
+            continue
+        ranks[rows] = (score >= own[:, None] - TIE).sum(axis=1)
+        wrong = score
+        wrong[np.arange(len(score)), label[rows]] = -np.inf
+        best = wrong.argmax(axis=1)
+        lost = wrong[np.arange(len(score)), best] >= own - TIE
+        predicted[rows] = np.where(lost, best, label[rows])
+    return ranks, predicted
 
 
 def class_scores(
@@ -194,18 +213,7 @@ def predictions(
 
     Arguments and errors as in `class_ranks`.
     """
-    label = np.asarray(label)
-    predicted = np.empty(len(image), np.int64)
-    for rows, score, own in _class_scores(image, classes, label, group, tile):
-        if ties == "first":
-            predicted[rows] = score.argmax(axis=1)
-            continue
-        wrong = score
-        wrong[np.arange(len(score)), label[rows]] = -np.inf
-        best = wrong.argmax(axis=1)
-        lost = wrong[np.arange(len(score)), best] >= own - TIE
-        predicted[rows] = np.where(lost, best, label[rows])
-    return predicted
+    return classified(image, classes, label, group=group, tile=tile, ties=ties)[1]
 
 
 def confusion_matrix(predicted: np.ndarray, label: np.ndarray, classes: int) -> np.ndarray:

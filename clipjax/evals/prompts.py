@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from clipjax.data.published import TEMPLATES_FILE
 from clipjax.errors import ClipjaxError, did_you_mean
 from clipjax.plain_text import read_json, read_lines
 
@@ -57,11 +58,17 @@ def read_classes(name: str) -> ClassSet:
     """The classes of a well-known data set, or those in a JSON file of one's own.
 
     Args:
-      name: one of `shipped_classes()`, or a path that ends in .json.
+      name: one of `shipped_classes()`, or a path that ends in .json; or files as CLIP_benchmark has them:
+        the path of a `classnames.txt`, with the templates beside it, or `en_classnames.json:food101`, of a
+        file of several data sets.
 
     Raises:
       ClipjaxError: there is no such set or file, or the file is not of that form.
     """
+    if name.endswith(".txt"):
+        return _published(Path(name).expanduser())
+    if ".json:" in name:
+        return ClassSet(name, _of_several(name, "names"))
     path = Path(name).expanduser() if name.endswith(".json") else FOLDER / f"{name}.json"
     if not path.is_file():
         raise ClipjaxError(
@@ -90,9 +97,14 @@ def read_classes(name: str) -> ClassSet:
 def read_templates(path: str) -> Names:
     """Prompts from a file: one a line, or a JSON list, or the `templates` of a file of classes.
 
+    CLIP_benchmark's are read by their names: `zeroshot_classification_templates.txt`, and
+    `FILE.json:food101` of a file of several data sets; in these "{c}" stands for the name.
+
     Raises:
       ClipjaxError: the file is missing or has none, or one lacks the {} for the name.
     """
+    if ".json:" in path:
+        return _checked(path, _in_braces(_of_several(path, "templates")))
     file = Path(path).expanduser()
     if not file.is_file():
         raise ClipjaxError(f"there is no file of templates {path!r}")
@@ -102,7 +114,31 @@ def read_templates(path: str) -> Names:
         templates = _strings(file, content, "templates", needed=True)
     else:
         templates = tuple(read_lines(file, "the file of templates"))
-    return _checked(path, templates)
+    return _checked(path, _in_braces(templates) if file.name == TEMPLATES_FILE else templates)
+
+
+def _published(names: Path) -> ClassSet:
+    templates: Names = ()
+    if (names.parent / TEMPLATES_FILE).is_file():
+        templates = read_templates(str(names.parent / TEMPLATES_FILE))
+    return ClassSet(str(names), tuple(read_lines(names, "the file of class names")), templates)
+
+
+def _of_several(name: str, what: str) -> Names:
+    """The list of one data set in a JSON object of several: FILE.json:NAME."""
+    path, _, key = name.rpartition(":")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ClipjaxError(f"there is no file of {what} {path!r}")
+    content = read_json(file)
+    if not isinstance(content, dict) or key not in content:
+        known = list(content) if isinstance(content, dict) else []
+        raise ClipjaxError(f"{path} has no data set {key!r}{did_you_mean(key, known)}")
+    return _strings(file, content, key, needed=True)
+
+
+def _in_braces(templates: Names) -> Names:
+    return tuple(template.replace("{c}", "{}") for template in templates)
 
 
 def _checked(path: str | Path, templates: Names) -> Names:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -11,10 +11,12 @@ from clipjax.data import EvalSet, Source
 from clipjax.errors import ClipjaxError
 from clipjax.evals import metrics
 from clipjax.evals.base import Evaluator, Runner, require_at_least
+from clipjax.evals.figure import Figure, median
 from clipjax.predictor import Predictor
 from clipjax.report.contents import Example, Guess, Ranking, Similarities
 
 ANY = "any_language"
+MEAN = "mean_over_languages"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Retrieval(Evaluator):
 
     * `{name}/en/...`, the same in each language by itself;
     * `{name}/any_language/...`, over the captions of all of them at once: a picture may find its
-      caption in any language, and each caption of each language looks for its picture.
+      caption in any language, and each caption of each language looks for its picture;
+    * `{name}/mean_over_languages/...`, the mean over languages of their R@k.
 
     Pictures with equal ids are one picture, which owns the captions of all of them. For the
     treatment of several captions a picture and of ties, see `metrics`.
@@ -98,16 +101,26 @@ class RetrievalRunner(Runner):
         image = self.once.images(predictor, self._data, self._rows)
         text = self.once.texts(predictor, self._tokens)
         results: dict[str, float] = {}
+        by_language: dict[str, Any] = {}
+        several = self.languages if len(self.languages) > 1 else ()
+        spoken = [f"{self.evaluator.name}/{code}" for code in several]
         for prefix, pairs in self._subsets().items():
             images, captions = taken(image, pairs.images), taken(text, pairs.captions)
             ranks = metrics.retrieval_ranks(images, captions, pairs.owner, ties=self.evaluator.ties)
             for direction in ("image_to_text", "text_to_image"):
                 found = getattr(ranks, direction)
-                if prefix == self.evaluator.name:
-                    names = {k: f"{prefix}/{direction}/R@{k}" for k in (1, 5, 10)}
-                    self.samples |= {name: found <= k for k, name in names.items()}
-                summary = metrics.summarize_ranks(found)
+                summary = _summary(found)
                 results |= {f"{prefix}/{direction}/{k}": v for k, v in summary.items()}
+                if prefix in spoken:
+                    owner = pairs.images
+                    owner = owner if direction == "image_to_text" else owner[pairs.owner]
+                    for k in (1, 5, 10):
+                        hits = np.bincount(owner, found <= k, len(self._rows)) / len(found)
+                        name = f"{self.evaluator.name}/{MEAN}/{direction}/R@{k}"
+                        by_language[name] = by_language.get(name, 0.0) + hits / len(spoken)
+        # Of each picture, what it adds: the languages have pictures in common, not numbers of captions.
+        for name, added in by_language.items():
+            results[name] = Figure(added * len(added))
         return results
 
     def chance(self) -> dict[str, float]:
@@ -120,6 +133,11 @@ class RetrievalRunner(Runner):
                 by_image = [metrics.recall_by_chance(k, m, right) for right in own.tolist()]
                 results[f"{prefix}/image_to_text/R@{k}"] = float(np.mean(by_image))
                 results[f"{prefix}/text_to_image/R@{k}"] = metrics.recall_by_chance(k, n)
+        if len(self.languages) > 1:
+            name = self.evaluator.name
+            for figure in [key.removeprefix(name) for key in results if key.count("/") == 2]:
+                each = [results[f"{name}/{code}{figure}"] for code in self.languages]
+                results[f"{name}/{MEAN}{figure}"] = float(np.mean(each))
         return results
 
     def examples(
@@ -229,6 +247,15 @@ class RetrievalRunner(Runner):
             rank = metrics.rank_of_best(image[i], candidates, right)
             rankings.append(Ranking(language, guesses, rank))
         return rankings
+
+
+def _summary(ranks: np.ndarray) -> dict[str, float]:
+    """`metrics.summarize_ranks`, each figure with its examples."""
+    shares: dict[str, float] = {f"R@{k}": Figure(ranks <= k) for k in (1, 5, 10)}
+    return shares | {
+        "median_rank": Figure(ranks, median),
+        "mean_reciprocal_rank": Figure(1.0 / ranks),
+    }
 
 
 def merge_equal(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

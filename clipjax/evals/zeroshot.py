@@ -13,6 +13,9 @@ from clipjax.errors import ClipjaxError
 from clipjax.evals import metrics
 from clipjax.evals.base import Evaluator, Runner, require_at_least
 from clipjax.evals.calibration import calibration
+from clipjax.evals.features import class_figures
+from clipjax.evals.figure import Figure
+from clipjax.evals.groups import by_group, groups_of, macro_f1
 from clipjax.evals.prompts import Names, label_map, read_class_map, read_classes
 from clipjax.predictor import Predictor, mean_direction
 from clipjax.report.contents import Confusion
@@ -30,7 +33,9 @@ class ZeroShot(Evaluator):
     `{name}/zh/top1` and so on for each.
 
     Images whose class has no name here (ImageNet-R among 200 of ImageNet's classes, say) take no
-    part. With `calibration` there are also `{name}/ece` and others, see `calibration.calibration`.
+    part. With `calibration` there are also `{name}/ece` and others, see `calibration.calibration`;
+    with `groups_key`, `{name}/group/{value}/top1`, `{name}/worst_group/top1` and
+    `{name}/group_gap/top1` (best less worst), and the same of top5.
     """
 
     source: Source
@@ -51,6 +56,12 @@ class ZeroShot(Evaluator):
     class_map: str | None = None
     """With `prompts`: a JSON file from the data set's classes to those of `prompts`; a class scores
     as the best of those it stands for (see `prompts.read_class_map`)."""
+    groups_key: str | None = None
+    """Entry of the records that says what group a picture is of (a column, a feature, in tars
+    "json:region", or "npy[2]" for a number of an array): figures of each group, of the worst, and how far
+    they are apart."""
+    macro_f1: bool = False
+    """Also the F1 of each class that occurs, averaged over classes."""
     calibration: bool = False
     """Also how far the probabilities can be trusted."""
     languages: tuple[str, ...] = ()
@@ -127,6 +138,8 @@ class ZeroShotRunner(Runner):
     def load(self, predictor: Predictor) -> None:
         config = self.evaluator
         data = self._data = self.once.split(config.source, predictor, config.limit)
+        if config.groups_key:
+            self._groups = groups_of(data, config.groups_key)
         find = _by_caption if config.classes == "caption" else _by_label
         self._tasks = []
         for language, found in find(config, data).items():
@@ -148,18 +161,15 @@ class ZeroShotRunner(Runner):
             seen = ~self._data.images.unreadable[task.images]
             rows, label = task.images[seen], task.label[seen]
             ties = self.evaluator.ties
-            ranks = metrics.class_ranks(image[rows], classes, label, group=task.group, ties=ties)
-            figures = {
-                "top1": metrics.recall_at(ranks, 1),
-                "top5": metrics.recall_at(ranks, 5),
-                "mean_per_class": metrics.mean_per_class_accuracy(ranks, label),
-            }
+            ranks, predicted = metrics.classified(
+                image[rows], classes, label, group=task.group, ties=ties
+            )
+            figures = class_figures(ranks, label)
+            if self.evaluator.macro_f1:
+                figures["macro_f1"] = Figure(np.stack([predicted, label], axis=1), macro_f1)
+            if self.evaluator.groups_key:
+                figures |= by_group(ranks, [self._groups[row] for row in rows])
             if task is self._tasks[0]:
-                name = self.evaluator.name
-                self.samples = {f"{name}/top{k}": ranks <= k for k in (1, 5)}
-                predicted = metrics.predictions(
-                    image[rows], classes, label, group=task.group, ties=ties
-                )
                 counts = metrics.confusion_matrix(predicted, label, task.num_classes)
                 self._confusion = Confusion(self.evaluator.name, task.names, counts)
             if self.evaluator.calibration:

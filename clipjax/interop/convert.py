@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,27 @@ from flax import nnx
 
 from clipjax.data import ClipBPE, SentencePiece, TokenizerFile, TokenizerModel
 from clipjax.errors import ClipjaxError
-from clipjax.interop import big_vision, huggingface, open_clip
+from clipjax.interop import big_vision, dinov3, huggingface, open_clip, openai, text_towers, tips
 from clipjax.interop.family import Family
 from clipjax.interop.resample import with_context_length, with_image_size
 from clipjax.interop.source import Source, open_source
+from clipjax.models.base import tower_of
 from clipjax.params import abstract, paths
 from clipjax.pretrained import Pretrained, unflatten
 
 FAMILIES: tuple[Family, ...] = (
+    tips.TIPS,
+    dinov3.DINOV3,
+    huggingface.METACLIP2,
     huggingface.CLIP,
     huggingface.SIGLIP,
     huggingface.SIGLIP2,
-    open_clip.OPENAI,
+    openai.OPENAI,
     open_clip.OPEN_CLIP_CUSTOM,
     open_clip.OPEN_CLIP,
     big_vision.BIG_VISION,
     big_vision.BIG_VISION_SCANNED,
+    *text_towers.FAMILIES,
 )
 
 
@@ -55,18 +61,20 @@ def import_weights(
     source = open_source(path, config)
     try:
         owner = _claimed(source, family)
+        source = dataclasses.replace(source, tensors=owner.adapt(source.tensors, source.files))
         model: Any = owner.model(source.description)
         flat = owner.table(model).read(source.tensors, _shapes(model))
     except ClipjaxError as error:
         raise ClipjaxError(f"{source.weights}: {error}") from error
     params, model_state = _divided(model, flat)
+    image, text = tower_of(model, "image"), tower_of(model, "text")
     pretrained = Pretrained(
         model=model,
         params=params,
         model_state=model_state,
-        tokenizer=_tokenizer(owner, source, tokenizer),
-        context_length=model.text.context_length,
-        image_size=max(model.image.image_shape),
+        tokenizer=None if text is None else _tokenizer(owner, source, tokenizer),
+        context_length=0 if text is None else text.context_length,
+        image_size=0 if image is None else max(image.image_shape),
         resize=owner.resize(source.description),
     )
     if image_size is not None:
@@ -84,7 +92,7 @@ def _claimed(source: Source, name: str | None) -> Family:
             f"family={name!r}: only 'openai' can be named, all others are recognized"
         )
     if name == "openai":
-        return open_clip.OPENAI
+        return openai.OPENAI
     for family in FAMILIES:
         if family.claims(description):
             return family

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from clipjax.errors import ClipjaxError, did_you_mean
-from clipjax.interop import big_vision, huggingface, open_clip, tokens
+from clipjax.interop import big_vision, huggingface, open_clip, openai, tokens
 from clipjax.interop.family import Family, differences
 from clipjax.params import paths
 from clipjax.pretrained import Pretrained
@@ -24,9 +24,10 @@ FORMATS: dict[str, tuple[Family, ...]] = {
     # `clipjax export --to`: the families that may hold the model; the first that can is taken.
     "hf": (huggingface.CLIP, huggingface.SIGLIP),
     "hf-siglip2": (huggingface.SIGLIP2,),
+    "hf-metaclip2": (huggingface.METACLIP2,),
     "open_clip": (open_clip.OPEN_CLIP, open_clip.OPEN_CLIP_CUSTOM),
     "open_clip-custom": (open_clip.OPEN_CLIP_CUSTOM,),
-    "openai": (open_clip.OPENAI,),
+    "openai": (openai.OPENAI,),
     "big_vision": (big_vision.BIG_VISION,),
     "big_vision-scanned": (big_vision.BIG_VISION_SCANNED,),
 }
@@ -169,7 +170,7 @@ def _description_fault(pretrained: Pretrained, family: Family) -> list[str]:
     return []
 
 
-_WITHOUT_TOKENIZER = (open_clip.OPENAI, big_vision.BIG_VISION, big_vision.BIG_VISION_SCANNED)
+_WITHOUT_TOKENIZER = (openai.OPENAI, big_vision.BIG_VISION, big_vision.BIG_VISION_SCANNED)
 
 
 def _takes_tokenizer(family: Family, pretrained: Pretrained) -> bool:

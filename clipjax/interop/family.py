@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,11 +17,16 @@ from clipjax.models import Model
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
+Tensors = Mapping[str, Any]
+"""A file's tensors by name."""
 
 _NO_ARCHITECTURE = {
     # Fields that change how a model trains or how fast it runs, not what it computes.
-    *("dropout", "patch_dropout", "dtype", "scan", "scan_unroll", "remat", "freeze_stats"),
-    *("momentum", "logit_scale_init", "logit_scale_max", "mlp_dim", "heads"),
+    *("dropout", "patch_dropout", "drop_path", "dtype", "scan", "scan_unroll", "remat", "offload"),
+    *("attention", "quantize", "reduce_dtype", "freeze_stats", "momentum"),
+    *("logit_scale_init", "logit_scale_max"),
+    # What is compared by what it comes to.
+    *("mlp_dim", "heads", "class_token"),
 }
 
 
@@ -67,7 +73,7 @@ class Family:
 
     Attributes:
       name: as messages call it.
-      models: the types of models it can express; their text tower is a TextTransformer.
+      models: the types of models it can express; their text towers are TextTransformers.
       image_towers: the types of image towers it can express.
       weights_file: what the weights are called in a folder of that library.
       claims: whether tensors of these shapes, with these files, are of this family.
@@ -77,6 +83,8 @@ class Family:
       describe: the JSON files that say the architecture and preprocessing, by name.
       resize: how pictures come to the model's size.
       tokens: settings of `TokenizerFile` or `SentencePiece` for a tokenizer found beside the weights.
+      adapt: tensors as the table needs them, from those in the file and the files beside it; of families
+        that are read alone.
       prepare: a `Pretrained` to export, written in the parameters that the family has.
       notes: what the library does otherwise with a `Pretrained`'s texts and pictures, in sentences.
     """
@@ -92,6 +100,7 @@ class Family:
     describe: Callable[[Any], dict[str, Any]]
     resize: Callable[[Description], Resize]
     tokens: Callable[[Description], dict[str, Any]]
+    adapt: Callable[[Tensors, Mapping[str, Any]], Tensors] = lambda tensors, files: tensors
     prepare: Callable[[Any], Any] = lambda pretrained: pretrained
     notes: Callable[[Any], list[str]] = lambda pretrained: []
 
@@ -147,10 +156,10 @@ def differences(model: Any, nearest: Any, where: str = "model") -> list[str]:
         if dataclasses.is_dataclass(ours):
             found += differences(ours, theirs, f"{where}.{f.name}")
         elif f.name not in _NO_ARCHITECTURE and not _is_idle(model, f.name):
-            known = f.name == "logit_bias_init" and None not in (ours, theirs)
+            known = f.name in ("logit_bias_init", "layer_scale") and None not in (ours, theirs)
             if not known and not _equal(ours, theirs):
                 found.append(f"{where}.{f.name}={ours!r}: there it is {theirs!r}")
-    for name in ("hidden", "num_heads", "heads"):  # what None in a field stands for
+    for name in ("hidden", "num_heads", "heads", "has_class"):  # what None in a field stands for
         ours, theirs = getattr(model, name, None), getattr(nearest, name, None)
         if ours is not None and theirs is not None and ours != theirs:
             found.append(f"{where}: {name} {ours}, there {theirs}")
@@ -185,6 +194,20 @@ def square(image: Any) -> int:
     if height != width:
         raise ClipjaxError(f"model.image.image_size={image.image_size}: only squares")
     return height
+
+
+def side_of(places: int, table: str) -> int:
+    """The side of the square that a table of positions is for.
+
+    Raises:
+      ClipjaxError: it is for none.
+    """
+    side = math.isqrt(max(places, 0))
+    if side**2 != places or not places:
+        raise ClipjaxError(
+            f"tensor {table!r} has positions for {places} places, which make no square"
+        )
+    return side
 
 
 def three(values: Any, where: str) -> tuple[float, float, float]:

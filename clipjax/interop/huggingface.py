@@ -1,4 +1,4 @@
-"""Hugging Face `CLIPModel`, `SiglipModel` and `Siglip2Model`: names, shapes, config.json."""
+"""Hugging Face `CLIPModel`, `MetaClip2Model`, `SiglipModel` and `Siglip2Model`: names, shapes, config.json."""
 
 from __future__ import annotations
 
@@ -35,11 +35,20 @@ _ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "silu": "silu",
+    "relu": "relu",
 }
 GEMMA = 256_000
 """Tokens of Gemma's vocabulary, which SigLIP 2 has."""
 _RESAMPLE: dict[int, Any] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-_KINDS = {"CLIPModel": "clip", "SiglipModel": "siglip", "Siglip2Model": "siglip2"}
+_CLIPS = ("clip", "metaclip_2")
+"""What differs between these: the second looks for the end-of-text token by its number alone."""
+_KINDS = {
+    "CLIPModel": "clip",
+    "MetaClip2Model": "metaclip_2",
+    "SiglipModel": "siglip",
+    "Siglip2Model": "siglip2",
+}
 
 
 def _claims(kind: str, description: Description) -> bool:
@@ -47,10 +56,11 @@ def _claims(kind: str, description: Description) -> bool:
         return False
     if not any(name.startswith("vision_model.") for name in description.shapes):
         raise ClipjaxError(
-            "these weights are a text tower alone: what is read here has both towers"
+            "these weights are a text tower alone: CLIP's and SigLIP's are read with both towers"
         )
     if description.has("vision_model.embeddings.class_embedding"):
-        return kind == "clip"
+        second = description.files.get(CONFIG, {}).get("model_type") == "metaclip_2"
+        return kind == ("metaclip_2" if second else "clip")
     patch = description.shapes.get("vision_model.embeddings.patch_embedding.weight", ())
     return kind == ("siglip2" if len(patch) == 2 else "siglip")
 
@@ -69,7 +79,8 @@ def _read_model(kind: str, description: Description) -> DualEncoder:
     family.refuse_unknown(vision, f"{CONFIG}: vision_config", **fields.VISION)
     preprocessor = description.files.get(PREPROCESSOR, {})
     family.refuse_unknown(preprocessor, PREPROCESSOR, **fields.PREPROCESSOR)
-    default = (OPENAI_MEAN, OPENAI_STD) if kind == "clip" else (HALF, HALF)
+    clip = kind in _CLIPS
+    default = (OPENAI_MEAN, OPENAI_STD) if clip else (HALF, HALF)
     if preprocessor.get("do_normalize") is False:
         preprocessor = preprocessor | {"image_mean": (0.0,) * 3, "image_std": (1.0,) * 3}
     patch = vision["patch_size"]
@@ -79,9 +90,9 @@ def _read_model(kind: str, description: Description) -> DualEncoder:
     image = ViT(
         patch_size=patch,
         image_size=size,
-        pool="class" if kind == "clip" else "map",
-        pre_norm=kind == "clip",
-        patch_bias=kind != "clip",
+        pool="class" if clip else "map",
+        pre_norm=clip,
+        patch_bias=not clip,
         mean=family.three(
             preprocessor.get("image_mean", default[0]), f"{PREPROCESSOR}: image_mean"
         ),
@@ -94,12 +105,12 @@ def _read_model(kind: str, description: Description) -> DualEncoder:
         "context_length": text["max_position_embeddings"],
         "pad_id": None,
     }
-    if kind == "clip":
-        # Configurations before 2023 say 2 and mean the highest id in the text, which is the last token.
+    if clip:
+        # Configurations of CLIP before 2023 say 2 and mean the highest id in the text, which is the last token.
         eos = text["eos_token_id"]
         if not isinstance(eos, int):
             raise ClipjaxError(f"{CONFIG}: text_config.eos_token_id={eos!r} is not supported here")
-        eos = vocab_size - 1 if eos == 2 else eos
+        eos = vocab_size - 1 if eos == 2 and kind == "clip" else eos
         return DualEncoder(
             image=image,
             text=TextTransformer(pool="eos", eos_id=eos, causal=True, **tower),
@@ -119,25 +130,32 @@ def _read_model(kind: str, description: Description) -> DualEncoder:
 
 
 def _transformer(config: dict[str, Any], where: str) -> dict[str, Any]:
-    activation = config["hidden_act"]
-    if activation not in _ACTIVATIONS:
-        raise ClipjaxError(
-            f"{CONFIG}: {where}.hidden_act={activation!r} is unknown"
-            f"{did_you_mean(str(activation), _ACTIVATIONS)}"
-        )
     return {
         "width": config["hidden_size"],
         "depth": config["num_hidden_layers"],
         "heads": config["num_attention_heads"],
         "mlp_dim": config["intermediate_size"],
-        "activation": _ACTIVATIONS[activation],
+        "activation": activation(config["hidden_act"], f"{where}.hidden_act"),
         "eps": config["layer_norm_eps"],
     }
 
 
+def activation(name: Any, where: str) -> str:
+    """Our name of an activation of transformers.
+
+    Raises:
+      ClipjaxError: there is none.
+    """
+    if name not in _ACTIVATIONS:
+        raise ClipjaxError(
+            f"{CONFIG}: {where}={name!r} is unknown{did_you_mean(str(name), _ACTIVATIONS)}"
+        )
+    return _ACTIVATIONS[name]
+
+
 def _with_defaults(config: dict[str, Any], kind: str) -> dict[str, Any]:
     """config.json with what transformers assumes where it is silent (it writes only what differs)."""
-    clip = kind == "clip"
+    clip = kind in _CLIPS
     common = {
         "hidden_act": "quick_gelu" if clip else "gelu_pytorch_tanh",
         "layer_norm_eps": 1e-5 if clip else 1e-6,
@@ -189,7 +207,7 @@ def _table(kind: str, model: Any) -> Table:
     else:
         bias = image.patch_bias
         rules += patches(patch, "image/patch", image.patch_size, image.width, bias=bias)
-    if kind == "clip":
+    if kind in _CLIPS:
         rules += [
             *same("logit_scale", "logit_scale"),
             *same(f"{embeddings}.class_embedding", "image/class_token"),
@@ -254,12 +272,12 @@ def _describe(kind: str, pretrained: Pretrained) -> dict[str, Any]:
     }
     tokenizer = pretrained.tokenizer
     if tokenizer is not None:
-        pad_id = tokenizer_files(pretrained, siglip=kind != "clip").pad_id
+        pad_id = tokenizer_files(pretrained, siglip=kind not in _CLIPS).pad_id
         text_config |= {"bos_token_id": tokenizer.bos_id, "pad_token_id": pad_id}
     vision_config = transformer(image) | {"patch_size": image.patch_size}
-    architecture = {"clip": "CLIPModel", "siglip": "SiglipModel", "siglip2": "Siglip2Model"}[kind]
+    architecture = next(name for name, known in _KINDS.items() if known == kind)
     config: dict[str, Any] = {"architectures": [architecture], "model_type": kind}
-    if kind == "clip":
+    if kind in _CLIPS:
         vision_config |= {"image_size": side, "projection_dim": model.embed_dim}
         text_config |= {"projection_dim": model.embed_dim}
         config |= {"projection_dim": model.embed_dim}
@@ -310,7 +328,7 @@ def _preprocessor(kind: str, pretrained: Pretrained, side: int) -> dict[str, Any
 
 def _nearest(kind: str, model: Any) -> DualEncoder:
     """The same sizes in the only arrangement that these models have."""
-    clip = kind == "clip"
+    clip = kind in _CLIPS
     image, text = model.image, model.text
     image = ViT(
         patch_size=image.patch_size,
@@ -352,11 +370,16 @@ def _sizes(tower: Any) -> dict[str, Any]:
     return sizes
 
 
+def resample_of(description: Description, default: int) -> Any:
+    """How a preprocessor's configuration resizes; `default` is the library's, in Pillow's numbers."""
+    return _RESAMPLE[description.files.get(PREPROCESSOR, {}).get("resample", default)]
+
+
 def _resize(kind: str, description: Description) -> Resize:
     facts = description.files.get(PREPROCESSOR, {})
-    method = _RESAMPLE[facts.get("resample", 2 if kind == "siglip2" else 3)]
+    method = resample_of(description, 2 if kind == "siglip2" else 3)
     crop = _crops(kind, facts)
-    if crop and kind == "clip" and _edges(facts.get("size"))[0] is None:
+    if crop and kind in _CLIPS and _edges(facts.get("size"))[0] is None:
         crop = False  # brought to the size before, so nothing is left to cut
     return Resize("crop" if crop else "squash", method, "down" if crop else "even")
 
@@ -366,7 +389,7 @@ def _crops(kind: str, facts: Mapping[str, Any]) -> bool:
     if "do_center_crop" in facts:
         return bool(facts["do_center_crop"])
     siglip = "siglip" in str(facts.get("image_processor_type", "")).lower()
-    return kind == "clip" and not siglip
+    return kind in _CLIPS and not siglip
 
 
 def _edges(size: Any) -> tuple[int | None, tuple[int, int] | None]:
@@ -418,7 +441,7 @@ def special_tokens(description: Description) -> dict[str, Any]:
 
 def _tokens(kind: str, description: Description) -> dict[str, Any]:
     settings = special_tokens(description)
-    if kind == "clip":
+    if kind in _CLIPS:
         return settings
     config = description.files.get("tokenizer_config.json", {})
     named = str(config.get("tokenizer_class"))
@@ -488,9 +511,10 @@ def _family(kind: str, name: str) -> Family:
         resize=functools.partial(_resize, kind),
         tokens=functools.partial(_tokens, kind),
         notes=functools.partial(_notes, kind),
-        **({"prepare": without_patch_bias} if kind == "clip" else {}),
+        prepare=without_patch_bias if kind in _CLIPS else lambda pretrained: pretrained,
     )
 
 
 _FAMILIES = {kind: _family(kind, name) for name, kind in _KINDS.items()}
 CLIP, SIGLIP, SIGLIP2 = _FAMILIES["clip"], _FAMILIES["siglip"], _FAMILIES["siglip2"]
+METACLIP2 = _FAMILIES["metaclip_2"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from clipjax.interop.family import ANY
 
-_GENERIC: dict[str, tuple[Any, ...]] = {
+GENERIC: dict[str, tuple[Any, ...]] = {
     # What transformers writes of any configuration, and (up to its release 4.30) of generation.
     **dict.fromkeys(
         (
@@ -40,14 +40,14 @@ _GENERIC: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({}, None),
 }
 
-MODEL = _GENERIC | dict.fromkeys(
+MODEL = GENERIC | dict.fromkeys(
     (
         *("text_config", "vision_config", "text_config_dict", "vision_config_dict"),
         *("projection_dim", "hidden_size"),
     ),
     ANY,
 )
-_TOWER = _GENERIC | dict.fromkeys(
+_TOWER = GENERIC | dict.fromkeys(
     (
         *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
         *("hidden_act", "layer_norm_eps", "projection_dim", "projection_size"),

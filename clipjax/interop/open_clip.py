@@ -1,105 +1,25 @@
-"""OpenAI's CLIP and OpenCLIP, which kept OpenAI's names: ViT, ResNet, custom text, timm's SigLIP.
-
-OpenAI's files say nothing of the architecture but by their shapes; OpenCLIP's come with an
-`open_clip_config.json` (or one of its model configurations).
-"""
+"""OpenCLIP: CLIP, CustomTextCLIP and CoCa, by their `open_clip_config.json` or model configuration."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import re
 from typing import Any
-
-import numpy as np
 
 from clipjax.data import Resize
 from clipjax.errors import ClipjaxError
-from clipjax.interop import family, huggingface
-from clipjax.interop.family import HALF, OPENAI_MEAN, OPENAI_STD, Description, Family
+from clipjax.interop import family, huggingface, open_clip_tables, timm_towers
+from clipjax.interop import open_clip_fields as fields
+from clipjax.interop.family import OPENAI_MEAN, OPENAI_STD, Description, Family
 from clipjax.interop.rewrite import without_patch_bias
-from clipjax.interop.table import (
-    Rule,
-    Split,
-    Table,
-    Transpose,
-    layered,
-    linear,
-    norm,
-    packed,
-    patches,
-    same,
-    squeezed,
-)
 from clipjax.models import DualEncoder
 from clipjax.models.coca import CaptionDecoder, CoCa, Poolers
 from clipjax.pretrained import Pretrained
 from clipjax.towers import ResNet, TextTransformer, ViT
 
 CONFIG = "open_clip_config.json"
-_HEAD_WIDTH = 64  # of every attention head in OpenAI's models
-_OPENAI_SCALARS = ("input_resolution", "context_length", "vocab_size")
+_HEAD_WIDTH = 64  # of every attention head, unless the configuration says otherwise
 _ACTIVATIONS = {"gelu": None, "gelu_tanh": {"approximate": "tanh"}}  # ours -> act_kwargs
-_TIMM = {
-    # timm's SigLIP vision transformers, whose sizes stand in its code: (width, depth, heads, mlp_dim)
-    "base": (768, 12, 12, 3072),
-    "large": (1024, 24, 16, 4096),
-    "so400m": (1152, 27, 16, 4304),
-    "giantopt": (1536, 40, 16, 6144),
-}
-_EITHER: dict[str, tuple[Any, ...]] = {
-    # What OpenCLIP's towers can be, and ours cannot.
-    **dict.fromkeys(("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner"), (False,)),
-    **dict.fromkeys(("scale_attn", "scale_fc", "final_ln_after_pool"), (False,)),
-    "ls_init_value": (None,),
-    "block_type": (None, "default"),
-    "pool_type": ("tok", "argmax", "eos", "last"),
-    # What is read.
-    **dict.fromkeys(("width", "layers", "mlp_ratio", "act_kwargs", "norm_kwargs"), family.ANY),
-    "output_tokens": family.ANY,
-}
-_VISION_FIELDS = _EITHER | {
-    "pos_embed_type": ("learnable",),
-    "attentional_pool": (False,),
-    "global_average_pool": (False,),  # this and the next are of releases before 2.20
-    "input_patchnorm": (False,),
-    "timm_pool": ("map",),
-    "timm_proj": ("none", "linear", None),
-    **dict.fromkeys(("head_width", "patch_size", "image_size", "no_ln_pre"), family.ANY),
-    **dict.fromkeys(("timm_model_name", "timm_proj_bias"), family.ANY),
-    **dict.fromkeys(("attn_pooler_queries", "attn_pooler_heads"), family.ANY),
-    # What only training sees.
-    **dict.fromkeys(("patch_dropout", "timm_model_pretrained", "timm_drop"), family.ANY),
-    "timm_drop_path": family.ANY,
-}
-_TEXT_FIELDS = _EITHER | {
-    "embed_cls": (False,),
-    "hf_model_name": (None, ""),
-    "tokenizer_mode": (None, ""),
-    **dict.fromkeys(("context_length", "vocab_size", "heads", "pad_id", "eos_id"), family.ANY),
-    **dict.fromkeys(("no_causal_mask", "proj_bias", "proj_type"), family.ANY),
-    **dict.fromkeys(("hf_tokenizer_name", "tokenizer_kwargs"), family.ANY),
-    # What says something of hf_model_name alone.
-    **dict.fromkeys(("hf_model_pretrained", "hf_proj_type", "hf_pooler_type"), family.ANY),
-}
-_DECODER_FIELDS = _TEXT_FIELDS | {
-    "mlp_ratio": (4,),
-    **dict.fromkeys(("dim_head", "n_queries", "attn_pooler_heads"), family.ANY),
-}
-_MODEL_FIELDS = {
-    "nonscalar_logit_scale": (False,),
-    "quick_gelu": (False, True),
-    **dict.fromkeys(("embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg"), family.ANY),
-    **dict.fromkeys(("custom_text", "init_logit_scale", "init_logit_bias"), family.ANY),
-    **dict.fromkeys(("cast_dtype", "output_dict", "preprocess_cfg"), family.ANY),
-}
-_PREPROCESS_FIELDS = {
-    "mode": ("RGB",),
-    **dict.fromkeys(("size", "mean", "std", "interpolation", "resize_mode"), family.ANY),
-    "fill_color": family.ANY,  # of a resize_mode that is refused
-}
-_TIMM_TANH = ("giantopt_patch16", "base_patch32")  # the others have the exact GELU
 
 
 def _claims(custom: bool, description: Description) -> bool:
@@ -107,86 +27,7 @@ def _claims(custom: bool, description: Description) -> bool:
     return description.has(f"{prefix}token_embedding.weight", f"{prefix}ln_final.weight")
 
 
-def _claims_openai(description: Description) -> bool:
-    return (
-        _claims(False, description)
-        and CONFIG not in description.files
-        and description.has(*_OPENAI_SCALARS)
-    )
-
-
 # Architecture
-
-
-def _read_openai(description: Description) -> DualEncoder:
-    vocab_size, width = description.shape("token_embedding.weight", 2)
-    return _openai(
-        image=_openai_image(description),
-        embed_dim=description.shape("text_projection", 2)[1],
-        text={
-            "vocab_size": vocab_size,
-            "context_length": description.shape("positional_embedding", 2)[0],
-            "width": width,
-            "depth": description.layers("transformer.resblocks."),
-        },
-    )
-
-
-def _openai(image: dict[str, Any], text: dict[str, Any], embed_dim: int) -> DualEncoder:
-    """The one arrangement of OpenAI's models, by the sizes that differ between them."""
-    pixels: dict[str, Any] = {"mean": OPENAI_MEAN, "std": OPENAI_STD}
-    resnet = "blocks" in image
-    tower: Any
-    if resnet:
-        heads = max(1, image["width"] * 32 // _HEAD_WIDTH)
-        tower = ResNet(**image, output_dim=embed_dim, heads=heads, **pixels)
-    else:
-        heads = max(1, image["width"] // _HEAD_WIDTH)
-        common: dict[str, Any] = {
-            "pool": "class",
-            "pre_norm": True,
-            "patch_bias": False,
-            "activation": "quick_gelu",
-        }
-        tower = ViT(**image, heads=heads, mlp_dim=4 * image["width"], **common, **pixels)
-    words = TextTransformer(
-        **text,
-        heads=max(1, text["width"] // _HEAD_WIDTH),
-        mlp_dim=4 * text["width"],
-        activation="quick_gelu",
-        pool="eos",
-        eos_id=text["vocab_size"] - 1,
-        pad_id=None,
-    )
-    projection = "none" if resnet else "linear"
-    return DualEncoder(image=tower, text=words, embed_dim=embed_dim, image_projection=projection)
-
-
-def _openai_image(description: Description) -> dict[str, Any]:
-    if description.has("visual.proj"):
-        width, _, patch, _ = description.shape("visual.conv1.weight", 4)
-        places = description.shape("visual.positional_embedding", 2)[0] - 1
-        return {
-            "width": width,
-            "depth": description.layers("visual.transformer.resblocks."),
-            "patch_size": patch,
-            "image_size": patch * _side(places, "visual.positional_embedding"),
-        }
-    table = "visual.attnpool.positional_embedding"
-    return {
-        "blocks": tuple(description.layers(f"visual.layer{stage}.") for stage in (1, 2, 3, 4)),
-        "width": description.shape("visual.layer1.0.conv1.weight", 4)[0],
-        "image_size": 32 * _side(description.shape(table, 2)[0] - 1, table),
-    }
-
-
-def _side(places: int, table: str) -> int:
-    side = math.isqrt(max(places, 0))
-    if side**2 != places or not places:
-        raise ClipjaxError(
-            f"tensor {table!r} has positions for {places} places, which make no square"
-        )
-    return side
 
 
 def _read_model(description: Description) -> Any:
@@ -200,23 +41,26 @@ def _read_model(description: Description) -> Any:
     preprocess = config.get("preprocess_cfg", {})
     facts = config.get("model_cfg", config)
     where = f"{CONFIG}: model_cfg"
-    family.refuse_unknown(facts, where, **_MODEL_FIELDS)
-    family.refuse_unknown(preprocess, f"{CONFIG}: preprocess_cfg", **_PREPROCESS_FIELDS)
+    family.refuse_unknown(facts, where, **fields.MODEL)
+    family.refuse_unknown(preprocess, f"{CONFIG}: preprocess_cfg", **fields.PREPROCESS)
     if "multimodal_cfg" in facts:
         return _read_coca(facts, preprocess, where)
     vision, text = family.field(facts, "vision_cfg", where), family.field(facts, "text_cfg", where)
-    family.refuse_unknown(vision, f"{where}.vision_cfg", **_VISION_FIELDS)
-    family.refuse_unknown(text, f"{where}.text_cfg", **_TEXT_FIELDS)
+    family.refuse_unknown(vision, f"{where}.vision_cfg", **fields.VISION)
+    family.refuse_unknown(text, f"{where}.text_cfg", **fields.TEXT)
     embed_dim = family.field(facts, "embed_dim", where)
     quick = bool(facts.get("quick_gelu", False))
-    half = HALF if "siglip" in str(vision.get("timm_model_name")) else None
+    mean, std = OPENAI_MEAN, OPENAI_STD
+    if vision.get("timm_model_name"):
+        mean, std = timm_towers.kind_named(vision["timm_model_name"], where)[0].pixels
     pixels = {
-        "mean": family.three(preprocess.get("mean", half or OPENAI_MEAN), "preprocess_cfg.mean"),
-        "std": family.three(preprocess.get("std", half or OPENAI_STD), "preprocess_cfg.std"),
+        "mean": family.three(preprocess.get("mean", mean), "preprocess_cfg.mean"),
+        "std": family.three(preprocess.get("std", std), "preprocess_cfg.std"),
     }
     image: ViT | ResNet
     if vision.get("timm_model_name"):
-        image, projection = _timm_image(vision, description, pixels), _timm_projection(vision)
+        image = timm_towers.read_image(vision, description, f"{where}.vision_cfg", **pixels)
+        projection = timm_towers.read_projection(vision, f"{where}.vision_cfg")
     elif isinstance(vision.get("layers"), (list, tuple)):
         image, projection = _resnet(vision, embed_dim, pixels), "none"
     else:
@@ -246,9 +90,9 @@ def _read_coca(facts: dict[str, Any], preprocess: dict[str, Any], where: str) ->
     decoder = family.field(facts, "multimodal_cfg", where)
     embed_dim, quick = family.field(facts, "embed_dim", where), bool(facts.get("quick_gelu", False))
     coca = {"attentional_pool": (True,), "embed_cls": (True,), "timm_model_name": (None,)}
-    family.refuse_unknown(vision, f"{where}.vision_cfg", **(_VISION_FIELDS | coca))
-    family.refuse_unknown(text, f"{where}.text_cfg", **(_TEXT_FIELDS | coca))
-    family.refuse_unknown(decoder, f"{where}.multimodal_cfg", **_DECODER_FIELDS)
+    family.refuse_unknown(vision, f"{where}.vision_cfg", **(fields.VISION | coca))
+    family.refuse_unknown(text, f"{where}.text_cfg", **(fields.TEXT | coca))
+    family.refuse_unknown(decoder, f"{where}.multimodal_cfg", **fields.DECODER)
     for name, tower in (("vision_cfg", vision), ("text_cfg", text)):
         needed = "attentional_pool" if name == "vision_cfg" else "embed_cls"
         family.field(tower, needed, f"{where}.{name}")
@@ -330,44 +174,6 @@ def _resnet(vision: dict[str, Any], embed_dim: int, pixels: dict[str, Any]) -> R
     )
 
 
-def _timm_image(vision: dict[str, Any], description: Description, pixels: dict[str, Any]) -> ViT:
-    name = vision["timm_model_name"]
-    match = re.fullmatch(r"vit_([a-z0-9]+)_patch(\d+)_siglip_(\d+)", name)
-    if match is None or match[1] not in _TIMM:
-        known = ", ".join(f"vit_{size}_patch*_siglip_*" for size in _TIMM)
-        raise ClipjaxError(
-            f"{CONFIG}: timm_model_name={name!r} is not supported here (only {known})"
-        )
-    sizes: dict[str, Any] = dict(
-        zip(("width", "depth", "heads", "mlp_dim"), _TIMM[match[1]], strict=True)
-    )
-    size = int(match[3])
-    if description.shapes:  # they win: timm lets its callers change the sizes of a name
-        width = description.shape("visual.trunk.patch_embed.proj.bias", 1)[0]
-        places = description.shape("visual.trunk.pos_embed", 3)[1]
-        size = int(match[2]) * _side(places, "visual.trunk.pos_embed")
-        sizes |= {
-            "width": width,
-            "depth": description.layers("visual.trunk.blocks."),
-            "mlp_dim": description.shape("visual.trunk.blocks.0.mlp.fc1.bias", 1)[0],
-        }
-    return ViT(
-        **sizes,
-        patch_size=int(match[2]),
-        image_size=size,
-        pool="map",
-        activation="gelu_tanh" if f"{match[1]}_patch{match[2]}" in _TIMM_TANH else "gelu",
-        eps=1e-6,
-        **pixels,
-    )
-
-
-def _timm_projection(vision: dict[str, Any]) -> str:
-    if (vision.get("timm_proj") or "none") == "none":
-        return "none"
-    return "affine" if vision.get("timm_proj_bias") else "linear"
-
-
 def _text(text: dict[str, Any], quick: bool, where: str) -> TextTransformer:
     width, vocab_size = text.get("width", 512), text.get("vocab_size", 49408)
     pool = text.get("pool_type", "argmax")
@@ -407,191 +213,6 @@ def _eps(tower: dict[str, Any]) -> float:
     if arguments.keys() - {"eps"}:
         raise ClipjaxError(f"{CONFIG}: norm_kwargs={arguments!r} is not supported here (only eps)")
     return float(arguments.get("eps", 1e-5))
-
-
-# Tensors
-
-
-def _table(custom: bool, model: Any) -> Table:
-    if isinstance(model, CoCa):
-        return _table_coca(model)
-    text = "text." if custom else ""
-    constants: dict[str, np.ndarray] = {}
-    rules = [
-        *same("logit_scale", "logit_scale"),
-        *same(f"{text}token_embedding.weight", "text/embedding"),
-        *same(f"{text}positional_embedding", "text/positions"),
-        *_blocks(f"{text}transformer.resblocks", "text/blocks", model.text.depth),
-        *norm(f"{text}ln_final", "text/norm"),
-        *same("logit_bias", "logit_bias") * (model.logit_bias_init is not None),
-    ]
-    if model.text_projection == "affine":
-        rules += linear(f"{text}text_projection", "text_projection")
-    elif model.text_projection == "linear":
-        rules += same(f"{text}text_projection", "text_projection/kernel")
-    if isinstance(model.image, ResNet):
-        rules += _resnet_rules(model.image)
-        constants = {
-            rule.theirs.replace("running_var", "num_batches_tracked"): np.zeros((), np.int64)
-            for rule in _unrolled(rules)
-            if rule.theirs.endswith("running_var")
-        }
-    elif model.image.pool == "map":
-        rules += _timm_rules(model.image)
-        if model.image_projection != "none":
-            bias = model.image_projection == "affine"
-            rules += linear("visual.head.proj", "image_projection", bias=bias)
-    else:
-        rules += _vit_rules(model.image)
-    ignored = (r"(text\.)?attn_mask", r".*\.num_batches_tracked")
-    return Table(tuple(rules), ignored, constants)
-
-
-def _table_coca(model: CoCa) -> Table:
-    image: Any = model.image
-    text: Any = model.text
-    pool, ours, decoder = "visual.attn_pool", "memory_pool", "text_decoder"
-    qkv = [f"{ours}/attn/{x}" for x in "qkv"]
-    if image.width == model.decoder.width:  # PyTorch packs projections of the same width
-        attention = packed(f"{pool}.attn.in_proj_", qkv)
-    else:
-        attention = [
-            Rule(f"{pool}.attn.{x}_proj_weight", (f"{ours}/attn/{x}/kernel",), (Transpose((1, 0)),))
-            for x in "qkv"
-        ]
-        biases = tuple(f"{path}/bias" for path in qkv)
-        attention.append(Rule(f"{pool}.attn.in_proj_bias", biases, (Split(3),)))
-    layer, blocks = f"{decoder}.cross_attn.{{i}}", "decoder/blocks"
-    cross = [
-        *norm(f"{layer}.ln_1", f"{blocks}/norm_cross"),
-        *norm(f"{layer}.ln_1_kv", f"{blocks}/norm_memory"),
-        *packed(f"{layer}.attn.in_proj_", [f"{blocks}/cross/{x}" for x in "qkv"]),
-        *linear(f"{layer}.attn.out_proj", f"{blocks}/cross/out"),
-        *norm(f"{layer}.ln_2", f"{blocks}/norm_cross_mlp"),
-        *linear(f"{layer}.mlp.c_fc", f"{blocks}/cross_mlp/fc1"),
-        *linear(f"{layer}.mlp.c_proj", f"{blocks}/cross_mlp/fc2"),
-    ]
-    rules = [
-        *same("logit_scale", "logit_scale"),
-        *same("logit_bias", "logit_bias") * (model.logit_bias_init is not None),
-        *_vit_rules(image, last_norm=f"{pool}.ln_k"),
-        *same(f"{pool}.query", f"{ours}/queries"),
-        *norm(f"{pool}.ln_q", f"{ours}/norm_queries"),
-        *attention,
-        *linear(f"{pool}.attn.out_proj", f"{ours}/attn/out"),
-        *norm("visual.ln_post", f"{ours}/norm_out"),
-        *same("text.token_embedding.weight", "text/embedding"),
-        *same("text.positional_embedding", "text/positions"),
-        *same("text.cls_emb", "text/class_token"),
-        *_blocks("text.transformer.resblocks", "text/blocks", text.depth),
-        *norm("text.ln_final", "text/norm"),
-        *same("text.text_projection", "text_projection/kernel"),
-        *_blocks(f"{decoder}.resblocks", blocks, model.decoder.depth),
-        *layered(cross, range(model.decoder.depth)),
-        *norm(f"{decoder}.ln_final", "decoder/norm"),
-        *same(f"{decoder}.text_projection", "decoder/head/kernel"),
-    ]
-    return Table(tuple(rules), ignored=(r"(text|text_decoder)\.attn_mask",))
-
-
-def _table_openai(model: Any) -> Table:
-    table = _table(False, model)
-    values = (model.image.image_shape[0], model.text.context_length, model.text.vocab_size)
-    scalars = {n: np.array(v, np.int64) for n, v in zip(_OPENAI_SCALARS, values, strict=True)}
-    ignored = (*table.ignored, *_OPENAI_SCALARS)
-    return Table(table.rules, ignored, {**table.constants, **scalars})
-
-
-def _blocks(theirs: str, ours: str, depth: int) -> list[Rule]:
-    layer = f"{theirs}.{{i}}"
-    rules = [
-        *norm(f"{layer}.ln_1", f"{ours}/norm1"),
-        *packed(f"{layer}.attn.in_proj_", [f"{ours}/attn/{x}" for x in "qkv"]),
-        *linear(f"{layer}.attn.out_proj", f"{ours}/attn/out"),
-        *norm(f"{layer}.ln_2", f"{ours}/norm2"),
-        *linear(f"{layer}.mlp.c_fc", f"{ours}/mlp/fc1"),
-        *linear(f"{layer}.mlp.c_proj", f"{ours}/mlp/fc2"),
-    ]
-    return layered(rules, range(depth))
-
-
-def _vit_rules(image: ViT, last_norm: str = "visual.ln_post") -> list[Rule]:
-    return [
-        *same("visual.class_embedding", "image/class_token"),
-        *same("visual.positional_embedding", "image/positions"),
-        *patches("visual.conv1", "image/patch", image.patch_size, image.width, bias=False),
-        *norm("visual.ln_pre", "image/pre_norm") * image.pre_norm,
-        *_blocks("visual.transformer.resblocks", "image/blocks", image.depth),
-        *norm(last_norm, "image/norm"),
-        *same("visual.proj", "image_projection/kernel"),
-    ]
-
-
-def _timm_rules(image: ViT) -> list[Rule]:
-    trunk, pool = "visual.trunk", "image/pool"
-    block, ours = f"{trunk}.blocks.{{i}}", "image/blocks"
-    places = image.grid[0] * image.grid[1]
-    blocks = [
-        *norm(f"{block}.norm1", f"{ours}/norm1"),
-        *packed(f"{block}.attn.qkv.", [f"{ours}/attn/{x}" for x in "qkv"]),
-        *linear(f"{block}.attn.proj", f"{ours}/attn/out"),
-        *norm(f"{block}.norm2", f"{ours}/norm2"),
-        *linear(f"{block}.mlp.fc1", f"{ours}/mlp/fc1"),
-        *linear(f"{block}.mlp.fc2", f"{ours}/mlp/fc2"),
-    ]
-    return [
-        *squeezed(f"{trunk}.pos_embed", "image/positions", (places, image.width)),
-        *patches(
-            f"{trunk}.patch_embed.proj", "image/patch", image.patch_size, image.width, bias=True
-        ),
-        *layered(blocks, range(image.depth)),
-        *norm(f"{trunk}.norm", "image/norm"),
-        *squeezed(f"{trunk}.attn_pool.latent", f"{pool}/probe", (image.width,), ones=2),
-        *linear(f"{trunk}.attn_pool.q", f"{pool}/attn/q"),
-        *packed(f"{trunk}.attn_pool.kv.", [f"{pool}/attn/{x}" for x in "kv"]),
-        *linear(f"{trunk}.attn_pool.proj", f"{pool}/attn/out"),
-        *norm(f"{trunk}.attn_pool.norm", f"{pool}/norm"),
-        *linear(f"{trunk}.attn_pool.mlp.fc1", f"{pool}/mlp/fc1"),
-        *linear(f"{trunk}.attn_pool.mlp.fc2", f"{pool}/mlp/fc2"),
-    ]
-
-
-def _resnet_rules(image: ResNet) -> list[Rule]:
-    rules = _convolutions("visual", "image/stem")
-    for stage, depth in enumerate(image.blocks, start=1):
-        theirs, ours = f"visual.layer{stage}", f"image/layer{stage}"
-        rules += _convolutions(f"{theirs}.0", f"{ours}/first")
-        rules += _convolution(f"{theirs}.0.downsample.0", f"{ours}/first/downsample_conv")
-        rules += _batch_norm(f"{theirs}.0.downsample.1", f"{ours}/first/downsample_bn")
-        if depth > 1:
-            blocks = _convolutions(f"{theirs}.{{i}}", f"{ours}/blocks")
-            rules += layered(blocks, range(1, depth))
-    pool = "visual.attnpool"
-    rules += same(f"{pool}.positional_embedding", "image/pool/positions")
-    for name, ours in {"q_proj": "q", "k_proj": "k", "v_proj": "v", "c_proj": "out"}.items():
-        rules += linear(f"{pool}.{name}", f"image/pool/{ours}")
-    return rules
-
-
-def _convolutions(theirs: str, ours: str) -> list[Rule]:
-    rules = []
-    for i in (1, 2, 3):
-        rules += _convolution(f"{theirs}.conv{i}", f"{ours}/conv{i}")
-        rules += _batch_norm(f"{theirs}.bn{i}", f"{ours}/bn{i}")
-    return rules
-
-
-def _convolution(theirs: str, ours: str) -> list[Rule]:
-    return [Rule(f"{theirs}.weight", (f"{ours}/kernel",), (Transpose((2, 3, 1, 0)),))]
-
-
-def _batch_norm(theirs: str, ours: str) -> list[Rule]:
-    statistics = same(f"{theirs}.running_mean", f"{ours}/mean")
-    return norm(theirs, ours) + statistics + same(f"{theirs}.running_var", f"{ours}/var")
-
-
-def _unrolled(rules: list[Rule]) -> list[Rule]:
-    return [Rule(name, rule.ours, rule.steps) for rule in rules for name in rule.names()]
 
 
 # What an export says
@@ -684,16 +305,8 @@ def _describe_image(model: Any, quick: bool) -> dict[str, Any]:
     if isinstance(image, ResNet):
         facts |= {"layers": list(image.blocks), "width": image.width, "patch_size": None}
         return facts | {"head_width": image.width * 32 // image.num_heads}
-    if image.pool == "map":
-        facts |= {
-            "timm_model_name": _timm_name(image),
-            "timm_model_pretrained": False,
-            "timm_pool": "map",
-            "timm_proj": "none" if model.image_projection == "none" else "linear",
-        }
-        if model.image_projection == "affine":
-            facts["timm_proj_bias"] = True
-        return facts
+    if timm_towers.is_written_as_timms(model):
+        return facts | timm_towers.describe(image, model.image_projection)
     facts |= {
         "layers": image.depth,
         "width": image.width,
@@ -719,33 +332,9 @@ def _variants(tower: Any, quick: bool) -> dict[str, Any]:
     return facts
 
 
-def _timm_name(image: ViT) -> str:
-    sizes = (image.width, image.depth, image.heads, image.hidden)
-    side = family.square(image)
-    for name, known in _TIMM.items():
-        if known == sizes:
-            return f"vit_{name}_patch{image.patch_size}_siglip_{side}"
-    raise ClipjaxError(
-        f"model.image: OpenCLIP's attention-pooled ViTs are timm's, and none has "
-        f"width {image.width}, depth {image.depth}, heads {image.heads}, mlp_dim {image.hidden}"
-    )
-
-
 def _nearest(custom: bool, model: Any) -> Any:
     bare = Pretrained(model, {}, {}, None, model.text.context_length, 0)
     return _read_model(Description({}, _describe(custom, bare)))
-
-
-def _nearest_openai(model: Any) -> DualEncoder:
-    image, text = model.image, model.text
-    names: tuple[str, ...] = ("blocks", "width", "image_size")
-    if isinstance(image, ViT):
-        names = ("width", "depth", "patch_size", "image_size")
-    sizes = ("vocab_size", "context_length", "width", "depth")
-    family.square(image)
-    return _openai(
-        {n: getattr(image, n) for n in names}, {n: getattr(text, n) for n in sizes}, model.embed_dim
-    )
 
 
 def _resize(description: Description) -> Resize:
@@ -807,7 +396,7 @@ def _family(name: str, custom: bool) -> Family:
         weights_file="open_clip_model.safetensors",
         claims=functools.partial(_claims, custom),
         model=_read_model,
-        table=functools.partial(_table, custom),
+        table=functools.partial(open_clip_tables.table, custom),
         nearest=functools.partial(_nearest, custom),
         describe=functools.partial(_describe, custom),
         resize=_resize,
@@ -817,19 +406,5 @@ def _family(name: str, custom: bool) -> Family:
     )
 
 
-OPENAI = Family(
-    name="OpenAI's CLIP",
-    models=(DualEncoder,),
-    image_towers=(ViT, ResNet),
-    weights_file="model.safetensors",
-    claims=_claims_openai,
-    model=_read_openai,
-    table=_table_openai,
-    nearest=_nearest_openai,
-    describe=lambda pretrained: {},
-    resize=lambda description: Resize("crop"),
-    tokens=lambda description: {},
-    prepare=without_patch_bias,
-)
 OPEN_CLIP = _family("OpenCLIP's CLIP", custom=False)
 OPEN_CLIP_CUSTOM = _family("OpenCLIP's CustomTextCLIP", custom=True)

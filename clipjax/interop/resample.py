@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from clipjax.errors import ClipjaxError
+from clipjax.models.base import tower_of, with_tower
 from clipjax.pretrained import Pretrained
 
 
@@ -22,7 +23,9 @@ def with_image_size(pretrained: Pretrained, size: int) -> Pretrained:
       ClipjaxError: the image tower cannot take pictures of that size.
     """
     model: Any = pretrained.model
-    tower = model.image
+    tower = tower_of(model, "image")
+    if tower is None:
+        raise ClipjaxError(f"image_size={size}: this model sees no pictures")
     resized = dataclasses.replace(tower, image_size=size)
     params = pretrained.params
     if tower.grid != resized.grid:
@@ -33,7 +36,7 @@ def with_image_size(pretrained: Pretrained, size: int) -> Pretrained:
             owner = owner | {"positions": table}
             image = owner if "positions" in image else image | {"pool": owner}
             params = params | {"image": image}
-    model = dataclasses.replace(model, image=resized)
+    model = with_tower(model, "image", resized)
     return dataclasses.replace(pretrained, model=model, params=params, image_size=size)
 
 
@@ -74,16 +77,18 @@ def _cubic(size: int, new_size: int) -> np.ndarray:
 
 
 def with_context_length(pretrained: Pretrained, length: int) -> Pretrained:
-    """Drops the positions of a text tower from `length` on.
+    """Drops the positions of a text tower from `length` on; those that are no parameters may grow.
 
     Raises:
       ClipjaxError: the weights have no positions that far, or their texts must have their full length.
     """
     model: Any = pretrained.model
-    tower = model.text
+    tower = tower_of(model, "text")
+    if tower is None:
+        raise ClipjaxError(f"context_length={length}: this model reads no texts")
     if length == tower.context_length:
         return pretrained
-    if length > tower.context_length:
+    if length > tower.context_length and tower.positions == "learned":
         raise ClipjaxError(
             f"context_length={length}: the weights have positions for {tower.context_length} tokens, and "
             "none can be made up; import them as they are (longer texts lose their end)"
@@ -93,9 +98,10 @@ def with_context_length(pretrained: Pretrained, length: int) -> Pretrained:
             f"context_length={length}: this text tower pools the last of exactly {tower.context_length} "
             "tokens, padding counted, so its texts must keep that length"
         )
-    model = dataclasses.replace(model, text=dataclasses.replace(tower, context_length=length))
-    text = pretrained.params["text"]
-    # A class token's position follows the last word's.
-    text = text | {"positions": np.asarray(text["positions"])[: length + tower.class_position]}
-    params = pretrained.params | {"text": text}
+    model = with_tower(model, "text", dataclasses.replace(tower, context_length=length))
+    text, params = pretrained.params["text"], pretrained.params
+    if "positions" in text:
+        # A class token's position follows the last word's.
+        kept = np.asarray(text["positions"])[: length + tower.class_position]
+        params = params | {"text": text | {"positions": kept}}
     return dataclasses.replace(pretrained, model=model, params=params, context_length=length)

@@ -15,7 +15,7 @@ def without_patch_bias(pretrained: Pretrained) -> Pretrained:
     """A ViT's patch bias added to the patches' learned positions: no output changes.
 
     CLIP's ViTs have no such bias. A model without one, or without learned positions to take it, and
-    one that pools by attention (SigLIP's have the bias), stay as they are.
+    those whose families have it (SigLIP's pool by attention, EVA's keys have no bias), stay as they are.
 
     Args:
       pretrained: its params may be `{}`, for a model that has no weights yet.
@@ -24,7 +24,7 @@ def without_patch_bias(pretrained: Pretrained) -> Pretrained:
     image = getattr(model, "image", None)
     if not isinstance(image, ViT) or not image.patch_bias:
         return pretrained
-    if image.pool == "map" or image.positions != "learned":
+    if image.pool == "map" or not image.key_bias or image.positions != "learned":
         return pretrained
     model = dataclasses.replace(model, image=dataclasses.replace(image, patch_bias=False))
     params = pretrained.params

@@ -38,6 +38,24 @@ class Model(Component):
         return self, params
 
 
+def tower_of(model: Any, name: str) -> Any:
+    """The tower of that name ("image", "text") of a model; None where it has none."""
+    if hasattr(model, name):
+        return getattr(model, name)
+    towers = getattr(model, "towers", ())
+    return next((one.tower for one in towers if one.name == name), None)
+
+
+def with_tower(model: Any, name: str, tower: Any) -> Any:
+    """The model with another tower of that name."""
+    if hasattr(model, name):
+        return dataclasses.replace(model, **{name: tower})
+    towers = tuple(
+        dataclasses.replace(one, tower=tower) if one.name == name else one for one in model.towers
+    )
+    return dataclasses.replace(model, towers=towers)
+
+
 class Encoders(nnx.Module):
     """A module with some encoders, each for one kind of input: say `encoders` and `outputs`, have the rest.
 
@@ -86,8 +104,9 @@ class Encoders(nnx.Module):
           name: of an encoder, or of an input that begins with it.
           inputs: [B, ...], or [B, K, ...] for K of them a row.
           key: PRNG key in training, None in inference.
-          output: "embedding" [B, E], "pooled" [B, D], "tokens" {"values" [B, N, D], "mask" [B, N]}, or
-            another that the encoder has.
+          output: "embedding" [B, E], "pooled" [B, D], "tokens" {"values" [B, N, D], "mask" [B, N],
+            "places" [B, N]}, "token_embeddings", the same with "values" [B, N, E], each token embedded as
+            if it were the only one, or another that the encoder has.
 
         Raises:
           ClipjaxError: there is no such encoder, or it has no such output.

@@ -23,16 +23,10 @@ from clipjax.models.dual_encoder import to_unit
 from clipjax.models.scale import require_scale, scale_and_bias, scale_of
 from clipjax.towers import layers
 from clipjax.towers.base import Tower, require, require_choice, require_positive
+from clipjax.towers.cache import decode_stack, start_cache
 from clipjax.towers.pooling import QueryPool, mean_pool
 from clipjax.towers.text import TextTransformer, TextTransformerModule, attention_mask
-from clipjax.towers.transformer import (
-    Block,
-    Transformer,
-    apply_stack,
-    decode_stack,
-    stack,
-    start_cache,
-)
+from clipjax.towers.transformer import Block, Transformer, apply_stack, stack
 from clipjax.towers.vit import ViT
 
 Cache = dict[str, Any]

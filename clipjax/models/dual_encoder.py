@@ -157,11 +157,16 @@ class JointModule(Encoders):
     ) -> dict[str, Any]:
         tower = getattr(self, encoder)
         tokens, pooled = tower(inputs, key=key)
-        return {
-            "embedding": to_unit(pooled, getattr(self, f"{encoder}_projection")),
+        projection = getattr(self, f"{encoder}_projection")
+        found = {
+            "embedding": to_unit(pooled, projection),
             "pooled": pooled,
             "tokens": as_tokens(tower, inputs, tokens, key),
         }
+        if "token_embeddings" in wanted and hasattr(tower, "alone"):
+            each = to_unit(tower.alone(tokens), projection)
+            found["token_embeddings"] = found["tokens"] | {"values": each}
+        return found
 
     def width(self, encoder: str, output: str) -> int:
         return self.config.embed_dim if output == "embedding" else getattr(self, encoder).width

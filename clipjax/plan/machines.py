@@ -22,6 +22,8 @@ class Chip:
       flops: products and sums of bfloat16 matrix products a second, dense.
       bandwidth: bytes a second from and to its memory.
       link: bytes a second that it sends to its neighbors, all fast links together, one way.
+      fabric: what the fast links are called.
+      network: its share of its host's links to others, bytes a second one way; 0: no such links.
       source: where the figures are from.
       host: chips that share one host.
       cores: units of its compiler that count towards a machine's name (v5p-128 is 64 chips).
@@ -34,6 +36,8 @@ class Chip:
     flops: float = 0.0
     bandwidth: float = 0.0
     link: float = 0.0
+    fabric: str = ""
+    network: float = 0.0
     source: str = ""
     host: int = 8
     cores: int = 1
@@ -49,7 +53,7 @@ def _peak(name: str) -> float:
 def _tpu(name: str, page: str, memory, bandwidth, both_ways, **fields) -> Chip:
     return Chip(
         name, "tpu", memory * GB, _peak(name), bandwidth * GB, both_ways / 2 * GB,
-        f"docs.cloud.google.com/tpu/docs/{page}", **fields,
+        "ICI", source=f"docs.cloud.google.com/tpu/docs/{page}", **fields,
     )  # fmt: skip
 
 
@@ -65,13 +69,13 @@ device_description_str: "{name}"
 """
 
 
-def _gpu(name: str, source: str, memory, bandwidth, both_ways, others: str) -> Chip:
+def _gpu(name: str, source: str, memory, bandwidth, both_ways, network, others: str) -> Chip:
     facts = _FACTS.format(
         memory=memory, bandwidth=int(bandwidth * GB), name=name, others=others.replace("=", ": ")
     )
     return Chip(
-        name, "gpu", memory, _peak(name), bandwidth * GB, both_ways / 2 * GB, source,
-        facts=facts,
+        name, "gpu", memory, _peak(name), bandwidth * GB, both_ways / 2 * GB, "NVLink",
+        network * GB, source, facts=facts,
     )  # fmt: skip
 
 
@@ -80,13 +84,21 @@ CHIPS = {
     "v5p": _tpu("TPU v5p", "v5p", 95, 2765, 1200, host=4, cores=2),
     "v6e": _tpu("TPU v6e", "v6e", 32, 1638, 800),
     "h100": _gpu(
-        "NVIDIA H100 80GB HBM3", "NVIDIA H100 SXM datasheet", 84_942_979_072, 3352.32, 900,
+        "NVIDIA H100 80GB HBM3", "NVIDIA H100 SXM and DGX H100 datasheets", 84_942_979_072, 3352.32,
+        900, 50,
+        "core_count=132 fpus_per_core=128 shared_memory_per_core=233472 l2_cache_size=52428800 "
+        "shared_memory_per_block_optin=232448 clock_rate_ghz=1.98 cuda_compute_capability "
+        "{ major=9 }",
+    ),
+    "h200": _gpu(
+        "NVIDIA H200", "NVIDIA H200 and DGX H200 datasheets", 141 * GB, 4800, 900, 50,
         "core_count=132 fpus_per_core=128 shared_memory_per_core=233472 l2_cache_size=52428800 "
         "shared_memory_per_block_optin=232448 clock_rate_ghz=1.98 cuda_compute_capability "
         "{ major=9 }",
     ),
     "a100": _gpu(
-        "NVIDIA A100-SXM4-80GB", "NVIDIA A100 SXM 80GB datasheet", 84_986_691_584, 2039, 600,
+        "NVIDIA A100-SXM4-80GB", "NVIDIA A100 SXM 80GB and DGX A100 datasheets", 84_986_691_584,
+        2039, 600, 25,
         "core_count=108 fpus_per_core=64 shared_memory_per_core=167936 l2_cache_size=41943040 "
         "shared_memory_per_block_optin=166912 clock_rate_ghz=1.41 cuda_compute_capability "
         "{ major=8 }",
@@ -118,6 +130,16 @@ class Machine:
     devices: int
     topology: str
 
+    @property
+    def hosts(self) -> int:
+        return -(-self.devices // self.chip.host)
+
+    @property
+    def island(self) -> int:
+        """Devices that share fast links: those of a TPU slice, else of a host."""
+        whole = self.chip.platform == "tpu" or self.hosts == 1
+        return self.devices if whole else self.chip.host
+
 
 def machine(name: str) -> Machine:
     """The machine of a name: v5e-256, v6e-64, v5p-128 (cores, two a chip), h100x64, a100x8, cpux8.
@@ -145,4 +167,6 @@ def machine(name: str) -> Machine:
             f"--on {name}: give up to {chip.host} devices, or whole hosts of {chip.host}"
         )
     hosts = max(1, devices // chip.host)
+    if chip.platform == "cpu":
+        chip = dataclasses.replace(chip, host=devices)  # simulated in one process
     return Machine(name, chip, devices, f"1x{hosts}x{devices // hosts}")

@@ -21,9 +21,11 @@ COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def environment(machine: Machine) -> dict[str, str]:
-    """The environment of a process that compiles for a machine: set before jax is imported."""
+def environment(machine: Machine, compiler: bool = True) -> dict[str, str]:
+    """The environment of a process that compiles for a machine, or traces alone: set before jax is imported."""
     changed = dict(os.environ) | {"JAX_PLATFORMS": "cpu"}
+    if not compiler:
+        return changed
     if machine.chip.platform == "cpu":
         flags = f"--xla_force_host_platform_device_count={machine.devices}"
         changed["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()

@@ -28,7 +28,13 @@ WHOLE = 1024
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, heads: int, kind: str
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    heads: int,
+    kind: str,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """Multi-head attention of projected queries, keys and values.
 
@@ -43,23 +49,32 @@ def attention(
         "cudnn" (NVIDIA, bfloat16) and "splash" (Pallas, for TPU; interpreted elsewhere) never write
         them; they are for attention without a mask, and "lean" stands in under one. "auto" is the
         kernel of the platform where that pays, and "lean" else.
+      bias: added to the scores, broadcastable to [B, heads, N, M]; scores are made again then, whatever
+        the kind but "xla".
 
     Returns:
       [B, N, D].
     """
+    if bias is not None:
+        plain = functools.partial(_plain, heads=heads)
+        return (plain if kind == "xla" else jax.checkpoint(plain))(q, k, v, mask, bias)
     if kind == "auto":
         kind = _choose(q, k, mask, heads)
     if mask is not None and kind in ("cudnn", "splash"):
         kind = "lean"
     if kind == "xla":
-        q, k, v = (_heads(x, heads) for x in (q, k, v))
-        weights = _softmax(_scores(q, k, mask))[0].astype(v.dtype)
-        return _flat(jnp.einsum("bhnm,bhmd->bhnd", weights, v))
+        return _plain(q, k, v, mask, None, heads=heads)
     if kind == "lean":
         return _lean(q, k, v, mask, heads)
     kernel = functools.partial(_cudnn if kind == "cudnn" else _splash, size=q.shape[-1] // heads)
     # Checkpointed, it keeps q, k and v; by itself, padded copies of them, and of what comes out.
     return jax.checkpoint(per_shard(kernel, len(q), heads))(q, k, v)
+
+
+def _plain(q, k, v, mask, bias, *, heads):
+    q, k, v = (_heads(x, heads) for x in (q, k, v))
+    weights = _softmax(_scores(q, k, mask, bias))[0].astype(v.dtype)
+    return _flat(jnp.einsum("bhnm,bhmd->bhnd", weights, v))
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -90,10 +105,13 @@ def _flat(x: jax.Array) -> jax.Array:
     return rearrange(x, "b h n d -> b n (h d)")
 
 
-def _scores(q: jax.Array, k: jax.Array, mask: jax.Array | None) -> jax.Array:
+def _scores(
+    q: jax.Array, k: jax.Array, mask: jax.Array | None, bias: jax.Array | None = None
+) -> jax.Array:
     """[B, heads, N, M], float32."""
     scores = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
     scores = scores * q.shape[-1] ** -0.5
+    scores = scores if bias is None else scores + bias
     return scores if mask is None else jnp.where(mask, scores, -jnp.inf)
 
 

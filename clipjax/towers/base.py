@@ -43,6 +43,37 @@ class Tower(Component):
         raise NotImplementedError
 
 
+def with_fields(component: Any, **fields: Any) -> Any:
+    """A model with these settings in every tower of it that has them all; a tower that refuses them keeps its own.
+
+    Args:
+      component: a model, or any component with towers in it.
+      **fields: remat="lean", dtype="bfloat16".
+    """
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(component):
+        value = getattr(component, field.name)
+        if isinstance(value, Component):
+            changed[field.name] = with_fields(value, **fields)
+        elif isinstance(value, tuple) and any(isinstance(part, Component) for part in value):
+            changed[field.name] = tuple(_in_part(part, fields) for part in value)
+        elif isinstance(value, dict) and any(
+            isinstance(part, Component) for part in value.values()
+        ):
+            changed[field.name] = {name: _in_part(part, fields) for name, part in value.items()}
+    component = dataclasses.replace(component, **changed) if changed else component
+    if not all(hasattr(component, name) for name in fields):
+        return component
+    try:
+        return dataclasses.replace(component, **fields)
+    except ClipjaxError:
+        return component
+
+
+def _in_part(part: Any, fields: dict[str, Any]) -> Any:
+    return with_fields(part, **fields) if isinstance(part, Component) else part
+
+
 def describe(module: Any, inputs: Any, tokens: Any, *, key: Any = None) -> dict[str, jax.Array]:
     """`module.describe(inputs, key=key)`; without that method, all are tokens, in their order.
 

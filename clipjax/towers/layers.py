@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clipjax.layout import batch_first, gathered
+from clipjax.towers import quantized
 
 Dtype = Any
 
@@ -29,6 +30,10 @@ class Linear(nnx.Module):
         std = d_in**-0.5 if std is None else std
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (d_in, d_out)))
         self.bias = nnx.Param(jnp.zeros(d_out)) if bias else None
+        self.format = ""  # of quantized.FORMATS; empty: products in the dtype of the input
+        self.reduce_dtype: str | None = (
+            None  # of the kernel's gradient until it is added up; None: the input's
+        )
 
     def __call__(self, x: jax.Array, dtype: Dtype = None) -> jax.Array:
         """[..., D_in] -> [..., D_out]: the factors in the dtype of `x`, the result in it or `dtype`.
@@ -36,21 +41,54 @@ class Linear(nnx.Module):
         With dtype=float32 the sums of a bfloat16 product are not rounded: for what is normalized.
         """
         dtype = x.dtype if dtype is None else dtype
-        y = jnp.matmul(x, self.kernel[...].astype(x.dtype), preferred_element_type=dtype)
+        kernel = self.kernel[...]
+        if self.format:
+            y = quantized.product(x, kernel.astype(x.dtype), self.format, dtype)
+        elif self.reduce_dtype is not None:
+            y = _product(x, kernel, dtype, self.reduce_dtype)
+        else:
+            y = _matmul(x, kernel, dtype)
         return batch_first(y if self.bias is None else y + self.bias[...].astype(dtype))
+
+
+def _matmul(x, kernel, dtype):
+    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x, kernel, dtype, reduce_dtype):
+    return _matmul(x, kernel, dtype)
+
+
+def _product_forward(x, kernel, dtype, reduce_dtype):
+    return _matmul(x, kernel, dtype), (x, kernel)
+
+
+def _product_backward(dtype, reduce_dtype, kept, g):
+    x, kernel = kept
+    (dx,) = jax.vjp(lambda x: _matmul(x, kernel, dtype), x)[1](g)
+    # Tokens are split over the devices: this product is what they add up, in the dtype that it comes in.
+    rows = tuple(range(x.ndim - 1))
+    dkernel = jnp.tensordot(x, g.astype(x.dtype), (rows, rows), preferred_element_type=reduce_dtype)
+    return dx, dkernel.astype(kernel.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 class Norm(nnx.Module):
     """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) over the last axis, in float32."""
 
     def __init__(self, kind: str, width: int, eps: float):
-        self.eps = eps
+        self.eps, self.centers = eps, kind == "layernorm_no_bias"
         self.scale = nnx.Param(jnp.ones(width))
         self.bias = nnx.Param(jnp.zeros(width)) if kind == "layernorm" else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D] in the dtype of `x`."""
         bias = None if self.bias is None else self.bias[...]
+        if self.centers:
+            bias = jnp.zeros_like(self.scale[...])
         return _norm(x, self.scale[...], bias, self.eps)
 
 
@@ -88,7 +126,7 @@ def _norm_backward(eps, kept, g):
 
 _norm.defvjp(_norm_forward, _norm_backward)
 
-NORMS = ("layernorm", "rmsnorm")
+NORMS = ("layernorm", "rmsnorm", "layernorm_no_bias")
 
 
 def _keeping_input(f: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
@@ -102,9 +140,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": _keeping_input(functools.partial(jax.nn.gelu, approximate=False)),
     "gelu_tanh": _keeping_input(functools.partial(jax.nn.gelu, approximate=True)),
     "quick_gelu": _keeping_input(lambda x: x * jax.nn.sigmoid(1.702 * x)),
+    "silu": _keeping_input(jax.nn.silu),
+    "relu": jax.nn.relu,
 }
 """GELU (arXiv:1606.08415): exact (erf), its tanh approximation, and its sigmoid approximation,
-which OpenAI's CLIP was trained with."""
+which OpenAI's CLIP was trained with; SiLU and ReLU."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -143,6 +183,15 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def drop_path(x: jax.Array, rate: jax.Array, key: jax.Array | None) -> jax.Array:
+    """Zeroes whole examples of [B, ...] with probability `rate` and scales the rest; the identity without a key."""
+    if key is None:
+        return x
+    shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+    keep = jax.random.bernoulli(jax.random.fold_in(key, 1), 1.0 - rate, shape)
+    return jnp.where(keep, x / (1.0 - rate).astype(x.dtype), jnp.zeros_like(x))
 
 
 def keys(key: jax.Array | None, n: int) -> list[jax.Array | None]:

@@ -8,7 +8,8 @@ from einops import repeat
 from flax import nnx
 
 from clipjax.towers import layers
-from clipjax.towers.transformer import Attention, Mlp, Transformer
+from clipjax.towers.sublayers import Attention, Mlp
+from clipjax.towers.transformer import Transformer
 
 
 def mean_pool(tokens: jax.Array, valid: jax.Array | None = None) -> jax.Array:
@@ -41,7 +42,14 @@ class AttentionPool(nnx.Module):
     (arXiv:2106.04560) and SigLIP (arXiv:2303.15343).
     """
 
-    def __init__(self, config: Transformer, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: Transformer,
+        rngs: nnx.Rngs,
+        heads: int | None = None,
+        mlp_dim: int | None = None,
+    ):
+        config = config.of_pool(heads, mlp_dim)
         self.probe = layers.normal(rngs, (config.width,), config.width**-0.5)
         self.attn = Attention(config, rngs)
         self.norm = layers.Norm(config.norm, config.width, config.eps)

@@ -8,22 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import repeat
+from einops import rearrange, repeat
 from flax import nnx
 
 from clipjax.errors import ClipjaxError, did_you_mean
 from clipjax.towers import layers
 from clipjax.towers.base import everything, require, require_choice, require_positive
+from clipjax.towers.cache import Cache, decode_stack, start_cache
 from clipjax.towers.pooling import AttentionPool, last_valid, mean_pool, take
-from clipjax.towers.transformer import (
-    Block,
-    Cache,
-    TransformerTower,
-    apply_stack,
-    decode_stack,
-    stack,
-    start_cache,
-)
+from clipjax.towers.rotary import Local, Rotation, distance_buckets, sinusoids, text_rotation
+from clipjax.towers.transformer import Block, TransformerTower, apply_stack, stack
 
 SIZES = {
     # The towers that CLIP and OpenCLIP pair with the ViT of that name: (width, depth, heads)
@@ -52,6 +46,27 @@ class TextTransformer(TransformerTower):
     """Padding token, never attended to or pooled; None: every token counts (CLIP, SigLIP)."""
     eos_id: int = 2
     """End-of-text token, where pool="eos" looks."""
+    positions: str = "learned"
+    """learned, sinusoidal (fixed, added), rotary (turns queries and keys) or relative (T5's bias of scores by
+    distance)."""
+    rope_theta: float = 10_000.0
+    """Base of the frequencies of positions="rotary"."""
+    relative_buckets: int = 32
+    """Learned biases a head of positions="relative"."""
+    relative_distance: int = 128
+    """From this distance on all have the same bias."""
+    window: int | None = None
+    """How far to either side the blocks that window_layers names can see."""
+    window_layers: str = ""
+    """Which: "gll" repeats a block that sees all and two with the window."""
+    window_theta: float | None = None
+    """rope_theta of these blocks; None: the same."""
+    embed_scale: bool = False
+    """Whether token embeddings are multiplied by the root of the width (Gemma, TIPS)."""
+    embed_norm: bool = False
+    """Whether embeddings are normed before the first block (BERT)."""
+    final_norm: bool = True
+    """Whether what the last block gives is normed; not after norms="post"."""
     class_position: bool = False
     """Whether the class token has a learned position too, that after the row's last (OpenCLIP)."""
     legacy_class_mask: bool = False
@@ -65,6 +80,27 @@ class TextTransformer(TransformerTower):
             self.pool == "class" or not (self.legacy_class_mask or self.class_position),
             "TextTransformer.legacy_class_mask and class_position are about the class token: they "
             "need pool='class'",
+        )
+        require_choice(self, "positions", ("learned", "sinusoidal", "rotary", "relative"))
+        require_positive(self, "relative_buckets", "relative_distance")
+        if self.window is not None:
+            require_positive(self, "window")
+        require(
+            (self.window is None) == (not self.window_layers),
+            f"TextTransformer.window={self.window} and window_layers={self.window_layers!r}: both or neither",
+        )
+        require(
+            not set(self.window_layers) - set("gl"),
+            f"TextTransformer.window_layers={self.window_layers!r}: g (all) and l (the window) alone",
+        )
+        require(
+            self.positions != "rotary" or self.head_width % 2 == 0,
+            f"TextTransformer.positions='rotary' turns pairs of channels: heads of {self.head_width} "
+            "cannot be halved",
+        )
+        require(
+            self.pool != "class" or (self.positions == "learned" and self.window is None),
+            f"TextTransformer.pool='class' needs positions='learned', not {self.positions!r}, and no window",
         )
         for field, value in (("pad_id", self.pad_id), ("eos_id", self.eos_id)):
             require(
@@ -113,7 +149,10 @@ class TextTransformer(TransformerTower):
         if self.causal and self.pool == "eos":
             is_end = ids == self.eos_id
             return np.where(is_end.any(axis=1), is_end.argmax(axis=1) + 1, length)
-        if self.pad_id is None or self.class_position or self.pool == "none":
+        moved = (
+            self.class_position or self.legacy_class_mask
+        )  # the class token's view of the row's end
+        if self.pad_id is None or moved or self.pool == "none":
             return np.full(n, length)
         is_text = (ids != self.pad_id) | (ids == self.eos_id)
         return np.where(is_text.any(axis=1), length - is_text[:, ::-1].argmax(axis=1), 1)
@@ -126,10 +165,15 @@ class TextTransformerModule(nnx.Module):
         self.config, self.width = config, config.width
         self.embedding = layers.normal(rngs, (config.vocab_size, config.width), 0.02)
         places = config.context_length + config.class_position
-        self.positions = layers.normal(rngs, (places, config.width), 0.01)
+        learned = config.positions == "learned"
+        self.positions = layers.normal(rngs, (places, config.width), 0.01) if learned else None
+        shape, relative = (config.relative_buckets, config.heads), config.positions == "relative"
+        self.distances = layers.normal(rngs, shape, 0.1) if relative else None
+        first_norm = layers.Norm(config.norm, config.width, config.eps)
+        self.embed_norm = first_norm if config.embed_norm else None
         self.blocks = stack(lambda rngs: Block(config, rngs), config.depth, rngs)
         norm = layers.Norm(config.norm, config.width, config.eps)
-        self.norm = None if config.pool == "none" else norm
+        self.norm = norm if config.pool != "none" and config.final_norm else None
         self.pool = AttentionPool(config, rngs) if config.pool == "map" else None
         has_class = config.pool == "class"
         self.class_token = layers.normal(rngs, (config.width,), 0.01) if has_class else None
@@ -154,13 +198,13 @@ class TextTransformerModule(nnx.Module):
         Raises:
           ClipjaxError: the array is neither, or longer than the context.
         """
-        if self.norm is None:
+        if self.config.pool == "none":
             raise ClipjaxError(
                 "TextTransformer.pool='none' makes no vector of a text: it is for "
                 "CoCa.unimodal alone; choose another pool"
             )
         hidden, pooled = self.hidden(text, key=key, valid=valid)
-        return self.norm(hidden), pooled
+        return self._normed(hidden), pooled
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """Token embeddings, without positions: int32 [B, L] -> [B, L, D] in the compute dtype.
@@ -200,12 +244,13 @@ class TextTransformerModule(nnx.Module):
         else:
             # By default it has no place of its own in the row, so that padding does not move it.
             token = self.class_token[...]
-            if config.class_position:
+            if config.class_position and self.positions is not None:
                 token = token + self.positions[text.shape[1]]
             token = repeat(token.astype(x.dtype), "d -> b 1 d", b=len(x))
             x = jnp.concatenate([x, token], axis=1)
             mask = class_mask(text.shape[1], config.causal, valid, config.legacy_class_mask)
-        x = apply_stack(self.blocks, x, config, mask=mask, key=block_key)
+        places = self._places(text.shape[1], mask)
+        x = apply_stack(self.blocks, x, config, mask=mask, key=block_key, **places)
         return (x if self.class_token is None else x[:, :-1]), self._pool(x, text, valid)
 
     def start_cache(self, rows: int, length: int) -> Cache:
@@ -215,6 +260,11 @@ class TextTransformerModule(nnx.Module):
           ClipjaxError: the context is shorter than that.
         """
         self._check_length(length)
+        require(
+            self.config.positions in ("learned", "sinusoidal") and self.config.window is None,
+            f"TextTransformer.positions={self.config.positions!r} with window={self.config.window}: token by "
+            "token, only positions that are added to embeddings are known here; use Uncached",
+        )
         return start_cache(self.blocks, self.config, rows, length)
 
     def decode(self, tokens: jax.Array, start: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -230,16 +280,57 @@ class TextTransformerModule(nnx.Module):
         return valid.at[:, 0].set(valid[:, 0] | ~valid.any(axis=1))
 
     def _embed(self, text: jax.Array, start: jax.Array | int) -> jax.Array:
+        config = self.config
         x = self.embed(text) if text.ndim == 2 else text
-        positions = jax.lax.dynamic_slice_in_dim(self.positions[...], start, x.shape[1])
-        return (x + positions).astype(self.config.dtype)
+        if config.embed_scale:
+            x = x * jnp.asarray(config.width**0.5, x.dtype)
+        table: Any = None
+        if self.positions is not None:
+            table = self.positions[...]
+        elif config.positions == "sinusoidal":
+            table = jnp.asarray(sinusoids(config.context_length, config.width))
+        if table is not None:
+            x = x + jax.lax.dynamic_slice_in_dim(table, start, x.shape[1])
+        x = x.astype(config.dtype)
+        return x if self.embed_norm is None else self.embed_norm(x)
+
+    def _places(self, length: int, mask: jax.Array | None) -> dict[str, Any]:
+        """What attention is told of positions that are not added to embeddings, by `apply_stack`'s names."""
+        config = self.config
+        found: dict[str, Any] = {}
+        if config.positions == "rotary":
+            found["rotation"] = text_rotation(length, config.head_width, config.rope_theta)
+        if self.distances is not None:
+            buckets = distance_buckets(
+                length, config.relative_buckets, config.relative_distance, config.causal
+            )
+            found["bias"] = rearrange(self.distances[...][buckets], "n m h -> 1 h n m")
+        if config.window is not None:
+            found["local"] = self._local(length, mask)
+        return found
+
+    def _local(self, length: int, mask: jax.Array | None) -> Local:
+        config = self.config
+        assert config.window is not None
+        away = np.abs(np.arange(length)[:, None] - np.arange(length)[None, :])
+        near = jnp.asarray(away <= config.window)[None, None]
+        turned: Rotation | None = None
+        if config.positions == "rotary":
+            theta = config.rope_theta if config.window_theta is None else config.window_theta
+            turned = text_rotation(length, config.head_width, theta)
+        pattern = config.window_layers
+        named = [pattern[i % len(pattern)] == "l" for i in range(config.depth)]
+        return Local(near if mask is None else mask & near, turned, np.array(named))
+
+    def _normed(self, x: jax.Array) -> jax.Array:
+        return x if self.norm is None else self.norm(x)
 
     def _pool(self, x: jax.Array, text: jax.Array, valid: jax.Array | None) -> Any:
-        if self.norm is None:
+        if self.config.pool == "none":
             return None
         if self.class_token is not None:
-            return self.norm(x[:, -1])
-        tokens = self.norm(x)
+            return self._normed(x[:, -1])
+        tokens = self._normed(x)
         if self.pool is not None:
             return self.pool(tokens, valid)
         if self.config.pool == "mean":

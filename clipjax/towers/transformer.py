@@ -9,13 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from clipjax.component import Component
 from clipjax.towers import layers
-from clipjax.towers.attention import KINDS, attend, attention
+from clipjax.towers.attention import KINDS
 from clipjax.towers.base import (
     Tower,
     require,
@@ -23,12 +22,13 @@ from clipjax.towers.base import (
     require_positive,
     require_rate,
 )
+from clipjax.towers.quantized import Quantize, check_quantized, chosen
 from clipjax.towers.remat import check_remat, rematerialized
+from clipjax.towers.rotary import Local, Rotation
+from clipjax.towers.sublayers import Attention, Mlp
 
 DTYPES = ("float32", "bfloat16")
-
-Cache = dict[str, jax.Array]
-"""Keys and values of the positions up to now, every leaf [layers, B, ...]."""
+NORM_PLACES = ("pre", "post", "both", "out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,16 +41,43 @@ class Transformer(Component):
     """Number of blocks."""
     heads: int = 8
     """Attention heads; must divide the width."""
+    kv_heads: int | None = None
+    """Heads of keys and values, each shared by heads / kv_heads queries (arXiv:2305.13245); None: heads."""
+    head_dim: int | None = None
+    """Channels of a head; None is width / heads."""
+    attention_scale: float | None = None
+    """What scores are multiplied by; None is head_dim ** -0.5 (T5 has 1)."""
     mlp_dim: int | None = None
     """Hidden channels of each block's MLP; None is 4 times the width."""
+    gated: bool = False
+    """Whether the MLP's hidden channels are `activation(gate(x)) * fc1(x)` (arXiv:2002.05202; SwiGLU with
+    activation="silu")."""
     norm: str = "layernorm"
-    """layernorm or rmsnorm."""
+    """layernorm, rmsnorm, or layernorm_no_bias (ModernBERT)."""
+    norms: str = "pre"
+    """Where: pre (before each sub-layer), post (after each sum, as BERT), both (before, and of what the
+    sub-layer gives, as Gemma 3), or out (of what it gives alone, as EVA-02 E)."""
+    bare_first: bool = False
+    """Whether the first block's attention sees its input without a norm (ModernBERT)."""
+    qk_norm: bool = False
+    """A norm of every head's queries and keys (arXiv:2302.05442)."""
+    inner_norms: bool = False
+    """A norm of what attention gathers, and of the MLP's hidden channels (EVA-02, arXiv:2303.11331)."""
     activation: str = "gelu"
-    """gelu (exact), gelu_tanh, or quick_gelu (OpenAI's CLIP)."""
+    """gelu (exact), gelu_tanh, quick_gelu (OpenAI's CLIP), silu, or relu."""
     dropout: float = 0.0
     """Probability of dropping an element of what each sub-layer adds, and of the embeddings."""
+    drop_path: float = 0.0
+    """Probability that the last block's sub-layers add nothing to an example (stochastic depth,
+    arXiv:1603.09382); falls evenly to 0 at the first."""
+    layer_scale: float | None = None
+    """Learned factors of what each sub-layer adds, a channel each, start here (arXiv:2103.17239); None: none."""
     qkv_bias: bool = True
     """Whether the query, key and value projections have a bias."""
+    key_bias: bool = True
+    """Whether that of the keys does, where the others do."""
+    out_bias: bool = True
+    """Whether attention's output and the MLP's maps have a bias."""
     eps: float = 1e-5
     """Added to the variance by every norm."""
     attention: str = "auto"
@@ -67,6 +94,12 @@ class Transformer(Component):
     (all but matrix products), full; or what is kept instead, by name: "q,k,v,hidden"."""
     offload: str = ""
     """Of what is kept, the names that wait for the backward pass in the host's memory: "hidden"."""
+    quantize: tuple[Quantize, ...] = ()
+    """Matrices of the blocks whose products are of 8-bit numbers in training and after: the first rule that
+    matches a matrix counts; none: no matrix (needs the extra `quantized`)."""
+    reduce_dtype: str | None = None
+    """What gradients of the blocks' matrices are until the devices have added them up, float32 or bfloat16;
+    None: the compute dtype. Half the bytes in bfloat16, rounded on each device."""
 
     def __post_init__(self) -> None:
         require_positive(self, "width", "heads", "scan_unroll")
@@ -75,11 +108,24 @@ class Transformer(Component):
         if self.mlp_dim is not None:
             require_positive(self, "mlp_dim")
         name = type(self).__name__
-        require(
-            self.width % self.heads == 0,
-            f"{name}.heads={self.heads} does not divide {name}.width={self.width}",
-        )
+        if self.head_dim is None:
+            require(
+                self.width % self.heads == 0,
+                f"{name}.heads={self.heads} does not divide {name}.width={self.width}",
+            )
+        else:
+            require_positive(self, "head_dim")
+        if self.kv_heads is not None:
+            require_positive(self, "kv_heads")
+            require(
+                self.heads % self.kv_heads == 0,
+                f"{name}.kv_heads={self.kv_heads} does not divide {name}.heads={self.heads}",
+            )
+        for field in ("attention_scale", "layer_scale"):
+            value = getattr(self, field)
+            require(value is None or value > 0, f"{name}.{field}={value!r} must be above 0")
         require_choice(self, "norm", layers.NORMS)
+        require_choice(self, "norms", NORM_PLACES)
         require_choice(self, "activation", layers.ACTIVATIONS)
         require_choice(self, "dtype", DTYPES)
         require_choice(self, "attention", KINDS)
@@ -89,7 +135,10 @@ class Transformer(Component):
             f"{name}.attention to 'auto'",
         )
         check_remat(self)
-        require_rate(self, "dropout")
+        require_rate(self, "dropout", "drop_path")
+        check_quantized(self.quantize, name)
+        if self.reduce_dtype is not None:
+            require_choice(self, "reduce_dtype", DTYPES)
         require(self.eps > 0, f"{name}.eps={self.eps!r} must be above 0")
 
     @property
@@ -102,75 +151,28 @@ class Transformer(Component):
         """Hidden channels of the MLP."""
         return 4 * self.width if self.mlp_dim is None else self.mlp_dim
 
+    @property
+    def head_width(self) -> int:
+        """Channels of a head."""
+        return self.width // self.heads if self.head_dim is None else self.head_dim
+
+    def of_pool(self, heads: int | None = None, mlp_dim: int | None = None) -> Transformer:
+        """The settings of a pool behind the blocks, plain attention and a plain MLP; None: as the blocks."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(Transformer)}
+        sizes = {"heads": heads, "mlp_dim": mlp_dim}
+        given = {name: size for name, size in sizes.items() if size is not None}
+        return Transformer(**(own | _PLAIN | given))
+
+
+_PLAIN: dict[str, Any] = {
+    "kv_heads": None, "head_dim": None, "attention_scale": None, "qk_norm": False,
+    "inner_norms": False, "gated": False, "key_bias": True, "out_bias": True,
+}  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerTower(Transformer, Tower):
     """What the transformer towers have in common."""
-
-
-class Attention(nnx.Module):
-    """Multi-head attention (arXiv:1706.03762) with separate projections."""
-
-    def __init__(
-        self,
-        config: Transformer,
-        rngs: nnx.Rngs,
-        *,
-        out_std: float | None = None,
-        memory_width: int | None = None,
-    ):
-        width, std, bias = config.width, config.width**-0.5, config.qkv_bias
-        d_in = width if memory_width is None else memory_width
-        self.heads, self.kind = config.heads, config.attention
-        self.q = layers.Linear(width, width, rngs, bias=bias, std=std)
-        self.k = layers.Linear(d_in, width, rngs, bias=bias, std=d_in**-0.5)
-        self.v = layers.Linear(d_in, width, rngs, bias=bias, std=d_in**-0.5)
-        self.out = layers.Linear(width, width, rngs, std=std if out_std is None else out_std)
-
-    def __call__(self, x: jax.Array, memory: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """Queries from `x` [B, N, D], keys and values from `memory` [B, M, D]; returns [B, N, D].
-
-        Args:
-          mask: bool, broadcastable to [B, heads, N, M]; False is not attended to. Every query must
-            be left at least one key.
-        """
-        q, k, v = (
-            checkpoint_name(project(y), name)
-            for name, project, y in (("q", self.q, x), ("k", self.k, memory), ("v", self.v, memory))
-        )
-        attended = attention(q, k, v, mask, self.heads, self.kind)
-        return self.out(checkpoint_name(attended, "attended"))
-
-    def keys_values(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[B, M, D] -> keys and values [B, heads, M, D / heads]: what a cache keeps.
-
-        Heads come first, as the products need them: a cache is read many times and laid out once.
-        """
-        return self._heads(self.k(memory)), self._heads(self.v(memory))
-
-    def attend(
-        self, x: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None
-    ) -> jax.Array:
-        """`__call__` with the keys and values of a cache at hand."""
-        return self.out(attend(self._heads(self.q(x)), k, v, mask))
-
-    def _heads(self, x: jax.Array) -> jax.Array:
-        return rearrange(x, "b n (h d) -> b h n d", h=self.heads)
-
-
-class Mlp(nnx.Module):
-    """`fc2(activation(fc1(x)))`."""
-
-    def __init__(self, config: Transformer, rngs: nnx.Rngs, *, out_std: float | None = None):
-        self.activation = config.activation
-        self.fc1 = layers.Linear(config.width, config.hidden, rngs, std=(2 * config.width) ** -0.5)
-        self.fc2 = layers.Linear(config.hidden, config.width, rngs, std=out_std)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D]."""
-        activate = layers.ACTIVATIONS[self.activation]
-        hidden = checkpoint_name(self.fc1(x), "hidden")
-        return self.fc2(checkpoint_name(activate(hidden), "activated"))
 
 
 class Block(nnx.Module):
@@ -196,20 +198,35 @@ class Block(nnx.Module):
         def norm(width: int) -> layers.Norm:
             return layers.Norm(config.norm, width, config.eps)
 
-        self.dropout = config.dropout
+        self.dropout, self.norms = config.dropout, config.norms
         self.norm1 = norm(config.width)
         self.attn = Attention(config, rngs, out_std=out_std)
         self.norm2 = norm(config.width)
         self.mlp = Mlp(config, rngs, out_std=out_std)
+        both, first = config.norms == "both", config.layer_scale
+        self.norm1_out = norm(config.width) if both else None
+        self.norm2_out = norm(config.width) if both else None
+        self.scale1 = None if first is None else nnx.Param(jnp.full(config.width, first))
+        self.scale2 = None if first is None else nnx.Param(jnp.full(config.width, first))
         self.cross: Attention | None
         self.cross_mlp: Mlp | None
         if memory_width is None:
             self.cross = self.cross_mlp = None
-            return
-        self.norm_cross, self.norm_memory = norm(config.width), norm(memory_width)
-        self.cross = Attention(config, rngs, out_std=out_std, memory_width=memory_width)
-        self.norm_cross_mlp = norm(config.width) if cross_mlp else None
-        self.cross_mlp = Mlp(config, rngs, out_std=out_std) if cross_mlp else None
+        else:
+            require(
+                config.norms == "pre" and config.layer_scale is None,
+                f"{type(config).__name__}.norms={config.norms!r} with "
+                f"layer_scale={config.layer_scale}: a block with cross-attention has norms='pre' and "
+                "no layer_scale",
+            )
+            self.norm_cross, self.norm_memory = norm(config.width), norm(memory_width)
+            self.cross = Attention(config, rngs, out_std=out_std, memory_width=memory_width)
+            self.norm_cross_mlp = norm(config.width) if cross_mlp else None
+            self.cross_mlp = Mlp(config, rngs, out_std=out_std) if cross_mlp else None
+        for path, module in nnx.iter_modules(self):
+            if isinstance(module, layers.Linear):
+                module.format = chosen(config.quantize, "/".join(map(str, path)))
+                module.reduce_dtype = config.reduce_dtype
 
     def __call__(
         self,
@@ -217,22 +234,29 @@ class Block(nnx.Module):
         *,
         mask: jax.Array | None = None,
         memory: jax.Array | None = None,
+        rotation: Rotation | None = None,
+        bias: jax.Array | None = None,
+        bare: jax.Array | None = None,
+        drop: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
         """[B, N, D] -> [B, N, D].
 
         Args:
-          mask: as in `Attention`.
+          mask: as in `Attention`, and so `rotation` and `bias`.
           memory: [B, M, D_memory] to look at; None leaves that out.
-          key: for dropout.
+          bare: bool []; True leaves the norm before attention out.
+          drop: [], the probability of leaving a sub-layer out for an example.
+          key: for dropout and `drop`.
         """
-        y = self._normed(self.norm1, x)
+        y = self._before(self.norm1, x)
+        y = y if bare is None else jnp.where(bare, x, y)
         look = None
         if memory is not None:
             assert self.cross is not None, "a block without cross-attention has no memory"
             seen = self._normed(self.norm_memory, memory)
             look = functools.partial(self.cross, memory=seen)
-        return self._after_attention(x, self.attn(y, y, mask), look, key)
+        return self._after_attention(x, self.attn(y, y, mask, rotation, bias), look, key, drop)
 
     def memory(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The memory's keys and values, as `Attention.keys_values`."""
@@ -257,7 +281,7 @@ class Block(nnx.Module):
         Returns:
           [B, T, D], and the new positions' keys and values [B, heads, T, D / heads].
         """
-        y = self.norm1(x)
+        y = self._before(self.norm1, x)
         new = self.attn.keys_values(y)
         k, v = (
             jax.lax.dynamic_update_slice_in_dim(a, b, start, 2)
@@ -270,24 +294,42 @@ class Block(nnx.Module):
             look = functools.partial(self.cross.attend, k=memory[0], v=memory[1])
         return self._after_attention(x, self.attn.attend(y, k, v, mask), look, None), new
 
-    def _after_attention(self, x, attended, look, key):
+    def _after_attention(self, x, attended, look, key, drop=None):
         """The rest of the block, given what self-attention adds and how queries see the memory."""
         keys = layers.keys(key, 2 if look is None else 4)
-        x = self._add(x, attended, keys[0])
+        own = (self.norm1, self.norm1_out, self.scale1, drop)
+        x = self._add(x, attended, keys[0], *own)
         if look is None:
-            return self._add_mlp(x, self.norm2, self.mlp, keys[1])
+            return self._add_mlp(x, keys[1], drop)
         if self.cross_mlp is None:
-            x = self._add(x, look(self._normed(self.norm_cross, x)), keys[2])
-            return self._add_mlp(x, self.norm2, self.mlp, keys[1])
-        x = self._add_mlp(x, self.norm2, self.mlp, keys[1])
-        x = self._add(x, look(self._normed(self.norm_cross, x)), keys[2])
-        return self._add_mlp(x, self.norm_cross_mlp, self.cross_mlp, keys[3])
+            x = self._add(x, look(self._normed(self.norm_cross, x)), keys[2], drop=drop)
+            return self._add_mlp(x, keys[1], drop)
+        x = self._add_mlp(x, keys[1], drop)
+        x = self._add(x, look(self._normed(self.norm_cross, x)), keys[2], drop=drop)
+        y = self.cross_mlp(self._normed(self.norm_cross_mlp, x))
+        return self._add(x, y, keys[3], drop=drop)
 
-    def _add_mlp(self, x, norm, mlp, key):
-        return self._add(x, mlp(self._normed(norm, x)), key)
+    def _add_mlp(self, x, key, drop):
+        y = self.mlp(self._before(self.norm2, x))
+        return self._add(x, y, key, self.norm2, self.norm2_out, self.scale2, drop)
 
-    def _add(self, x, sublayer, key):
-        return checkpoint_name(x + layers.dropout(sublayer, self.dropout, key), "residual")
+    def _add(self, x, sublayer, key, norm=None, norm_out=None, scale=None, drop=None):
+        """The stream with what a sub-layer made, after the norms that are not before it."""
+        if self.norms == "out" and norm is not None:
+            sublayer = norm(sublayer)
+        if norm_out is not None:
+            sublayer = norm_out(sublayer)
+        if scale is not None:
+            sublayer = sublayer * scale[...].astype(sublayer.dtype)
+        if drop is not None:
+            sublayer = layers.drop_path(sublayer, drop, key)
+        x = x + layers.dropout(sublayer, self.dropout, key)
+        if self.norms == "post" and norm is not None:
+            x = norm(x)
+        return checkpoint_name(x, "residual")
+
+    def _before(self, norm, x):
+        return self._normed(norm, x) if self.norms in ("pre", "both") else x
 
     def _normed(self, norm, x):
         return checkpoint_name(norm(x), "normed")
@@ -307,6 +349,9 @@ def apply_stack(
     *,
     mask: jax.Array | None = None,
     memory: jax.Array | None = None,
+    rotation: Rotation | None = None,
+    bias: jax.Array | None = None,
+    local: Local | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
     """Runs stacked blocks one after another, scanned or unrolled as `config` says.
@@ -314,99 +359,44 @@ def apply_stack(
     Args:
       blocks: what `stack` made.
       x: [B, N, D].
-      mask: the same for all blocks.
+      mask: the same for all blocks (but those that `local` names), as `rotation` and `bias`.
       memory: [B, M, D_memory] for their cross-attention, the same for all blocks; None: without.
+      rotation: of queries and keys.
+      bias: added to scores, [1, heads, N, N].
+      local: what some of the blocks have in place of mask and rotation.
       key: for dropout; every block gets its own.
     """
     if blocks is None:
         return x
     graphdef, state = nnx.split(blocks)
-    block_keys = jax.random.split(key, config.depth) if key is not None and config.dropout else None
+    each: dict[str, Any] = {}
+    if key is not None and (config.dropout or config.drop_path):
+        each["key"] = jax.random.split(key, config.depth)
+        if config.drop_path:
+            each["drop"] = jnp.linspace(0.0, config.drop_path, config.depth)
+    if config.bare_first:
+        each["bare"] = jnp.arange(config.depth) == 0
+    if local is not None:
+        each["local"] = jnp.asarray(local.layers)
+        mask = jnp.ones_like(local.mask) if mask is None else mask
 
     def step(x, layer):
-        state, key = layer
-        return nnx.merge(graphdef, state)(x, mask=mask, memory=memory, key=key), None
+        state, own = layer
+        places: dict[str, Any] = {"mask": mask, "rotation": rotation}
+        if local is not None:
+            near = own.pop("local")
+            others = {"mask": local.mask, "rotation": local.rotation}
+            places = jax.tree.map(lambda a, b: jnp.where(near, a, b), others, places)
+        return nnx.merge(graphdef, state)(x, memory=memory, bias=bias, **places, **own), None
 
     step = rematerialized(step, config)
     if config.scan:
-        return jax.lax.scan(step, x, (state, block_keys), unroll=config.scan_unroll)[0]
+        return jax.lax.scan(step, x, (state, each), unroll=config.scan_unroll)[0]
     for i in range(config.depth):
-        x, _ = step(x, _layer((state, block_keys), i))
+        x, _ = step(x, layer_of((state, each), i))
     return x
 
 
-def start_cache(
-    blocks: Any,
-    config: Transformer,
-    rows: int,
-    length: int,
-    memory: jax.Array | None = None,
-) -> Cache:
-    """An empty cache for `decode_stack`.
-
-    Args:
-      blocks: what `stack` made.
-      config: theirs.
-      rows: B.
-      length: positions to make room for.
-      memory: [B, M, D_memory] for their cross-attention, or None.
-
-    Returns:
-      `k` and `v` [layers, B, heads, length, D / heads] in the compute dtype, and `memory_k` and
-      `memory_v` [layers, B, heads, M, D / heads] of the memory; `{}` for no blocks.
-    """
-    if blocks is None:
-        return {}
-    shape = (config.depth, rows, config.heads, length, config.width // config.heads)
-    cache = {name: jnp.zeros(shape, config.dtype) for name in ("k", "v")}
-    if memory is not None:
-        graphdef, state = nnx.split(blocks)
-        k, v = jax.lax.map(lambda layer: nnx.merge(graphdef, layer).memory(memory), state)
-        cache |= {"memory_k": k, "memory_v": v}
-    return cache
-
-
-def decode_stack(
-    blocks: Any, x: jax.Array, config: Transformer, start: jax.Array, cache: Cache
-) -> tuple[jax.Array, Cache]:
-    """`apply_stack` under a causal mask, for positions whose past is in the cache.
-
-    Args:
-      blocks: what `stack` made.
-      x: [B, T, D], positions start to start + T - 1.
-      config: theirs.
-      start: int32 [].
-      cache: what `start_cache` or the last call returned.
-
-    Returns:
-      [B, T, D], and the cache with these positions in it.
-    """
-    if blocks is None:
-        return x, cache
-    graphdef, state = nnx.split(blocks)
-    memory = (cache["memory_k"], cache["memory_v"]) if "memory_k" in cache else None
-
-    def step(x, layer):
-        state, past, memory = layer
-        return nnx.merge(graphdef, state).decode(x, start, past, memory)
-
-    stacked = state, (cache["k"], cache["v"]), memory
-    if config.scan:
-        x, new = jax.lax.scan(step, x, stacked, unroll=config.scan_unroll)
-    else:
-        layers_new = []
-        for i in range(config.depth):
-            x, one = step(x, _layer(stacked, i))
-            layers_new.append(one)
-        new = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers_new)
-    # Layers only read the cache, and all new positions are written at once: written layer by layer
-    # inside the loop, the compiler would copy the whole cache for every layer.
-    k, v = (
-        jax.lax.dynamic_update_slice_in_dim(cache[name], leaf, start, 3)
-        for name, leaf in zip(("k", "v"), new, strict=True)
-    )
-    return x, cache | {"k": k, "v": v}
-
-
-def _layer(stacked: Any, i: int) -> Any:
+def layer_of(stacked: Any, i: int) -> Any:
+    """Layer `i` of stacked arrays."""
     return jax.tree.map(lambda leaf: leaf[i], stacked)

@@ -23,6 +23,7 @@ from clipjax.towers.base import (
 )
 from clipjax.towers.pixels import normalize, require_images, require_normalization
 from clipjax.towers.pooling import AttentionPool, mean_pool
+from clipjax.towers.rotary import GRIDS, THETA, Rotation, grid_rotation
 from clipjax.towers.transformer import Block, TransformerTower, apply_stack, stack
 
 SIZES = {
@@ -51,11 +52,25 @@ class ViT(TransformerTower):
     image_size: int | tuple[int, int] = 224
     """Side of the images in pixels, or (height, width); a multiple of the patch size."""
     pool: str = "class"
-    """class (adds a class token), mean, or map (attention pooling)."""
+    """class (the class token), mean (of all tokens but that and registers), or map (attention pooling)."""
+    class_token: bool | None = None
+    """Whether there is a class token, first of all; None: for pool="class"."""
+    registers: int = 0
+    """Learned tokens before the patches (arXiv:2309.16588), after the class token; they have no position."""
+    pool_heads: int | None = None
+    """Heads of pool="map"; None: as the blocks."""
+    pool_mlp_dim: int | None = None
+    """Hidden channels of its MLP; None: as the blocks."""
     class_position: bool = True
     """Whether the class token has a learned position of its own (CLIP); big_vision's has none."""
     positions: str = "learned"
-    """learned, or sincos2d (fixed)."""
+    """What is added to patches: learned, sincos2d (fixed), or none."""
+    rope: str = "none"
+    """How queries and keys of patches are turned by their place (2D RoPE): none, eva02, pe or dinov3."""
+    rope_theta: float | None = None
+    """Base of its frequencies; None: 10,000, and 100 for dinov3."""
+    rope_grid: tuple[int, int] | None = None
+    """(rows, columns) that places are stretched to (eva02, pe): the grid of pretraining; None: the image's."""
     patch_dropout: float = 0.0
     """Share of the patches left out in training, drawn anew for every image (FLIP)."""
     pre_norm: bool = False
@@ -71,7 +86,21 @@ class ViT(TransformerTower):
         super().__post_init__()
         require_positive(self, "patch_size")
         require_choice(self, "pool", ("class", "mean", "map"))
-        require_choice(self, "positions", ("learned", "sincos2d"))
+        require_choice(self, "positions", ("learned", "sincos2d", "none"))
+        require_choice(self, "rope", GRIDS)
+        require(
+            self.class_token is not False or self.pool != "class",
+            "ViT.pool='class' needs a class token: leave ViT.class_token at None",
+        )
+        require(
+            isinstance(self.registers, int) and self.registers >= 0,
+            f"ViT.registers={self.registers!r} must be a whole number of at least 0",
+        )
+        require(
+            self.rope == "none" or self.head_width % 4 == 0,
+            f"ViT.rope={self.rope!r} turns pairs of channels by rows and by columns: heads of "
+            f"{self.head_width} channels are no multiple of 4",
+        )
         require_rate(self, "patch_dropout")
         require_normalization(self)
         for side in self.image_shape:
@@ -108,6 +137,11 @@ class ViT(TransformerTower):
         return cls(**(fields | {"patch_size": int(match[2])} | overrides))
 
     @property
+    def has_class(self) -> bool:
+        """Whether there is a class token."""
+        return self.pool == "class" if self.class_token is None else self.class_token
+
+    @property
     def image_shape(self) -> tuple[int, int]:
         """(height, width) of the images in pixels."""
         size = self.image_size
@@ -129,15 +163,18 @@ class ViTModule(nnx.Module):
         self.config, self.width = config, config.width
         width, patches = config.width, config.grid[0] * config.grid[1]
         self.patch = layers.Linear(3 * config.patch_size**2, width, rngs, bias=config.patch_bias)
-        has_class = config.pool == "class"
+        has_class = config.has_class
         self.class_token = layers.normal(rngs, (width,), width**-0.5) if has_class else None
         learned = config.positions == "learned"
         shape = (patches + (has_class and config.class_position), width)
         self.positions = layers.normal(rngs, shape, width**-0.5) if learned else None
+        shape = (config.registers, width)
+        self.registers = layers.normal(rngs, shape, width**-0.5) if config.registers else None
         self.pre_norm = layers.Norm(config.norm, width, config.eps) if config.pre_norm else None
         self.blocks = stack(lambda rngs: Block(config, rngs), config.depth, rngs)
         self.norm = layers.Norm(config.norm, width, config.eps)
-        self.pool = AttentionPool(config, rngs) if config.pool == "map" else None
+        sizes = (config.pool_heads, config.pool_mlp_dim)
+        self.pool = AttentionPool(config, rngs, *sizes) if config.pool == "map" else None
 
     def __call__(
         self, image: jax.Array, *, key: jax.Array | None = None
@@ -149,8 +186,8 @@ class ViTModule(nnx.Module):
           key: for dropout and patch dropout in training; None in inference.
 
         Returns:
-          tokens [B, N, D], the class token first if there is one (fewer of them under patch
-          dropout), and pooled [B, D], both in the compute dtype.
+          tokens [B, N, D], the class token first if there is one, then registers (fewer patches under
+          patch dropout), and pooled [B, D], both in the compute dtype.
 
         Raises:
           ClipjaxError: the images are of another shape.
@@ -163,19 +200,49 @@ class ViTModule(nnx.Module):
         kept = kept_patches(x.shape[0], x.shape[1], config.patch_dropout, patch_key)
         if kept is not None:
             x = jnp.take_along_axis(x, kept[:, :, None], axis=1)
+        if self.registers is not None:
+            x = _prepended(self.registers[...], x)
         if self.class_token is not None:
             first = self.class_token[...]
             if self.positions is not None and config.class_position:
                 first = first + self.positions[0]
-            first = repeat(first.astype(x.dtype), "d -> b 1 d", b=len(x))
-            x = jnp.concatenate([first, x], axis=1)
+            x = _prepended(first[None], x)
         x = layers.dropout(x, config.dropout, drop_key)
         if self.pre_norm is not None:
             x = self.pre_norm(x)
-        tokens = self.norm(apply_stack(self.blocks, x, config, key=block_key))
+        rotation = self._rotation(kept)
+        tokens = self.norm(apply_stack(self.blocks, x, config, rotation=rotation, key=block_key))
         if self.pool is not None:
             return tokens, self.pool(tokens)
-        return tokens, tokens[:, 0] if self.class_token is not None else mean_pool(tokens)
+        if config.pool == "class":
+            return tokens, tokens[:, 0]
+        return tokens, mean_pool(tokens[:, self._front :])
+
+    @property
+    def _front(self) -> int:
+        """Tokens before the patches."""
+        return self.config.registers + self.config.has_class
+
+    def _rotation(self, kept: jax.Array | None) -> Rotation | None:
+        config = self.config
+        if config.rope == "none":
+            return None
+        theta = THETA[config.rope] if config.rope_theta is None else config.rope_theta
+        rotation = grid_rotation(
+            config.rope, config.grid, config.head_width, theta, config.rope_grid, self._front
+        )
+        if kept is None:
+            return rotation
+        front = jnp.broadcast_to(jnp.arange(self._front), (len(kept), self._front))
+        places = jnp.concatenate([front, kept + self._front], axis=1)
+        return dataclasses.replace(rotation, cos=rotation.cos[places], sin=rotation.sin[places])
+
+    def alone(self, tokens: jax.Array) -> jax.Array:
+        """Each of the tokens [B, N, D] of a call pooled as if it were the only one: [B, N, D]."""
+        if self.pool is None:
+            return tokens
+        each = self.pool(rearrange(tokens, "b n d -> (b n) 1 d"))
+        return rearrange(each, "(b n) d -> b n d", n=tokens.shape[1])
 
     def describe(self, image: jax.Array, *, key: jax.Array | None = None) -> dict[str, jax.Array]:
         """Where the tokens of the same call come from, as in `Tower`.
@@ -186,7 +253,7 @@ class ViTModule(nnx.Module):
 
         Returns:
           mask, bool [B, N], all True, and places, int32 [B, N]: the patch's index, row by row in
-          `config.grid`; -1 for the class token, which comes first if there is one.
+          `config.grid`; -1 for the class token and registers, which come first.
         """
         config, rows = self.config, len(image)
         patches = config.grid[0] * config.grid[1]
@@ -194,18 +261,25 @@ class ViTModule(nnx.Module):
         found = everything(rows, patches) if kept is None else everything(*kept.shape)
         if kept is not None:
             found["places"] = kept
-        if self.class_token is None:
-            return found
+        front = (0, 0), (self._front, 0)
         first = {"mask": True, "places": -1}
-        return {k: jnp.pad(v, ((0, 0), (1, 0)), constant_values=first[k]) for k, v in found.items()}
+        return {k: jnp.pad(v, front, constant_values=first[k]) for k, v in found.items()}
 
     def _add_positions(self, patches: jax.Array) -> jax.Array:
         """Adds the patches' own positions; the class token's, if learned, is the first row."""
+        if self.config.positions == "none":
+            return patches
         if self.positions is None:
             table = jnp.asarray(sincos2d(self.config.grid, self.width))
         else:
             table = self.positions[...][self.positions.shape[0] - patches.shape[1] :]
         return patches + table.astype(patches.dtype)
+
+
+def _prepended(first: jax.Array, tokens: jax.Array) -> jax.Array:
+    """The same [K, D] before the tokens [B, N, D] of every image."""
+    first = repeat(first.astype(tokens.dtype), "k d -> b k d", b=len(tokens))
+    return jnp.concatenate([first, tokens], axis=1)
 
 
 def patchify(image: jax.Array, size: int) -> jax.Array:

@@ -44,6 +44,7 @@ from clipjax.objectives.pairs import PairEngine
 from clipjax.objectives.teachers import Itself, MovingAverage
 from clipjax.optim import Ema, SpikeGuard
 from clipjax.params import join, select, split
+from clipjax.sharding import to_devices
 from clipjax.train.state import Blueprint, TrainState
 
 Step = Callable[..., tuple[TrainState, Metrics]]
@@ -417,5 +418,9 @@ def jit_step(step: Step, blueprint: Blueprint) -> Any:
     Takes (state, batch), and as a third argument the weights of frozen teachers where the objective has any.
     """
     layout = blueprint.shardings
+
+    def from_host(state: TrainState, *others):
+        return step(to_devices(state, layout), *others)
+
     inputs = (layout, None, None) if blueprint.frozen else (layout, None)
-    return jax.jit(step, in_shardings=inputs, out_shardings=(layout, None), donate_argnums=0)
+    return jax.jit(from_host, in_shardings=inputs, out_shardings=(layout, None), donate_argnums=0)

@@ -6,8 +6,11 @@ import re
 import jax
 import pytest
 
-from clipjax.bench.memory import MemoryBench, compile_step, measure
+from clipjax.bench.memory import MemoryBench, summary
 from clipjax.cli import main
+from clipjax.plan.machines import machine
+from clipjax.plan.step import Step, described
+from clipjax.plan.target import COMPILER_OPTIONS
 
 DEVICES, LOCAL = 8, 2
 ROWS = DEVICES * LOCAL
@@ -16,8 +19,11 @@ ROWS = DEVICES * LOCAL
 @pytest.fixture(scope="module")
 def step():
     bench = MemoryBench(local_batch=LOCAL)
-    compiled, blueprint = compile_step(bench)
-    return measure(bench, compiled, blueprint), compiled, blueprint
+    step = Step.of(bench.planned(DEVICES), jax.devices(), ROWS)
+    traced = step.trace()
+    compiled = traced.lower().compile(compiler_options=COMPILER_OPTIONS["cpu"])
+    found = described(step, traced, compiled, machine(bench.machine))
+    return summary(found), compiled, step.blueprint
 
 
 def test_each_device_holds_an_eighth(step):

@@ -122,3 +122,45 @@ ENTRY %main (x: bf16[1024,64], y: bf16[128,64]) -> bf16[128,64] {
 def test_what_gpus_start_counts_by_its_result():
     whole = 7 / 8 * 1024 * 64 * 2
     assert work(Text(GPU), 8).sent == {"all-gather": whole, "reduce-scatter": whole}
+
+
+@pytest.mark.parametrize(
+    ("groups", "edges"),
+    [
+        ("replica_groups={{0,1},{2,3}}", 0),  # each group inside an island
+        ("replica_groups={{0,2},{1,3}}", 1),  # every edge between the two
+        ("replica_groups=[1,4]<=[4]", 1 / 2),  # a ring of four crosses there and back
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", 1),  # 0 and 2, 1 and 3
+        ("replica_groups=[2,2]<=[4]", 0),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", 1),
+        ("replica_groups=mesh['a'=2,'b'=2] {'b'}", 0),
+        ("replica_groups={}", 1 / 2),
+    ],
+)
+def test_what_leaves_an_island_is_counted_apart(groups, edges):
+    """Devices 0 and 1 share fast links, and so do 2 and 3."""
+    text = f"""
+ENTRY %main (x: f32[64]) -> f32[64] {{
+  %x = f32[64] parameter(0)
+  ROOT %r = f32[64] all-reduce(%x), channel_id=1, {groups}, to_apply=%sum
+}}
+
+%sum (a: f32[], b: f32[]) -> f32[] {{
+  %a = f32[] parameter(0)
+}}
+"""
+    got = work(Text(text), 4, [0, 0, 1, 1])
+    assert got.network["all-reduce"] == edges * got.sent["all-reduce"] > -1
+
+
+def test_a_transfer_that_waits_for_the_slow_link_is_slow():
+    text = """
+ENTRY %main (x: f32[64]) -> f32[64] {
+  %x = f32[64] parameter(0)
+  %a = f32[64] collective-permute(%x), source_target_pairs={{0,1},{1,0},{2,3},{3,2}}
+  ROOT %b = f32[64] collective-permute(%a), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+}
+"""
+    got = work(Text(text), 4, [0, 0, 1, 1])
+    assert got.sent["collective-permute"] == 2 * 64 * 4
+    assert got.network["collective-permute"] == 64 * 4

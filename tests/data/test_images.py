@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from clipjax.data import UnreadableRecord, decode
-from clipjax.data.images import Jpeg, resize
+from clipjax.data.images import Jpeg, resize, resize_fast
 
 
 def encoded(picture: Image.Image, kind: str, **options) -> bytes:
@@ -170,3 +170,15 @@ def test_without_simplejpeg_pillow_does_it(monkeypatch):
     monkeypatch.setattr("clipjax.data.images._simplejpeg", lambda: None)
     assert Jpeg.of(content) is None
     np.testing.assert_array_equal(decode(content), expected)
+
+
+@pytest.mark.parametrize(
+    "box", [(0, 0, 300, 200), (10.3, 20.7, 250.2, 177.9), (290, 0.5, 300, 199)]
+)
+def test_fast_resizing_is_pillows_but_for_rounding(box):
+    pytest.importorskip("cykooz_resizer")
+    # Away from black and white, where one clips what it makes along rows, and the other along columns.
+    image = np.random.default_rng(0).integers(64, 192, (200, 300, 3), np.uint8)
+    for size in ((64, 64), (250, 90), (1, 1)):
+        difference = np.abs(resize_fast(image, size, box).astype(int) - resize(image, size, box))
+        assert difference.mean() < 0.4 and difference.max() <= 2

@@ -10,7 +10,7 @@ from PIL import Image as Pillow
 
 from clipjax.component import from_json, to_json
 from clipjax.data import BPE, Array, Data, Image, Source, Stream, Text, UnreadableRecord, WebDataset
-from clipjax.data.order import Streamed, edges_of, edges_within
+from clipjax.data.order import Shuffled, Streamed, edges_of, edges_within
 from clipjax.errors import ClipjaxError
 
 TOKENIZER = BPE(300).build(["number 7"])
@@ -200,3 +200,16 @@ def test_a_stream_goes_on_after_batches_of_another_size():
     assert sorted(seen) == list(range(64))
     with pytest.raises(ClipjaxError, match="change lanes back"):
         large.go_on(6)
+
+
+@pytest.mark.parametrize("count", [1, 7, 4096])
+def test_shuffled_is_grains_order(count):
+    import grain
+
+    for seed in (0, 5, 2**40):
+        theirs = grain.MapDataset.range(count).seed(seed % 2**32).shuffle().repeat()
+        ours = Shuffled(count, seed % 2**32, True)
+        for position in (0, 3, count - 1, count, 5 * count + 2):
+            assert ours.at(position, 0) == (int(theirs[position]), position)
+            assert ours.at(position, 2)[0] == int(theirs[position + 2 * count])
+    assert [Shuffled(3, 0, False).at(i, 0)[0] for i in range(5)] == [0, 1, 2, 0, 1]

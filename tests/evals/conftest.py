@@ -1,14 +1,25 @@
 """A data set and a model small enough to work out by hand."""
 
 import dataclasses
+import json
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
-from clipjax.data import Resize, Source
+from clipjax.cli import main
+from clipjax.data import BPE, Resize, Source
+from clipjax.models import DualEncoder
+from clipjax.params import split
+from clipjax.pretrained import Pretrained
+from clipjax.towers import TextTransformer, ViT
+
+COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 
 class Opened(list):
@@ -120,3 +131,95 @@ def linear():
 def flat():
     """All pictures in one place, up to rounding."""
     return Linear(nnx.Rngs(0), 1)
+
+
+def save_model(folder, seed, width=16):
+    towers = {"width": width, "depth": 1, "heads": 2}
+    model = DualEncoder(
+        image=ViT(image_size=16, patch_size=8, pool="mean", **towers),
+        text=TextTransformer(vocab_size=300, context_length=8, eos_id=2, **towers),
+        embed_dim=8,
+    )
+    _, params, state = split(model.build(nnx.Rngs(seed)))
+    tokenizer = BPE(vocab_size=300).build(["a red thing", "a green thing", "a blue thing"] * 20)
+    Pretrained(model, params, state, tokenizer, 8, 16).save(folder)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Two models, folders of colored pictures, the same with captions, and a file of entries."""
+    root = tmp_path_factory.mktemp("world")
+    save_model(root / "one", 0)
+    save_model(root / "two", 1)
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 6), ("test", 4)):
+        rows = ["image,caption"]
+        for name, color in COLORS.items():
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(rng.normal(size=(16, 16, 3)) * 20 + color, 0, 255)
+                path = root / part / name / f"{i}.png"
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
+                rows.append(f"{part}/{name}/{i}.png,a {name} thing {i}")
+        shutil.copytree(root / part, root / f"{part}-pairs" / part)
+        (root / f"{part}-pairs" / "captions.csv").write_text("\n".join(rows))
+    entry = {"caption": "a red thing", "negative_caption": "a blue thing"}
+    for name in ("swap", "add"):
+        (root / f"{name}.json").write_text(json.dumps([entry | {"image": "red/0.png"}] * 2))
+    return root
+
+
+class OpenedOnce:
+    """A model whose predictor is made once for each batch size, so that the tests compile it once."""
+
+    def __init__(self, pretrained):
+        self._pretrained, self._predictors = pretrained, {}
+
+    def predictor(self, **settings):
+        key = settings.get("batch_size")
+        if key not in self._predictors:
+            self._predictors[key] = self._pretrained.predictor(**settings)
+        return self._predictors[key]
+
+
+@pytest.fixture(scope="session")
+def opened():
+    return {}
+
+
+@pytest.fixture
+def one_device(opened, monkeypatch):
+    from clipjax import restore
+
+    devices, open_pretrained = jax.devices()[:1], restore.open_pretrained
+    monkeypatch.setattr("clipjax.mesh.jax.devices", lambda: devices)
+
+    def open_once(path):
+        if path not in opened:
+            opened[path] = OpenedOnce(open_pretrained(path))
+        return opened[path]
+
+    monkeypatch.setattr(restore, "open_pretrained", open_once)
+
+
+@pytest.fixture
+def evaluate(world, capsys, one_device):
+    """`evaluate(models, options...)` -> what --json says."""
+
+    def run(models, *options):
+        models = [models] if isinstance(models, (str, Path)) else models
+        arguments = ["eval", *(str(world / m) for m in models), *map(str, options), "--json"]
+        assert main(arguments) == 0, capsys.readouterr().err
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture
+def refused(world, capsys, one_device):
+    def run(models, *options):
+        models = [models] if isinstance(models, str) else models
+        assert main(["eval", *(str(world / m) for m in models), *map(str, options)]) == 2
+        return capsys.readouterr().err
+
+    return run

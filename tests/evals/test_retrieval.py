@@ -39,7 +39,12 @@ def test_figures_by_direction_and_language(shades, table):
     assert results["retrieval/any_language/image_to_text/R@1"] == pytest.approx(1 / 3)
     assert results["retrieval/any_language/image_to_text/median_rank"] == 2.0
     assert results["retrieval/any_language/text_to_image/R@1"] == pytest.approx(4 / 6)
-    assert len(results) == 4 * 2 * 5
+    mean = "retrieval/mean_over_languages"
+    assert results[f"{mean}/image_to_text/R@1"] == pytest.approx((1 + 1 / 3) / 2)
+    for direction in ("image_to_text", "text_to_image"):
+        both = [results[f"retrieval/{code}/{direction}/R@1"] for code in ("en", "zh")]
+        assert results[f"{mean}/{direction}/R@1"] == pytest.approx(np.mean(both))
+    assert len(results) == 4 * 2 * 5 + 2 * 3
 
 
 def test_the_first_language_asked_for_gives_the_main_figures(shades, table):

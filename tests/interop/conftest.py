@@ -13,11 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import named_weights as weights
 
 GOLDENS = Path(__file__).parent / "goldens"
-FILES = {
-    "CLIPModel": "model.safetensors",
-    "SiglipModel": "model.safetensors",
-    "Siglip2Model": "model.safetensors",
-}
+OPEN_CLIP = ("CLIP", "CustomTextCLIP", "CoCa", "OpenAI")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +21,8 @@ class Golden:
     family: str
     files: dict
     tensors: dict
-    images: np.ndarray
-    texts: np.ndarray
+    images: np.ndarray | None
+    texts: np.ndarray | None
     outputs: dict
 
     def write(self, folder: Path) -> Path:
@@ -36,7 +32,8 @@ class Golden:
         if self.family == "big_vision":
             np.savez(folder / "weights.npz", **self.tensors)
             return folder / "weights.npz"
-        save_file(self.tensors, folder / FILES.get(self.family, "open_clip_model.safetensors"))
+        own = "open_clip_model" if self.family in OPEN_CLIP else "model"
+        save_file(self.tensors, folder / f"{own}.safetensors")
         return folder
 
 
@@ -51,12 +48,19 @@ def read_golden(name: str) -> Golden:
         scalars = (inputs["image_size"], inputs["context_length"], inputs["vocab_size"])
         names = ("input_resolution", "context_length", "vocab_size")
         tensors |= {n: np.array(s, np.int64) for n, s in zip(names, scalars, strict=True)}
+    size, length = inputs["image_size"], inputs["context_length"]
+    texts = None
+    if length is not None:
+        texts = weights.texts(3, length, inputs["vocab_size"], inputs["eos"])
+    if "cut" in inputs:  # where padding begins in one of the texts
+        row, start = inputs["cut"]
+        texts[row, start:] = 0
     return Golden(
         facts["family"],
         facts["files"],
         tensors,
-        weights.pictures(3, inputs["image_size"]),
-        weights.texts(3, inputs["context_length"], inputs["vocab_size"], inputs["eos"]),
+        None if size is None else weights.pictures(3, size),
+        texts,
         {k: np.array(v) for k, v in facts["outputs"].items()},
     )
 

@@ -27,6 +27,8 @@ def tensor(name: str, shape: tuple[int, ...], dtype: str = "float32") -> np.ndar
     last = name.replace("/", ".").split(".")
     if last[-1] in ("logit_scale", "t"):
         return np.full(shape, 1.5, np.float32)
+    if last[-1] == "temperature":
+        return np.full(shape, 0.05, np.float32)
     if last[-1] in ("logit_bias", "b"):
         return np.full(shape, -0.75, np.float32)
     if last[-1] == "running_var" or (len(shape) == 1 and last[-1] in ("weight", "scale", "gamma")):

@@ -87,20 +87,40 @@ def test_the_roofline_by_hand(config):
     found = {
         "state": {"params": 1e9, "opt_state": 2e9}, "temporary": 4e9, "arguments": 3e9,
         "sent": {"all-gather": 6e9, "all-reduce": 4e9}, "flops": 4 * 39.4e12, "forward": 4 * 9.85e12,
+        "batch": 0, "checkpoint": 12e9, "temporary_parts": {"activations": 3e9, "loss": 2e9},
     }  # fmt: skip
     got = estimate(load_config(config), machine("v5e-4"), found, None)
     assert got["fits"] and got["held"] == 7e9 and got["memory"] == 16e9
     assert got["seconds"]["products"] == pytest.approx(0.2)
     assert got["seconds"]["memory"] == pytest.approx(2 * 7e9 / 819e9)
-    assert got["seconds"]["links"] == pytest.approx(0.05)
+    assert got["seconds"]["ICI"] == pytest.approx(0.05)
+    # 4 chips are one host, which writes 1 GB a second. Parts are no more than the compiler's sum.
+    assert got["checkpoint_seconds"] == 12
+    assert got["parts"]["activations"] == 3e9 and got["parts"]["loss"] == 1e9
+    assert sum(got["parts"].values()) == got["held"]
     assert (got["limit"], got["step"]) == ("products", pytest.approx(0.2))
     assert got["mfu"] == pytest.approx(0.75)  # 3 x 9.85 of 39.4
     assert got["pairs_per_second"] == got["pairs_per_host"] == pytest.approx(40)
+    assert got["images_per_host"] == pytest.approx(40)  # a pair has one picture
     assert (got["steps"], got["hours"]) == (1000, pytest.approx(200 / 3600))
     assert got["chip_hours"] == pytest.approx(800 / 3600)
     assert not estimate(load_config(config), machine("v5e-4"), found | {"temporary": 14e9}, 1)[
         "fits"
     ]
+
+
+def test_between_hosts_bytes_take_the_network(config):
+    """An H100 sends 450 GB/s over NVLink and 50 GB/s to other hosts."""
+    found = {
+        "state": {}, "temporary": 0, "arguments": 0, "batch": 0, "checkpoint": 0, "temporary_parts": {},
+        "sent": {"all-gather": 10e9, "all-reduce": 2e9}, "network": {"all-reduce": 2e9},
+        "flops": 0, "forward": 1,
+    }  # fmt: skip
+    got = estimate(load_config(config), machine("h100x64"), found, None)
+    assert got["seconds"]["NVLink"] == pytest.approx(10 / 450)
+    assert got["seconds"]["network"] == pytest.approx(2 / 50)
+    assert got["limit"] == "network"
+    assert "network" not in estimate(load_config(config), machine("h100x8"), found, None)["seconds"]
 
 
 def test_a_run_is_planned_from_the_command_line(config, capsys):
@@ -119,6 +139,11 @@ def test_a_run_is_planned_from_the_command_line(config, capsys):
     # Thrice, less what pixels would get, and the loss.
     assert 2.9 * found["forward"] < found["flops"] < 3.3 * found["forward"]
     assert found["temporary"] > 0 and found["sent"]
+    assert found["checkpoint"] == found["state_total"]["params"] + found["state_total"]["opt_state"]
+    assert found["whole"][0][0].endswith("image/positions")  # 17 x 32, below min_size
+    # A block keeps 14 [N, D] and what its norms and its softmax divide by; ends besides.
+    kept = 4 * 32 * 2 * sum(14 * n for n in (image, text))
+    assert kept < found["temporary_parts"]["activations"] / 2 < 1.4 * kept
 
 
 def test_a_batch_that_does_not_divide_is_refused(config, capsys):

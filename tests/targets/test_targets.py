@@ -10,14 +10,14 @@ import pytest
 from clipjax import Run, Sharding
 from clipjax.data import BPE, Data, Tfds
 from clipjax.models import DualEncoder
-from clipjax.objectives import Softmax
+from clipjax.objectives import Ring, Softmax
 from clipjax.optim import AdamW, Duration
 from clipjax.plan.machines import machine
 from clipjax.plan.program import compiled_for
 from clipjax.towers import TextTransformer, ViT
 
 PACKAGES = {"v5e-4": "libtpu", "h100x8": "jax_cuda12_plugin"}
-ROWS, DEPTH, WIDTH = 32, 2, 512  # rows: pairs a chip
+ROWS, DEPTH, WIDTH = 40, 2, 512  # rows: pairs a chip
 
 
 def run(devices, **tower):
@@ -35,6 +35,7 @@ def run(devices, **tower):
         optimizer=AdamW(),
         duration=Duration(1000),
         sharding=Sharding(fsdp=True),
+        exchange=Ring(),
         pair_dtype="bfloat16",
     )  # fmt: skip
 
@@ -60,3 +61,22 @@ def test_weights_travel_in_bfloat16_and_once_each_way(found):
     gathered = found["sent"]["all-gather"]
     assert others * held / 2 < gathered < 2.3 * others * held / 2
     assert sum(found["sent"].values()) < 8 * others * held
+
+
+def test_no_table_of_pairs_and_no_columns_of_the_whole_batch(found):
+    """The ring meets the columns a block at a time: no array has the whole batch along its first axis."""
+    n = ROWS * found["devices"]
+    shapes = [name.split("[")[1].rstrip("]").split(",") for name in found["arrays"]]
+    assert len(shapes) == 40
+    assert not [shape for shape in shapes if shape[0] == str(n)]
+    block = ROWS * WIDTH * 2  # bfloat16: round once for the statistics, once with the gradients
+    assert (n / ROWS - 1) * 2 * block < found["sent"]["collective-permute"]
+
+
+def test_one_island_has_no_slow_links(found):
+    assert found["network"] == {}
+
+
+def test_arithmetic_explains_what_the_compiler_plans(found):
+    """Activations, gathered weights, gradients and the loss, against all that is temporary."""
+    assert 0.5 < sum(found["temporary_parts"].values()) / found["temporary"] < 1.3

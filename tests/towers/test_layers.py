@@ -128,3 +128,25 @@ def test_fan_in():
 
 def test_modules_hold_no_random_state():
     split(layers.Linear(2, 2, nnx.Rngs(0)))  # refuses a module that does
+
+
+def test_a_kernels_gradient_comes_in_the_dtype_that_it_is_added_up_in():
+    """bfloat16 rounds a sum of 512 terms to 8 bits before devices add theirs; float32 does not."""
+    rng = np.random.default_rng(1)
+    x, g = (jnp.asarray(rng.standard_normal((8, 64, n)), jnp.bfloat16) for n in (16, 4))
+    linear = layers.Linear(16, 4, nnx.Rngs(0))
+    expected = np.einsum("bni,bno->io", np.float64(x), np.float64(g))
+
+    def gradients(reduce_dtype):
+        linear.reduce_dtype = reduce_dtype
+        graphdef, state = nnx.split(linear)
+        _, vjp = jax.vjp(lambda state, x: nnx.merge(graphdef, state)(x), state, x)
+        kernel, dx = vjp(g)
+        return np.float64(kernel.kernel[...]), dx
+
+    exact, dx = gradients("float32")
+    rounded, same_dx = gradients("bfloat16")
+    np.testing.assert_allclose(exact, expected, atol=1e-4)
+    np.testing.assert_array_equal(rounded, gradients(None)[0])  # the compute dtype
+    assert 0.01 < np.abs(rounded - expected).max() < np.abs(expected).max() / 128
+    np.testing.assert_array_equal(dx, same_dx)

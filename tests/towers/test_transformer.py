@@ -94,6 +94,7 @@ def test_stacked_blocks_run_one_after_another(blocks, oracles):
         {"attention": "xla"},
         {"remat": "q, hidden"},
         {"remat": "lean", "offload": "q"},
+        {"reduce_dtype": "float32"},
         *({"remat": r} for r in POLICIES if r != "norms"),
     ],
     ids=lambda fields: "-".join(f"{k}_{v}" for k, v in fields.items()),
@@ -229,6 +230,7 @@ def test_dropout_follows_the_key_and_differs_between_blocks(blocks):
         ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
         ({"eps": 0}, "eps=0 must be above 0"),
         ({"scan_unroll": 0}, "scan_unroll=0"),
+        ({"reduce_dtype": "float16"}, "reduce_dtype='float16' is unknown.*bfloat16"),
     ],
 )
 def test_bad_fields_are_refused_by_name(fields, words):

@@ -17,6 +17,7 @@ import open_clip
 import transformers
 from PIL import Image
 
+OURS = ("source", "model", "pictures")
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
@@ -149,8 +150,8 @@ def main(root):
     failed = 0
     for folder in sorted(p for p in root.iterdir() if p.is_dir()):
         own = (folder / "ours.npz").exists()
-        for path in sorted(p for p in folder.iterdir() if p.is_dir() and p.name != "source"):
-            if path.name.startswith("big_vision") or path.name == "pictures":
+        for path in sorted(p for p in folder.iterdir() if p.is_dir() and p.name not in OURS):
+            if path.name.startswith("big_vision"):
                 continue  # big_vision's reader is load_big_vision_weights, which made the golden
             if own:
                 found = check_own(folder, path.name)

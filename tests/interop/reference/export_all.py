@@ -1,7 +1,7 @@
 """First half of the round trip, in clipjax's environment: python export_all.py FOLDER
 
-Imports every golden and exports it again; makes two models of our own, with our tokenizer, and
-exports them too. Then, where the `interop` extra is installed: python check_all.py FOLDER
+Imports every golden and exports it again; makes models of our own, with our tokenizer, and exports
+them too. Then, where the `interop` extra is installed: python check_all.py FOLDER
 """
 
 import json
@@ -21,6 +21,7 @@ from test_goldens import TO
 from clipjax import ClipjaxError, Pretrained
 from clipjax.data import BPE, Resize
 from clipjax.interop import export_weights, import_weights
+from clipjax.interop.timm_towers import KINDS
 from clipjax.models import DualEncoder
 from clipjax.params import split
 from clipjax.towers import TextTransformer, ViT
@@ -49,6 +50,7 @@ def main(out):
         size = model.image.image_size
         length = model.text.context_length
         pretrained = Pretrained(model, params, state, tokenizer, length, size, resize)
+        pretrained.save(out / name / "model")
         files = write_pictures(out / name / "pictures")
         predictor = pretrained.predictor()
         np.savez(
@@ -94,7 +96,11 @@ def own_models():
         image = ViT(pool="map", **sizes)
         return DualEncoder(image, last, logit_bias_init=-10.0, **sigmoid)
 
+    # The one of timm's towers that is small at full size.
+    pe = next(kind for kind in KINDS if "pe_core" in kind.name).tower("tiny", 16, 384)
+    perception = DualEncoder(pe, TextTransformer(**text), embed_dim=24, image_projection="affine")
     return {
+        "pe_tiny": (perception, Resize("crop")),
         "clip_down": (clip(pre_norm=True), Resize("crop", half_pixel="down")),
         "clip_even": (clip(), Resize("crop")),
         "clip_squash": (clip(pre_norm=True), Resize("squash", "bilinear")),

@@ -167,22 +167,37 @@ def openai(name, layers, width, size):
     open_clip_model(name, "OpenAI", model.float(), config, MEAN, STD, 12, 60, 59, scalars)
 
 
-def open_clip_siglip(name, timm_name="vit_base_patch16_siglip_224", **text):
+def with_timm_tower(config, size=48, **sizes):
+    """A CustomTextCLIP whose image tower is timm's, small: width 48, 2 blocks, or as `sizes` say."""
     make = open_clip.timm_model.timm.create_model
 
     def tiny(name, **settings):
-        return make(name, embed_dim=48, depth=2, img_size=48, **settings)
+        return make(name, **{"embed_dim": 48, "depth": 2, "img_size": size} | sizes, **settings)
 
     open_clip.timm_model.timm.create_model = tiny
+    model = open_clip.CustomTextCLIP(**{k: v for k, v in config.items() if k != "custom_text"})
+    open_clip.timm_model.timm.create_model = make
+    return model
+
+
+def open_clip_timm(name, timm_name, pool, size=48, **changes):
+    """A tower of timm's whose own classifier is the projection: PE core, EVA, MobileCLIP 2 L."""
+    config = open_clip_config(custom_text=True, **changes)
+    config["vision_cfg"] = {"image_size": size, "timm_model_name": timm_name,
+                            "timm_model_pretrained": False, "timm_pool": pool,
+                            "timm_proj": None}  # fmt: skip
+    model = with_timm_tower(config, size)
+    open_clip_model(name, "CustomTextCLIP", model, config, MEAN, STD, 12, 60, 59)
+
+
+def open_clip_siglip(name, timm_name="vit_base_patch16_siglip_224", **text):
     words = {"width": 32, "no_causal_mask": True, "proj_bias": True, "pool_type": "last",
              "norm_kwargs": {"eps": 1e-6}} | text  # fmt: skip
     config = open_clip_config(embed_dim=48, custom_text=True, init_logit_bias=-10, text=words)
     config["vision_cfg"] = {"image_size": 48, "timm_model_name": timm_name,
                             "timm_model_pretrained": False, "timm_pool": "map",
                             "timm_proj": "none"}  # fmt: skip
-    facts = {k: v for k, v in config.items() if k != "custom_text"}
-    model = open_clip.CustomTextCLIP(**facts)
-    open_clip.timm_model.timm.create_model = make
+    model = with_timm_tower(config)
     if name is None:
         return model.eval()
     open_clip_model(name, "CustomTextCLIP", model, config, HALF, HALF, 12, 60, None)
@@ -300,6 +315,15 @@ GOLDENS = {
     "open_clip_siglip": open_clip_siglip,
     "open_clip_siglip2": lambda name: open_clip_siglip(
         name, "vit_giantopt_patch16_siglip_256", act_kwargs={"approximate": "tanh"}
+    ),
+    "open_clip_pe": lambda name: open_clip_timm(name, "vit_pe_core_base_patch16_224", "map"),
+    "open_clip_eva02": lambda name: open_clip_timm(name, "eva02_base_patch16_clip_224", "token"),
+    "open_clip_eva": lambda name: open_clip_timm(name, "eva_giant_patch14_clip_224", "token", 42),
+    "open_clip_eva02_e": lambda name: open_clip_timm(
+        name, "eva02_enormous_patch14_clip_224", "token", 42
+    ),
+    "open_clip_mobile2_l": lambda name: open_clip_timm(
+        name, "vit_large_patch14_clip_224", "token", 42, text={"no_causal_mask": True}
     ),
     "open_clip_coca": lambda name: open_clip_coca(name, 48),
     "open_clip_coca_packed": lambda name: open_clip_coca(name, 32),
