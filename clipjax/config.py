@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from jax.sharding import Mesh
+
 from clipjax.checkpoint import Checkpointing
 from clipjax.component import Component, did_you_mean_field
 from clipjax.data import Data
@@ -23,7 +25,7 @@ from clipjax.evals.base import Evaluator
 from clipjax.mesh import MeshShape
 from clipjax.models.base import Model
 from clipjax.objectives.base import Objective
-from clipjax.objectives.pairs import AllGather, Exchange
+from clipjax.objectives.pairs import AllGather, Exchange, PairEngine
 from clipjax.optim import Duration, Ema, Every, Optimizer, SpikeGuard
 from clipjax.optim.duration import as_every
 from clipjax.sharding import Sharding
@@ -55,6 +57,12 @@ class Run(Component):
     """Size of the largest array that a tile of similarities makes, in MB; None chooses by the kind of device."""
     pair_dtype: str = "float32"
     """Operands of the similarities, float32 or bfloat16; they accumulate in float32."""
+    pair_grads: str = "float32"
+    """The gradient of embeddings as it travels, float32 or bfloat16; it is added up in float32."""
+    pair_precision: str = "highest"
+    """Of float32 similarities: highest, or high (TF32 on NVIDIA's chips, three bfloat16 products on TPUs)."""
+    pair_kernel: str = "auto"
+    """fused: a tile of similarities is one kernel where it can be; generic: never; auto: fused on chips in bfloat16."""
     accumulate: int = 1
     """Micro-batches per step; the result equals the big batch."""
     ema: Ema | None = None
@@ -72,6 +80,17 @@ class Run(Component):
     stall_minutes: float | None = 30.0
     """Minutes after which a step that has not ended ends the process, with the stacks of all threads and code 76.
     Starting, the first step (which compiles), evaluations and saves get four times as long. None: never."""
+
+    def engine(self, mesh: Mesh | None) -> PairEngine:
+        """How pairs are reduced on this mesh."""
+        return PairEngine(
+            mesh,
+            self.exchange,
+            self.pair_chunk,
+            self.pair_dtype,
+            self.pair_tile_mb,
+            self.pair_grads,
+        )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "log_every", as_every(self.log_every, "log_every"))

@@ -22,8 +22,8 @@ from clipjax.mesh import BATCH_AXES, batch_shards
 
 
 def on_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
-    """The context in which the hints mean this mesh; None: they mean nothing."""
-    if mesh is None:
+    """The context in which the hints mean this mesh; None: they mean nothing, nor where devices run apart."""
+    if mesh is None or jax.sharding.get_abstract_mesh().manual_axes:
         return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
@@ -35,7 +35,7 @@ def batch_first(x: jax.Array) -> jax.Array:
     alone.
     """
     mesh = _mesh()
-    if mesh is None or x.ndim == 0 or x.shape[0] % batch_shards(mesh):
+    if mesh is None or mesh.manual_axes or x.ndim == 0 or x.shape[0] % batch_shards(mesh):
         return x
     free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *free))
@@ -47,7 +47,10 @@ def gathered(weight: jax.Array) -> jax.Array:
     Called on a table before rows are taken from it: looking up the tokens of the whole batch in a
     split table would make every device hold the embeddings of the whole batch.
     """
-    return weight if _mesh() is None else jax.lax.with_sharding_constraint(weight, PartitionSpec())
+    mesh = _mesh()
+    if mesh is None or mesh.manual_axes:
+        return weight
+    return jax.lax.with_sharding_constraint(weight, PartitionSpec())
 
 
 def platform() -> str | None:

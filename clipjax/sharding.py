@@ -64,6 +64,9 @@ class Sharding(Component):
     offload: str = ""
     """Regular expression of paths of the train state, such as ^opt_state/: large leaves that wait in the host's
     memory between steps; empty: none."""
+    gather_gb: float = 4.0
+    """With micro-batches: as long as all weights and their gradients take no more than this, in GB a device, they are
+    gathered and reduced once a step; else for every micro-batch, a layer at a time."""
 
     def __post_init__(self) -> None:
         try:

@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 from clipjax.bench.contestant import command, contest
 from clipjax.bench.simulated import CASES, LATE, TOKENS, compile_for
+from clipjax.bench.target import WAYS, compile_on
 from clipjax.component import Component
 from clipjax.errors import ClipjaxError
+from clipjax.plan.machines import machine
 
 PRODUCT = 4096  # side of the plain product that the rate is taken from
 EXCHANGES = ("AllGather", "Ring", "Hierarchical", "Grouped")
@@ -43,6 +45,8 @@ class LossBench(Component):
     """Embedding width of the compiled comparison."""
     large: bool = False
     """Also compile for 64 devices a batch of 1,048,576 x 512, and one of 65,536 x 64 tokens x 256."""
+    on: str = ""
+    """Only compile `rows` x `width` in `dtype` for this machine (v5e-16, h100x8); needs its compiler alone."""
     json: bool = False
     """End with one JSON object on the last line."""
 
@@ -56,6 +60,8 @@ class LossBench(Component):
 
     def run(self) -> dict[str, Any]:
         """Measures, prints the tables and returns what the JSON object holds."""
+        if self.on:
+            return self._on_target()
         single = self._single()
         batch = self.devices * self.local_rows
         compiled = compile_for(self.devices, batch, self.local_width, list(CASES))
@@ -69,6 +75,23 @@ class LossBench(Component):
         if self.json:
             print(json.dumps(results))
         return results
+
+    def _on_target(self) -> dict[str, Any]:
+        from rich.console import Console
+        from rich.table import Table
+
+        target = machine(self.on)
+        found = compile_on(target, self.rows, self.width, self.objective, self.dtype, list(WAYS))
+        title = f"{self.objective}, {self.rows} x {self.width} {self.dtype}, compiled for {self.on}"
+        table = Table("exchange", "wire units", "temporary MB", "kernels", title=title)
+        for name, row in found.items():
+            table.add_row(
+                name, f"{row['wire']:.2f}", f"{row['temp'] / 1e6:.0f}", str(row["kernels"])
+            )
+        Console().print(table)
+        if self.json:
+            print(json.dumps(found))
+        return found
 
     def _single(self) -> dict[str, dict[str, float]]:
         size = {"rows": self.rows, "width": self.width}

@@ -23,7 +23,7 @@ VERBS = {
     "search": "rank the pictures of a folder by words",
     "embed": "write the embeddings of pictures or texts to Parquet files",
     "caption": "write captions of pictures with a run's or a model's decoder",
-    "data": "prepare data for training: find the samples of tars",
+    "data": "prepare data for training: index, look, tokenizer, keep, near, count",
     "report": "write a run's report.html again",
     "average": "mean of the weights of several models (WiSE-FT, soups)",
     "config": "print the resolved configuration of a config file or a run",

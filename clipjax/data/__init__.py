@@ -9,11 +9,13 @@ from clipjax.data.augment import (
     Resize,
     Shift,
 )
+from clipjax.data.balance import Balanced
 from clipjax.data.boxes import Boxes
 from clipjax.data.columns import Parquet, SavedDataset
 from clipjax.data.crossmodal import Crossmodal
 from clipjax.data.evalset import EvalSet, load_eval
 from clipjax.data.fields import Array, Example, Field, Image, Spec, Text, View
+from clipjax.data.filters import Chosen, Filtered
 from clipjax.data.folder import ClassFolder, ImageFolder, PictureFolder
 from clipjax.data.found import found_source
 from clipjax.data.images import decode
@@ -29,6 +31,7 @@ from clipjax.data.tokenizers import (
     TokenizerModel,
     load_tokenizer,
 )
+from clipjax.data.trained_tokenizers import SavedTokenizer, TrainedSentencePiece
 from clipjax.data.vectors import Embeddings
 from clipjax.data.webdataset import WebDataset
 
@@ -36,8 +39,10 @@ __all__ = [
     "BPE",
     "Array",
     "Augmentation",
+    "Balanced",
     "Boxes",
     "CaptionChoice",
+    "Chosen",
     "ClassFolder",
     "ClipBPE",
     "ColorJitter",
@@ -47,6 +52,7 @@ __all__ = [
     "EvalSet",
     "Example",
     "Field",
+    "Filtered",
     "Flip",
     "Image",
     "ImageFolder",
@@ -61,6 +67,7 @@ __all__ = [
     "Record",
     "Resize",
     "SavedDataset",
+    "SavedTokenizer",
     "SentencePiece",
     "Shift",
     "Source",
@@ -71,6 +78,7 @@ __all__ = [
     "Tokenizer",
     "TokenizerFile",
     "TokenizerModel",
+    "TrainedSentencePiece",
     "UnreadableRecord",
     "View",
     "WebDataset",

@@ -69,7 +69,7 @@ class ImageFolder(Source):
             raise ClipjaxError(f"there is no table {str(table)!r}{did_you_mean(table.name, near)}")
         images: dict[str, dict[str, Any]] = {}
         used = {self.image_column, *self.caption_columns, self.label_column}
-        for line, row in _rows(table):
+        for line, row in table_rows(table):
             self._check_columns(table, line, row)
             place = f"{str(table)!r}, line {line}"
             path = _text(row[self.image_column])
@@ -284,7 +284,7 @@ class _OpenPairs(_OpenFolder):
         return record
 
 
-def _rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def table_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row) for each row of a table."""
     if table.suffix not in (".csv", ".tsv", ".jsonl"):
         raise ClipjaxError(f"{str(table)!r} is no table: its name must end in .csv, .tsv or .jsonl")

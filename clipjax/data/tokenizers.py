@@ -186,6 +186,11 @@ def cleaned(text: str, clean: Clean) -> str:
 class Tokenizer(Component):
     """Where the vocabulary comes from."""
 
+    @property
+    def trains(self) -> bool:
+        """Whether `build` reads the captions."""
+        return False
+
     def build(self, captions: Iterable[str]) -> TokenizerModel:
         """Makes the tokenizer; `captions` are read only by one that must be trained."""
         raise NotImplementedError
@@ -219,6 +224,10 @@ class BPE(Tokenizer):
             )
         if self.max_captions < 1:
             raise ClipjaxError(f"BPE: max_captions={self.max_captions} must be >= 1")
+
+    @property
+    def trains(self):
+        return True
 
     def build(self, captions):
         from tokenizers import Tokenizer as Vocabulary

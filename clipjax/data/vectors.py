@@ -203,6 +203,37 @@ def _table(files: tuple[str, ...], marks: tuple[int, ...], key_column: str, colu
     return table
 
 
+def read_vectors(path: str, column: str = "embedding") -> tuple[list[str], np.ndarray]:
+    """(Keys, vectors float32 [n, E]) of the files that `clipjax embed` wrote, in their order.
+
+    Args:
+      path: as of `Embeddings`.
+      column: with the vectors; rows without one are left out.
+
+    Raises:
+      ClipjaxError: there is no such file or column.
+    """
+    import pyarrow.parquet as pq
+
+    field = Embeddings("vectors", path, column)
+    files = _files(field)
+    width = _width(files, field)
+    keys: list[str] = []
+    vectors = []
+    for file in files:
+        names = _schema(file, field).names
+        named = next((name for name in ("key", "text") if name in names), None)
+        if named is None:
+            raise ClipjaxError(f"{file} has no column 'key'{did_you_mean('key', names)}")
+        with pq.ParquetFile(file) as parquet:
+            for group in parquet.iter_batches(8192, columns=[named, column]):
+                present = group.filter(group[column].is_valid())
+                keys += map(str, present[named].to_pylist())
+                flat = present[column].flatten().to_numpy(zero_copy_only=False)
+                vectors.append(np.asarray(flat, np.float32).reshape(-1, width))
+    return keys, np.concatenate(vectors) if vectors else np.zeros((0, width), np.float32)
+
+
 def _key_at(files: tuple[str, ...], key_column: str, column: str, row: int) -> str:
     import pyarrow.parquet as pq
 

@@ -22,6 +22,7 @@ from clipjax.models.base import Encoders, Model, as_tokens, key_for
 from clipjax.models.dual_encoder import to_unit
 from clipjax.models.scale import require_scale, scale_and_bias, scale_of
 from clipjax.towers import layers
+from clipjax.towers.attention import Causal, Mask
 from clipjax.towers.base import Tower, require, require_choice, require_positive
 from clipjax.towers.cache import decode_stack, start_cache
 from clipjax.towers.pooling import QueryPool, mean_pool
@@ -372,7 +373,7 @@ class CoCaModule(Encoders):
     def caption_logits(self, tokens: jax.Array, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
         """`decode` of whole rows, int32 [B, T], without a cache."""
         hidden = self._first_half.hidden(tokens)[0]
-        return self._predict(self.decoder(hidden, memory))
+        return self._predict(self.decoder(hidden, memory, mask=Causal()))
 
     @property
     def _first_half(self) -> TextTransformerModule:
@@ -408,7 +409,7 @@ class CoCaModule(Encoders):
         embed_key, block_key = layers.keys(key, 2)
         hidden = self.unimodal.hidden(text, key=embed_key)[0]
         valid = self.unimodal.valid(text)
-        mask = attention_mask(text.shape[1], False, valid)
+        mask = attention_mask(False, valid)
         return mean_pool(self.decoder(hidden, None, mask=mask, key=block_key), valid)
 
     def _caption(self, text, hidden, memory, key):
@@ -417,13 +418,13 @@ class CoCaModule(Encoders):
         if hidden is None:
             hidden = self.unimodal.hidden(text, key=embed_key)[0]
         hidden = hidden[:, :-1]  # nothing follows the last token
-        mask: Any = attention_mask(hidden.shape[1], True, None)
+        mask: Mask = Causal()
         if self.decoder.mask_token is not None and parallel_key is not None:
             rate = self.config.decoder.parallel
             chosen = jax.random.bernoulli(parallel_key, rate, (len(hidden), 1, 1))
             blank = self.decoder.mask_token[...] + self.unimodal.positions[: hidden.shape[1]]
             hidden = jnp.where(chosen, blank.astype(hidden.dtype), hidden)
-            mask = mask | chosen[:, None]
+            mask = Causal().array(hidden.shape[1]) | chosen[:, None]
         return self.decoder(hidden, memory, mask=mask, key=block_key)
 
     def _head(self) -> jax.Array:
@@ -459,11 +460,10 @@ class CaptionDecoderModule(nnx.Module):
         x: jax.Array,
         memory: jax.Array | None,
         *,
-        mask: jax.Array | None = None,
+        mask: Mask,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """[B, T, D] and memory [B, Q, D_memory] (None: without) -> [B, T, D]; causal by default."""
-        mask = attention_mask(x.shape[1], True, None) if mask is None else mask
+        """[B, T, D] and memory [B, Q, D_memory] (None: without) -> [B, T, D]."""
         return self.norm(
             apply_stack(self.blocks, x, self.config, mask=mask, memory=memory, key=key)
         )

@@ -75,7 +75,7 @@ class FusionEncoderModule(nnx.Module):
         key: jax.Array | None = None,
     ) -> jax.Array:
         """Tokens (`values` [B, L, D], `mask` [B, L]; [B, N, D_image]) -> float32 [B, outputs]."""
-        mask = attention_mask(text["values"].shape[1], False, text["mask"])
+        mask = attention_mask(False, text["mask"])
         x = apply_stack(
             self.blocks,
             text["values"],

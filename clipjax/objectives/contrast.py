@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from clipjax.batch import Batch, Encoded, field
 from clipjax.errors import ClipjaxError
 from clipjax.objectives.base import Pairwise
-from clipjax.objectives.pairs import LogSumExp, Max, PairEngine
+from clipjax.objectives.pairs import LogSumExp, Max, PairEngine, Similarities
 
 
 def negatives(
@@ -23,12 +23,12 @@ def negatives(
     """
     first, second = encoded.logit_scale * encoded[objective.first], encoded[objective.second]
 
-    def tile(row, col, shared):
-        logits = engine.dot(row["first"], col["second"])
+    def terms(logits, row, col, shared):
         other = row["index"][:, None] != col["index"]
         terms = {"negatives": LogSumExp(logits, other), "hardest": Max(logits, other)}
         return terms, terms
 
+    tile = Similarities(engine.dot, "first", "second", terms)
     rows, cols = engine.reduce(tile, {"first": first}, {"second": second})
     positive = jnp.sum(first * second, -1)
     accuracy = {

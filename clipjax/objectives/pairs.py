@@ -28,6 +28,7 @@ import jax
 from jax import lax
 from jax.sharding import Mesh
 
+from clipjax import layout
 from clipjax.errors import ClipjaxError
 from clipjax.mesh import BATCH_AXES, batch_shards
 from clipjax.objectives import products, tables
@@ -40,6 +41,7 @@ from clipjax.objectives.exchange import (
     Ring,
     Route,
 )
+from clipjax.objectives.kernels import BLOCKS, Kernel, Similarities
 from clipjax.objectives.passes import Block, Pass, run
 from clipjax.objectives.reductions import Expectation, LogSumExp, Max, Reduction, State, Sum
 from clipjax.objectives.selections import ArgMax, Chosen, Sample, TopK
@@ -61,6 +63,7 @@ __all__ = [
     "Ring",
     "Sample",
     "Side",
+    "Similarities",
     "Sum",
     "Table",
     "Tile",
@@ -91,6 +94,13 @@ class Table:
 
 Columns = Side | Table
 
+_CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "grads": ("float32", "bfloat16"),
+    "precision": ("highest", "high"),
+    "kernel": ("auto", "fused", "generic"),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class PairEngine:
@@ -101,7 +111,13 @@ class PairEngine:
       exchange: how columns reach the rows of other devices.
       chunk: rows and columns of a tile, at most; None chooses by `tile_mb`. Any number works.
       dtype: "float32", or "bfloat16": operands of the similarities in bfloat16, and columns as they
-        travel. Similarities and gradients are float32 either way, on the wire as well.
+        travel. Similarities and gradients are float32 either way.
+      grads: "float32", or "bfloat16": columns' gradient as it travels; half the bytes, and each device's part of it
+        is rounded once. It is added up in float32 (in a ring, after every hop).
+      precision: of float32 operands: "highest", or "high": TF32 on NVIDIA's chips, three products of bfloat16
+        parts on TPUs, float32 on CPUs.
+      kernel: "fused": tiles that begin with a product (`Similarities`) are one kernel each, where whole blocks
+        fit; "generic": the compiler's own; "auto": fused on accelerators, for bfloat16.
       tile_mb: size of the largest array that a tile makes, in MB of 2^20 bytes; None chooses by
         the kind of device.
     """
@@ -111,21 +127,27 @@ class PairEngine:
     chunk: int | None = None
     dtype: str = "float32"
     tile_mb: float | None = None
+    grads: str = "float32"
+    precision: str = "highest"
+    kernel: str = "auto"
 
     def __post_init__(self):
         if self.chunk is not None and self.chunk < 1:
             raise ClipjaxError(f"chunk={self.chunk}: a tile needs at least one row and column")
         if self.tile_mb is not None and self.tile_mb <= 0:
             raise ClipjaxError(f"tile_mb={self.tile_mb}: a tile needs some memory")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ClipjaxError(f"dtype={self.dtype!r}: choose 'float32' or 'bfloat16'")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ClipjaxError(
+                    f"{name}={getattr(self, name)!r}: choose {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
+                )
 
     @property
     def platform(self) -> str:
-        """The kind of device that the mesh has (or that jax computes on): "cpu", "gpu", "tpu"."""
+        """The kind of device that the mesh has (or that the program is for): "cpu", "gpu", "tpu"."""
         if self.mesh is not None:
             return self.mesh.devices.flat[0].platform
-        return jax.devices()[0].platform
+        return layout.platform() or jax.devices()[0].platform
 
     def dot(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """Similarities a @ b.T [R, C] in float32, of operands in the engine's dtype.
@@ -140,8 +162,7 @@ class PairEngine:
                 f"vectors of one side are {widths[0]} and of the other {widths[1]}: similarities need the same single "
                 "width; a head (clipjax.models.MlpHead) makes a side of another width"
             )
-        precision = lax.Precision.HIGHEST if self.dtype == "float32" else None
-        return products.dot(products.How(self.dtype, self.platform, precision), a, b)
+        return products.dot(self._how, a, b)
 
     def reduce(
         self, tile: Tile, rows: Side, cols: Columns | Sequence[Columns], shared: Any = None
@@ -248,6 +269,20 @@ class PairEngine:
     def _shards(self) -> int:
         return 1 if self.mesh is None else batch_shards(self.mesh)
 
+    @property
+    def _how(self) -> products.How:
+        asked = lax.Precision.HIGH if self.precision == "high" else lax.Precision.HIGHEST
+        precision = asked if self.dtype == "float32" else None
+        return products.How(self.dtype, self.platform, precision)
+
+    @property
+    def _kernel(self) -> Kernel | None:
+        if self.kernel == "generic" or (self.kernel == "auto" and self.dtype != "bfloat16"):
+            return None
+        if self.kernel == "auto" and self.platform not in ("gpu", "tpu"):
+            return None
+        return Kernel(self._how, BLOCKS[self.platform])
+
     def _plan(self, tile: Tile, rows: Side, blocks: list[Columns], shared: Any) -> Pass:
         parts: list[tuple[frozenset[str], Block]] = []
         first = 0
@@ -259,7 +294,8 @@ class PairEngine:
                     f"the tile gives rows {sorted(parts[0][0])} for the first block of columns and "
                     f"{sorted(names)} for another: a row's terms must be the same for all blocks"
                 )
-            sweep = dataclasses.replace(sweep, chunk=self._chunk(length(rows), size))
+            chunk = self._chunk(length(rows), size)
+            sweep = dataclasses.replace(sweep, chunk=chunk, kernel=self._kernel)
             parts.append((names, Block(sweep, first, isinstance(block, Table))))
             first += _columns(block)
         route, tensor = Route((), ()), 1
@@ -271,7 +307,13 @@ class PairEngine:
         held = [_columns(b) // (1 if isinstance(b, Table) else self._shards) for b in blocks]
         # Devices along `tensor` share the columns if that leaves each as many.
         share = tensor > 1 and all(n % tensor == 0 for n in held)
-        return Pass(tuple(b for _, b in parts), self.dtype, self.mesh, route, ("tensor",) * share)
+        # The compiler for TPUs makes an all-reduce of any reduce-scatter here: twice the bytes, and a
+        # buffer more. NCCL would add up in bfloat16.
+        direct = self.platform == "tpu" or self.grads != "float32"
+        return Pass(
+            tuple(b for _, b in parts), self.dtype, self.mesh, route, ("tensor",) * share,
+            self.grads, direct,
+        )  # fmt: skip
 
     def _chunk(self, rows: int, pair_bytes: float) -> int:
         """Tiles that fill an accelerator's matrix units; on a CPU, small beside the rows.

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from clipjax.mesh import BATCH_AXES
 from clipjax.objectives.exchange import Route
 from clipjax.objectives.reductions import State, fold, merged
-from clipjax.objectives.tiles import Side, States, Sweep, floats, length
+from clipjax.objectives.tiles import Side, States, Sweep, floats, length, loop, put
 
 
 class Block(NamedTuple):
@@ -75,6 +75,9 @@ class Pass:
       mesh: the device mesh, None for one device.
       route: how blocks that are no tables reach the rows of other devices.
       tensor: the mesh axes whose devices hold the same rows and share the columns: one or none.
+      grads: dtype of the columns' gradient as it travels; sums are float32 where it arrives.
+      direct: whether every device is sent its part of that gradient by each other and adds up by itself,
+        or a reduce-scatter does both.
     """
 
     blocks: tuple[Block, ...]
@@ -82,6 +85,8 @@ class Pass:
     mesh: Mesh | None
     route: Route
     tensor: tuple[str, ...]
+    grads: str = "float32"
+    direct: bool = False
 
     def map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """`function`, which is given what one device has, on all devices."""
@@ -180,8 +185,7 @@ class Pass:
             for i, (side, cts) in moving.items():
                 whole = self._gather(side) if gathered[i] is None else gathered[i]
                 whole, cts = self._place(i, whole, hop), self._gather(cts)
-                d, d_whole = self.blocks[i].sweep.grads(rows, whole, shared, row_cts, cts, d)
-                d_cols[i] = self._scatter(d_whole)
+                d, d_cols[i] = self._pieces(i, rows, whole, shared, row_cts, cts, d)
             return d, d_cols
 
         moving = {i: (side, col_cts[i]) for i, side in moving.items()}
@@ -194,19 +198,43 @@ class Pass:
                 d, moving, d_cols = carry
                 next_moving = self._pass_on(moving)
                 d, seen = visit(d, moving, hop)
-                return (d, next_moving, self._pass_on(_add(d_cols, seen))), None
+                return (d, next_moving, self._pass_grads(_add(d_cols, seen))), None
 
             last = self._size(self.route.ring) - 1
             zero = {i: self.blocks[i].sweep.no_grads(m[0], None)[0] for i, m in moving.items()}
             (d, moving, d_cols), _ = lax.scan(travel, (d, moving, zero), jnp.arange(last))
             d, seen = visit(d, moving, last)
-            d_cols = self._pass_on(_add(d_cols, seen))
+            d_cols = self._pass_grads(_add(d_cols, seen))
         d_rows, d_shared = d
         return (
             self._sum(d_rows, self.tensor),
             tuple((d_tables | d_cols)[i] for i in range(len(self.blocks))),
             self._sum(d_shared, BATCH_AXES + self.tensor),
         )
+
+    def _pieces(self, i, rows, whole, shared, row_cts, cts, d):
+        """Cotangents of a gathered block, sent home a few columns of every device at a time.
+
+        The gradient of the whole block is never held.
+        """
+        sweep, parts = self.blocks[i].sweep, self._size(self.route.gather)
+        if parts == 1:
+            return sweep.grads(rows, whole, shared, row_cts, cts, d)
+        n = length(whole) // parts
+
+        def one_piece(carry, at, size):
+            d, home = carry
+
+            def piece(a):
+                a = lax.dynamic_slice_in_dim(a.reshape(parts, n, *a.shape[1:]), at, size, 1)
+                return a.reshape(parts * size, *a.shape[2:])
+
+            cut = jax.tree.map(piece, (whole, cts))
+            d, d_piece = sweep.grads(rows, cut[0], shared, row_cts, cut[1], d)
+            return d, put(home, self._scatter(d_piece), at)
+
+        home = {k: jnp.zeros((n, *v.shape[1:]), jnp.float32) for k, v in floats(whole).items()}
+        return loop(n, -(-sweep.chunk // parts), (d, home), one_piece)
 
     def _parted(self, cols):
         """{position: side} of tables, and of the blocks that travel."""
@@ -254,9 +282,15 @@ class Pass:
 
     def _scatter(self, tree):
         """Sums over the devices that shared a block; each keeps its own columns."""
-        if not self.route.gather:
-            return tree
-        return jax.tree.map(lambda a: lax.psum_scatter(a, self.route.gather, tiled=True), tree)
+        axes = self.route.gather
+
+        def send(a):
+            if not self.direct:
+                return lax.psum_scatter(a.astype(self.grads), axes, tiled=True)
+            a = a.astype(self.grads).reshape(self._size(axes), -1, *a.shape[1:])
+            return jnp.sum(lax.all_to_all(a, axes, 0, 0, tiled=True), 0, dtype=jnp.float32)
+
+        return jax.tree.map(send, tree)
 
     def _bring_home(self, states):
         """Merges the statistics of gathered blocks; each device keeps its own columns'."""
@@ -283,6 +317,10 @@ class Pass:
             return lax.all_to_all(a, axes, split_axis=0, concat_axis=0, tiled=True)
 
         return fold(jax.tree.map(send, states))
+
+    def _pass_grads(self, tree):
+        sent = self._pass_on(jax.tree.map(lambda a: a.astype(self.grads), tree))
+        return jax.tree.map(lambda a: a.astype(jnp.float32), sent)
 
     def _pass_on(self, tree):
         n = self._size(self.route.ring)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from clipjax.errors import ClipjaxError
 from clipjax.objectives.base import Pairwise
 from clipjax.objectives.contrast import batch_ids
-from clipjax.objectives.pairs import Sum
+from clipjax.objectives.pairs import Similarities, Sum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +39,11 @@ class Sigmoid(Pairwise):
             ids = batch_ids(context.batch, "Sigmoid(positives_by_id=True)")
             rows, cols = rows | {"id": ids}, cols | {"id": ids}
 
-        def tile(row, col, bias):
-            logits = engine.dot(row["first"], col["second"]) + bias
+        def terms(similarities, row, col, bias):
+            logits = similarities + bias
             positive = row[key][:, None] == col[key]
             return {"loss": Sum(jax.nn.softplus(jnp.where(positive, -logits, logits)))}, {}
 
+        tile = Similarities(engine.dot, "first", "second", terms)
         stats, _ = engine.reduce(tile, rows, cols, encoded.logit_bias)
         return jnp.mean(stats["loss"]), {}

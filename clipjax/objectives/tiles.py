@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Jaxpr, subjaxprs
 
+from clipjax.objectives.kernels import Kernel
 from clipjax.objectives.reductions import Places, Reduction, State, merged
 
 Side = dict[str, jax.Array]
@@ -32,11 +33,13 @@ class Sweep:
       tile: `tile(row, col, shared) -> (row terms, column terms)`, given one tile's sides.
       chunk: rows and columns of a tile, at most.
       col_axis: the axis of the columns in their sides: 0, or -1 for [..., C].
+      kernel: makes a tile in one kernel where it can; None: never.
     """
 
     tile: Tile
     chunk: int
     col_axis: int = 0
+    kernel: Kernel | None = None
 
     def look(self, rows: Side, cols: Side, shared: Any) -> tuple[frozenset[str], float]:
         """The names of the rows' statistics, and bytes for each pair of the largest array of a tile."""
@@ -86,14 +89,14 @@ class Sweep:
                 row_states, chunk_states = carry
                 row_seen, col_seen = self._tile_stats(_take(rows, at, size), col, shared)
                 row_seen = merged(_take(row_states, at, size), row_seen)
-                return _put(row_states, row_seen, at), merged(chunk_states, col_seen)
+                return put(row_states, row_seen, at), merged(chunk_states, col_seen)
 
             carry = row_states, _take(col_states, at, size)
-            row_states, seen = _loop(length(rows), self.chunk, carry, one_tile)
-            return row_states, _put(col_states, seen, at)
+            row_states, seen = loop(length(rows), self.chunk, carry, one_tile)
+            return row_states, put(col_states, seen, at)
 
         carry = row_states, self.no_stats(rows, cols, shared)[1]
-        return _loop(length(cols, self.col_axis), self.chunk, carry, one_column_chunk)
+        return loop(length(cols, self.col_axis), self.chunk, carry, one_column_chunk)
 
     def grads(
         self, rows: Side, cols: Side, shared: Any, row_cts: States, col_cts: States, carry: Any
@@ -114,28 +117,33 @@ class Sweep:
 
         def one_column_chunk(carry, at, size):
             row_and_shared, d_cols = carry
-            col = _wide(_take(cols, at, size, self.col_axis))
+            col = _take(cols, at, size, self.col_axis)
             col_ct = _take(col_cts, at, size)
 
             def one_tile(carry, at, size):
                 (d_rows, d_shared), d_col = carry
-                row, row_ct = _wide(_take(rows, at, size)), _take(row_cts, at, size)
+                row, row_ct = _take(rows, at, size), _take(row_cts, at, size)
                 d = self._tile_grads(row, col, shared, row_ct, col_ct)
-                d_rows = _put(d_rows, _add(_take(d_rows, at, size), d[0]), at)
+                d_rows = put(d_rows, _add(_take(d_rows, at, size), d[0]), at)
                 return (d_rows, _add(d_shared, d[2])), _add(d_col, d[1])
 
             carry = row_and_shared, _zeros(floats(col))
-            row_and_shared, d_col = _loop(length(rows), self.chunk, carry, one_tile)
-            return row_and_shared, _put(d_cols, d_col, at, self.col_axis)
+            row_and_shared, d_col = loop(length(rows), self.chunk, carry, one_tile)
+            return row_and_shared, put(d_cols, d_col, at, self.col_axis)
 
         start = carry, _zeros(floats(cols))
-        return _loop(length(cols, self.col_axis), self.chunk, start, one_column_chunk)
+        return loop(length(cols, self.col_axis), self.chunk, start, one_column_chunk)
 
     def no_grads(self, rows: Side, shared: Any) -> tuple[Side, Any]:
         """Zero cotangents of the rows' sides and of `shared`."""
         return _zeros(floats(rows)), _zeros(floats(dict(enumerate(jax.tree.leaves(shared)))))
 
+    def _fused(self, row, col, shared):
+        return self.kernel is not None and self.kernel.fits(self.tile, row, col, shared)
+
     def _tile_stats(self, row, col, shared):
+        if self._fused(row, col, shared):
+            return self.kernel.stats(self.tile, row, col, shared)
         row, col = _wide(row), _wide(col)
         row_terms, col_terms = self.tile(row, col, shared)
         places = Places(row["index"], col["index"])
@@ -145,6 +153,9 @@ class Sweep:
         )
 
     def _tile_grads(self, row, col, shared, row_cts, col_cts):
+        if self._fused(row, col, shared):
+            return self.kernel.grads(self.tile, row, col, shared, row_cts, col_cts)
+        row, col = _wide(row), _wide(col)
         leaves, tree = jax.tree.flatten(shared)
         whole = dict(enumerate(leaves))
 
@@ -173,7 +184,7 @@ def _arrays(jaxpr: Jaxpr) -> Iterator[Any]:
         yield from _arrays(inner)
 
 
-def _loop(n: int, size: int, carry: Any, body: Callable[[Any, Any, int], Any]) -> Any:
+def loop(n: int, size: int, carry: Any, body: Callable[[Any, Any, int], Any]) -> Any:
     """`carry = body(carry, at, size)` over n rows in pieces of `size`, the last one smaller."""
     size = min(size, n)
     whole, rest = divmod(n, size)
@@ -188,7 +199,7 @@ def _take(tree, at, size, axis=0):
     return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, at, size, axis), tree)
 
 
-def _put(tree, piece, at, axis=0):
+def put(tree, piece, at, axis=0):
     return jax.tree.map(
         lambda a, p: lax.dynamic_update_slice_in_dim(a, p.astype(a.dtype), at, axis), tree, piece
     )

@@ -16,7 +16,6 @@ from clipjax.bench.program import largest_arrays, work
 from clipjax.config import Run
 from clipjax.evals.flops import count
 from clipjax.mesh import batch_sharding, batch_shards, island
-from clipjax.objectives import PairEngine
 from clipjax.optim import Scale
 from clipjax.plan.machines import Machine
 from clipjax.plan.parts import forward_flops, parts_of_temporary, whole_leaves
@@ -62,11 +61,12 @@ class Step:
             run.model, run.objective, run.optimizer, run.ema, mesh, run.sharding,
             max(1, run.duration.steps(scale)), scale, run.seed, rows_of, run.spikes,
         )  # fmt: skip
-        engine = PairEngine(mesh, run.exchange, run.pair_chunk, run.pair_dtype, run.pair_tile_mb)
+        engine = run.engine(mesh)
         tokens = SpecialTokens(1, 2, 0)  # which they are changes no program
         step = make_step(
-            blueprint, run.objective, engine, mesh, run.accumulate, run.ema, tokens, run.spikes
-        )
+            blueprint, run.objective, engine, mesh, run.accumulate, run.ema, tokens, run.spikes,
+            run.sharding.gather_gb,
+        )  # fmt: skip
         split = batch_sharding(mesh)
         batch = {
             key: jax.ShapeDtypeStruct((rows, *row.shape), row.dtype, sharding=split)

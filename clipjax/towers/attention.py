@@ -8,7 +8,7 @@ does; all keep queries, keys and values, and agree with the plain one to roundin
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,32 @@ from clipjax.layout import per_shard, platform
 
 KINDS = ("auto", "xla", "lean", "cudnn", "splash")
 
+
+class Causal(NamedTuple):
+    """The mask of rows that see what is at or before their own place, N = M; kernels know it."""
+
+    keys: jax.Array | None = None
+    """bool, broadcastable to [B, heads, N, M]: False is not attended to. It may only tell padding at
+    the end of rows, which no token before it sees anyway: kernels leave it out."""
+
+    def array(self, n: int) -> jax.Array:
+        """bool, broadcastable to [B, heads, n, n]."""
+        before = jnp.tril(jnp.ones((n, n), bool))[None, None]
+        return before if self.keys is None else before & self.keys
+
+
+Mask = jax.Array | Causal | None
+"""bool, broadcastable to [B, heads, N, M], False is not attended to and every query must be left at
+least one key; or a kind of mask; or None, for no mask."""
+
 KERNEL_TOKENS = 128
-"""`auto` takes a kernel from this many tokens on: shorter rows are padded to more than twice."""
+"""`auto` takes splash from this many tokens on: it pads shorter rows to more than twice."""
+CUDNN = "dot_product_attention_fwd_wrapper"
+"""cuDNN's forward pass among JAX's primitives."""
 LANES = 128
 """Splash wants tokens in multiples of it."""
+EVEN = 2
+"""JAX has cuDNN's backward pass for even numbers of tokens alone."""
 WHOLE = 1024
 """Up to this many tokens a row is one tile of splash; beyond, tiles have half as many."""
 
@@ -31,10 +53,11 @@ def attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: jax.Array | None,
+    mask: Mask,
     heads: int,
     kind: str,
     bias: jax.Array | None = None,
+    tokens: tuple[int, int] | None = None,
 ) -> jax.Array:
     """Multi-head attention of projected queries, keys and values.
 
@@ -42,33 +65,34 @@ def attention(
       q: [B, N, D], heads side by side.
       k: [B, M, D].
       v: [B, M, D].
-      mask: bool, broadcastable to [B, heads, N, M]; False is not attended to. Every query must be
-        left at least one key. None: no mask.
+      mask: who may be attended to.
       heads: divides D.
       kind: how, one of `KINDS`. "xla" keeps the scores; "lean" makes them again in the backward pass.
         "cudnn" (NVIDIA, bfloat16) and "splash" (Pallas, for TPU; interpreted elsewhere) never write
-        them; they are for attention without a mask, and "lean" stands in under one. "auto" is the
-        kernel of the platform where that pays, and "lean" else.
+        them. cuDNN's takes no mask that is an array and splash none at all: "lean" stands in there.
+        "auto" is the kernel of the platform where that pays, and "lean" else.
       bias: added to the scores, broadcastable to [B, heads, N, M]; scores are made again then, whatever
         the kind but "xla".
+      tokens: how many of N and of M are no padding (`before_projection`); None: all.
 
     Returns:
-      [B, N, D].
+      [B, N, D]; what padding attends to is not defined.
     """
-    if bias is not None:
+    kind = resolve(kind, q.shape[-1] // heads, q, k, mask, bias)
+    if kind in ("xla", "lean"):
+        seen = mask.array(q.shape[1]) if isinstance(mask, Causal) else mask
+        if kind == "lean" and bias is None:
+            return _lean(q, k, v, seen, heads)
         plain = functools.partial(_plain, heads=heads)
-        return (plain if kind == "xla" else jax.checkpoint(plain))(q, k, v, mask, bias)
-    if kind == "auto":
-        kind = _choose(q, k, mask, heads)
-    if mask is not None and kind in ("cudnn", "splash"):
-        kind = "lean"
-    if kind == "xla":
-        return _plain(q, k, v, mask, None, heads=heads)
-    if kind == "lean":
-        return _lean(q, k, v, mask, heads)
-    kernel = functools.partial(_cudnn if kind == "cudnn" else _splash, size=q.shape[-1] // heads)
-    # Checkpointed, it keeps q, k and v; by itself, padded copies of them, and of what comes out.
-    return jax.checkpoint(per_shard(kernel, len(q), heads))(q, k, v)
+        return (plain if kind == "xla" else jax.checkpoint(plain))(q, k, v, seen, bias)
+    n, m = tokens or (q.shape[1], k.shape[1])
+    run = _cudnn if kind == "cudnn" else _splash
+    run = functools.partial(run, size=q.shape[-1] // heads, n=n, m=m)
+    if mask is not None:
+        run = functools.partial(run, causal=True)
+    kernel = per_shard(run, len(q), heads)
+    # Checkpointed, splash keeps q, k and v; by itself, padded copies of them, and of what comes out.
+    return (kernel if kind == "cudnn" else jax.checkpoint(kernel))(q, k, v)
 
 
 def _plain(q, k, v, mask, bias, *, heads):
@@ -87,14 +111,45 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> 
     return _flat(jnp.einsum("bhnm,bhmd->bhnd", weights, v))
 
 
-def _choose(q: jax.Array, k: jax.Array, mask: jax.Array | None, heads: int) -> str:
-    size = q.shape[-1] // heads
-    long = min(q.shape[1], k.shape[1]) >= KERNEL_TOKENS
-    if mask is not None or not long or q.dtype != jnp.bfloat16:
+def resolve(
+    kind: str, size: int, q: jax.Array, k: jax.Array, mask: Mask, bias: jax.Array | None
+) -> str:
+    """The way that is gone, one of `KINDS` but "auto".
+
+    Args:
+      kind: what is asked for.
+      size: channels of a head.
+      q: [B, N, ...], queries or what they are projected from.
+      k: [B, M, ...], likewise.
+      mask: who may be attended to.
+      bias: of the scores, or None.
+    """
+    if kind == "auto":
+        kind = _fastest(size, min(q.shape[1], k.shape[1]), q.dtype)
+    masks = {"cudnn": (Causal,), "splash": ()}
+    if kind not in masks or (bias is None and (mask is None or isinstance(mask, masks[kind]))):
+        return kind
+    return "lean"
+
+
+def _fastest(size: int, tokens: int, dtype: Any) -> str:
+    if dtype != jnp.bfloat16:
         return "lean"
     if platform() == "tpu":
-        return "splash"
+        return "splash" if tokens >= KERNEL_TOKENS else "lean"
     return "cudnn" if platform() == "gpu" and size % 8 == 0 and size <= 128 else "lean"
+
+
+def before_projection(kind: str, x: jax.Array, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[B, N, D] and [B, M, D], padded as the kernel wants queries, keys and values.
+
+    Done to what is projected, it costs nothing: the norm writes the zeros, and the projections as
+    many rows as the kernel reads. Splash pads more than that would be worth, and does it itself.
+    """
+    if kind != "cudnn":
+        return x, memory
+    padded = _padded(x, EVEN)
+    return padded, padded if memory is x else _padded(memory, EVEN)
 
 
 def _heads(x: jax.Array, heads: int) -> jax.Array:
@@ -150,24 +205,23 @@ def _lean_backward(heads, kept, g):
 _lean.defvjp(_lean_forward, _lean_backward)
 
 
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, size: int) -> jax.Array:
-    """cuDNN's fused attention, which wants even numbers of tokens."""
-    n, m = q.shape[1], k.shape[1]
-    q, k, v = (rearrange(_padded(x, 8), "b n (h d) -> b n h d", d=size) for x in (q, k, v))
+def _cudnn(q, k, v, *, size: int, n: int, m: int, causal: bool = False) -> jax.Array:
+    """cuDNN's fused attention; of the keys [B, M, D], the first m count."""
+    rows, queries = q.shape[:2]
+    q, k, v = (rearrange(_padded(x, EVEN), "b n (h d) -> b n h d", d=size) for x in (q, k, v))
     lengths: dict[str, Any] = {}
-    if q.shape[1] > n or k.shape[1] > m:
-        rows = len(q)
+    if not causal and (q.shape[1] > n or k.shape[1] > m):  # no query looks past itself anyway
         lengths["query_seq_lengths"] = jnp.full(rows, n, jnp.int32)
         lengths["key_value_seq_lengths"] = jnp.full(rows, m, jnp.int32)
-    out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)
-    return rearrange(out[:, :n], "b n h d -> b n (h d)")
+    out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn", **lengths)
+    return rearrange(out[:, :queries], "b n h d -> b n (h d)")
 
 
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, *, size: int) -> jax.Array:
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, *, size: int, n: int, m: int) -> jax.Array:
     """JAX's Pallas kernel for TPUs; what it is padded with makes a segment of its own."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    n, m = q.shape[1], k.shape[1]
+    queries = q.shape[1]
     tiles = [_tile(x.shape[1]) for x in (q, k)]
     q, k, v = (
         rearrange(_padded(x, tile), "b n (h d) -> b h n d", d=size)
@@ -187,7 +241,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, *, size: int) -> jax.Array
         interpret=platform() != "tpu",
     )
     out = jax.vmap(functools.partial(kernel, segment_ids=segments))(q, k, v)
-    return rearrange(out[:, :, :n], "b h n d -> b n (h d)")
+    return rearrange(out[:, :, :queries], "b h n d -> b n (h d)")
 
 
 def _tile(tokens: int) -> int:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from clipjax.towers.transformer import Transformer, layer_of
+from clipjax.towers.transformer import Transformer, layer_of, looped
 
 Cache = dict[str, jax.Array]
 """Keys and values of the positions up to now, every leaf [layers, B, ...]."""
@@ -70,7 +70,7 @@ def decode_stack(
         return nnx.merge(graphdef, state).decode(x, start, past, memory)
 
     stacked = state, (cache["k"], cache["v"]), memory
-    if config.scan:
+    if looped(config):
         x, new = jax.lax.scan(step, x, stacked, unroll=config.scan_unroll)
     else:
         layers_new = []

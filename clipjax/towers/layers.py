@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from clipjax.layout import batch_first, gathered
 from clipjax.towers import quantized
@@ -107,6 +108,8 @@ def _norm_forward(x, scale, bias, eps):
     y = y if mean is None else y - mean
     rate = jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
     y = y * rate * scale
+    rate = checkpoint_name(rate, "moments")
+    mean = None if mean is None else checkpoint_name(mean, "moments")
     return (y if bias is None else y + bias).astype(x.dtype), (x, scale, mean, rate)
 
 
@@ -117,9 +120,15 @@ def _norm_backward(eps, kept, g):
     g = g.astype(jnp.float32)
     rows = tuple(range(g.ndim - 1))
     dy = g * scale
-    dx = dy - y * (dy * y).mean(-1, keepdims=True)
+    means = [(dy * y).mean(-1, keepdims=True)]
     if mean is not None:
-        dx = dx - dy.mean(-1, keepdims=True)
+        means.append(dy.mean(-1, keepdims=True))
+    # Without the barrier, XLA's GPU compiler makes one pass of sums and `dx`, and writes a float32
+    # array as large as `x` between the two.
+    means = jax.lax.optimization_barrier(means)
+    dx = dy - y * means[0]
+    if mean is not None:
+        dx = dx - means[1]
     dbias = None if mean is None else g.sum(rows)
     return (dx * rate).astype(x.dtype), (g * y).sum(rows), dbias
 
@@ -129,18 +138,41 @@ _norm.defvjp(_norm_forward, _norm_backward)
 NORMS = ("layernorm", "rmsnorm", "layernorm_no_bias")
 
 
-def _keeping_input(f: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    """An elementwise function whose backward pass starts from its input."""
-    lean = jax.custom_vjp(f)
-    lean.defvjp(lambda x: (f(x), x), lambda x, g: jax.vjp(f, x)[1](g))
+def _gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x Phi(x) and its derivative Phi(x) + x phi(x), Phi by `erf` as in PyTorch.
+
+    jax.nn.gelu goes by `erfc`, whose two series and three divisions a GPU waits for longer than for
+    the memory: 0.92 ms against 0.26 for 310 million bfloat16 elements on an H200.
+    """
+    phi = 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
+    return x * phi, phi + x * jnp.exp(-0.5 * x * x) * (2 * jnp.pi) ** -0.5
+
+
+def _activation(both: Callable[[jax.Array], tuple[jax.Array, jax.Array]]):
+    """An elementwise function in float32, whose backward pass starts from its input."""
+
+    def value(x):
+        return both(x.astype(jnp.float32))[0].astype(x.dtype)
+
+    def backward(x, g):
+        slope = both(x.astype(jnp.float32))[1]
+        return ((g.astype(jnp.float32) * slope).astype(x.dtype),)
+
+    lean = jax.custom_vjp(value)
+    lean.defvjp(lambda x: (value(x), x), backward)
     return lean
 
 
+def _with_slope(f: Callable[[jax.Array], jax.Array]):
+    """`f` and its derivative, for one that automatic differentiation does well."""
+    return lambda x: jax.jvp(f, (x,), (jnp.ones_like(x),))
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": _keeping_input(functools.partial(jax.nn.gelu, approximate=False)),
-    "gelu_tanh": _keeping_input(functools.partial(jax.nn.gelu, approximate=True)),
-    "quick_gelu": _keeping_input(lambda x: x * jax.nn.sigmoid(1.702 * x)),
-    "silu": _keeping_input(jax.nn.silu),
+    "gelu": _activation(_gelu_and_slope),
+    "gelu_tanh": _activation(_with_slope(functools.partial(jax.nn.gelu, approximate=True))),
+    "quick_gelu": _activation(_with_slope(lambda x: x * jax.nn.sigmoid(1.702 * x))),
+    "silu": _activation(_with_slope(jax.nn.silu)),
     "relu": jax.nn.relu,
 }
 """GELU (arXiv:1606.08415): exact (erf), its tanh approximation, and its sigmoid approximation,

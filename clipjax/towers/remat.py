@@ -8,9 +8,11 @@ from typing import Any
 import jax
 
 from clipjax.errors import ClipjaxError, did_you_mean
+from clipjax.towers.attention import CUDNN
 
 NAMES = {
     "normed": "what goes into a sub-layer, after its norm",
+    "moments": "the norms' means and deviations",
     "q": "queries",
     "k": "keys",
     "v": "values",
@@ -24,7 +26,7 @@ NAMES = {
 
 KEPT = {
     # What costs a matrix product to make again.
-    "lean": ("q", "k", "v", "lse", "attended", "residual", "hidden"),
+    "lean": ("q", "k", "v", "moments", "lse", "attended", "residual", "hidden"),
     "norms": tuple(name for name in NAMES if name != "normed"),
     "activation": tuple(name for name in NAMES if name != "activated"),
     "full": (),
@@ -50,12 +52,11 @@ def check_remat(config: Any) -> None:
             )
 
 
-def rematerialized(step: Callable[..., Any], config: Any) -> Callable[..., Any]:
-    """A block's step under the policy of a configuration with remat, offload, scan, scan_unroll, depth."""
+def rematerialized(step: Callable[..., Any], config: Any, looped: bool) -> Callable[..., Any]:
+    """A block's step, in a loop or not, under the policy of a configuration with remat and offload."""
     if config.remat == "none":
         return step
     # Inside a loop the compiler cannot undo the recomputation: no barriers against that needed.
-    looped = config.scan and config.scan_unroll < config.depth
     return jax.checkpoint(step, policy=_policy(config), prevent_cse=not looped)
 
 
@@ -67,13 +68,19 @@ def _policy(config: Any) -> Any:
     named = KEPT.get(config.remat, _split(config.remat))
     kept = [name for name in named if name not in offload]
     if not offload:
-        return policies.save_only_these_names(*kept)
+        by_name = policies.save_only_these_names(*kept)
+        # What the kernel gives cannot be named before it leaves the kernel.
+        return policies.save_from_both_policies(by_name, _cudnn) if "attended" in kept else by_name
     return policies.save_and_offload_only_these_names(
         names_which_can_be_saved=kept,
         names_which_can_be_offloaded=list(offload),
         offload_src="device",
         offload_dst="pinned_host",
     )
+
+
+def _cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name == CUDNN
 
 
 def _split(names: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from clipjax.towers import layers
-from clipjax.towers.attention import attend, attention
+from clipjax.towers.attention import Mask, attend, attention, before_projection, resolve
 from clipjax.towers.rotary import Rotation
 
 if TYPE_CHECKING:
@@ -51,26 +51,30 @@ class Attention(nnx.Module):
         self,
         x: jax.Array,
         memory: jax.Array,
-        mask: jax.Array | None = None,
+        mask: Mask = None,
         rotation: Rotation | None = None,
         bias: jax.Array | None = None,
     ) -> jax.Array:
         """Queries from `x` [B, N, D], keys and values from `memory` [B, M, D]; returns [B, N, D].
 
         Args:
-          mask: bool, broadcastable to [B, heads, N, M]; False is not attended to. Every query must
-            be left at least one key.
+          mask: who may be attended to.
           rotation: of queries and keys, where N and M are the same tokens.
           bias: added to scores, broadcastable to [B, heads, N, M].
         """
+        kind = resolve(self.kind, self.size, x, memory, mask, bias)
+        n, m = x.shape[1], memory.shape[1]
+        if rotation is None:
+            x, memory = before_projection(kind, x, memory)
         q, k, v = (
             checkpoint_name(project(y), name)
             for name, project, y in (("q", self.q, x), ("k", self.k, memory), ("v", self.v, memory))
         )
         q = self._ready(q, self.q_norm, rotation, self.stretch)
         k = self._shared(self._ready(k, self.k_norm, rotation))
-        attended = attention(q, k, self._shared(v), mask, self.heads, self.kind, bias)
-        return self._out(checkpoint_name(attended, "attended"))
+        v = self._shared(v)
+        attended = attention(q, k, v, mask, self.heads, kind, bias, tokens=(n, m))
+        return self._out(checkpoint_name(attended, "attended"))[:, :n]
 
     def keys_values(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[B, M, D] -> keys and values [B, heads, M, head_dim]: what a cache keeps.

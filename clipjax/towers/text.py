@@ -13,6 +13,7 @@ from flax import nnx
 
 from clipjax.errors import ClipjaxError, did_you_mean
 from clipjax.towers import layers
+from clipjax.towers.attention import Causal, Mask
 from clipjax.towers.base import everything, require, require_choice, require_positive
 from clipjax.towers.cache import Cache, decode_stack, start_cache
 from clipjax.towers.pooling import AttentionPool, last_valid, mean_pool, take
@@ -240,7 +241,7 @@ class TextTransformerModule(nnx.Module):
             valid = self.valid(text)
         x = layers.dropout(self._embed(text, 0), config.dropout, drop_key)
         if self.class_token is None:
-            mask = attention_mask(text.shape[1], config.causal, valid)
+            mask = attention_mask(config.causal, valid)
         else:
             # By default it has no place of its own in the row, so that padding does not move it.
             token = self.class_token[...]
@@ -294,7 +295,7 @@ class TextTransformerModule(nnx.Module):
         x = x.astype(config.dtype)
         return x if self.embed_norm is None else self.embed_norm(x)
 
-    def _places(self, length: int, mask: jax.Array | None) -> dict[str, Any]:
+    def _places(self, length: int, mask: Mask) -> dict[str, Any]:
         """What attention is told of positions that are not added to embeddings, by `apply_stack`'s names."""
         config = self.config
         found: dict[str, Any] = {}
@@ -306,7 +307,8 @@ class TextTransformerModule(nnx.Module):
             )
             found["bias"] = rearrange(self.distances[...][buckets], "n m h -> 1 h n m")
         if config.window is not None:
-            found["local"] = self._local(length, mask)
+            seen = mask.array(length) if isinstance(mask, Causal) else mask
+            found["local"] = self._local(length, seen)
         return found
 
     def _local(self, length: int, mask: jax.Array | None) -> Local:
@@ -359,26 +361,21 @@ class TextTransformerModule(nnx.Module):
         )
 
 
-def attention_mask(length: int, causal: bool, valid: jax.Array | None) -> jax.Array | None:
-    """Who may be attended to, bool broadcastable to [B, heads, L, L]; None for everyone.
+def attention_mask(causal: bool, valid: jax.Array | None) -> Mask:
+    """Who may be attended to, for `attention`.
 
     Args:
-      length: L.
       causal: keep keys at or before the query only.
       valid: bool [B, L], False for padding, which is no key for anyone.
     """
-    mask = jnp.tril(jnp.ones((length, length), bool))[None, None] if causal else None
-    if valid is None:
-        return mask
-    keys = valid[:, None, None, :]
-    return keys if mask is None else mask & keys
+    keys = None if valid is None else valid[:, None, None, :]
+    return Causal(keys) if causal else keys
 
 
 def class_mask(length: int, causal: bool, valid: jax.Array | None, late: bool) -> jax.Array:
     """`attention_mask` for a row of L tokens and a class token after them, [B or 1, 1, L+1, L+1].
 
-    The class token sees itself and all tokens but padding; no token sees it. Causal tokens need no
-    mask against padding, which comes after them.
+    The class token sees itself and all tokens but padding; no token sees it.
 
     Args:
       length: L.
@@ -387,9 +384,12 @@ def class_mask(length: int, causal: bool, valid: jax.Array | None, late: bool) -
       late: shift by one what the class token sees: the first token counts as valid, the next as
         the first does, and so on; the class token itself as the last.
     """
-    token_rows = attention_mask(length, causal, None if causal else valid)
-    if token_rows is None:
-        token_rows = jnp.ones((1, 1, length, length), bool)
+    # Causal tokens need no mask against padding, which comes after them.
+    token_rows = jnp.ones((1, 1, length, length), bool)
+    if causal:
+        token_rows = Causal().array(length)
+    elif valid is not None:
+        token_rows = token_rows & valid[:, None, None, :]
     seen = jnp.ones((1, length), bool) if valid is None else valid
     seen = jnp.pad(seen, ((0, 0), (1, 0) if late else (0, 1)), constant_values=True)
     token_rows = jnp.broadcast_to(token_rows, (len(seen), 1, length, length))

@@ -13,8 +13,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from clipjax.component import Component
+from clipjax.layout import platform
 from clipjax.towers import layers
-from clipjax.towers.attention import KINDS
+from clipjax.towers.attention import KINDS, Causal, Mask
 from clipjax.towers.base import (
     Tower,
     require,
@@ -85,8 +86,9 @@ class Transformer(Component):
     again), cudnn (NVIDIA, bfloat16) or splash (TPU); the last two are lean where there is a mask."""
     dtype: str = "float32"
     """Compute dtype, float32 or bfloat16; parameters, norms and softmax stay float32."""
-    scan: bool = True
-    """Compile one block and loop over it, instead of compiling every block."""
+    scan: bool | None = None
+    """Compile one block and loop over it, instead of compiling every block. None: loop, but not on a
+    GPU, where the loop copies all that is kept for the backward pass."""
     scan_unroll: int = 1
     """Blocks in one turn of the loop."""
     remat: str = "norms"
@@ -232,7 +234,7 @@ class Block(nnx.Module):
         self,
         x: jax.Array,
         *,
-        mask: jax.Array | None = None,
+        mask: Mask = None,
         memory: jax.Array | None = None,
         rotation: Rotation | None = None,
         bias: jax.Array | None = None,
@@ -335,6 +337,11 @@ class Block(nnx.Module):
         return checkpoint_name(norm(x), "normed")
 
 
+def looped(config: Transformer) -> bool:
+    """Whether a stack with these settings is a loop, on the devices at hand."""
+    return platform() != "gpu" if config.scan is None else config.scan
+
+
 def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> Any:
     """`depth` modules as one, whose every parameter has a leading layer axis; None for no module."""
     if depth == 0:
@@ -347,7 +354,7 @@ def apply_stack(
     x: jax.Array,
     config: Transformer,
     *,
-    mask: jax.Array | None = None,
+    mask: Mask = None,
     memory: jax.Array | None = None,
     rotation: Rotation | None = None,
     bias: jax.Array | None = None,
@@ -378,6 +385,7 @@ def apply_stack(
         each["bare"] = jnp.arange(config.depth) == 0
     if local is not None:
         each["local"] = jnp.asarray(local.layers)
+        mask = mask.array(x.shape[1]) if isinstance(mask, Causal) else mask
         mask = jnp.ones_like(local.mask) if mask is None else mask
 
     def step(x, layer):
@@ -389,8 +397,8 @@ def apply_stack(
             places = jax.tree.map(lambda a, b: jnp.where(near, a, b), others, places)
         return nnx.merge(graphdef, state)(x, memory=memory, bias=bias, **places, **own), None
 
-    step = rematerialized(step, config)
-    if config.scan:
+    step = rematerialized(step, config, looped(config) and config.scan_unroll < config.depth)
+    if looped(config):
         return jax.lax.scan(step, x, (state, each), unroll=config.scan_unroll)[0]
     for i in range(config.depth):
         x, _ = step(x, layer_of((state, each), i))

@@ -5,12 +5,14 @@ Nothing is written before everything has been found to fit.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import tempfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,10 +32,9 @@ from clipjax.generation.generate import special_tokens
 from clipjax.mesh import batch_sharding
 from clipjax.meta import Meta, pack_tokenizer, unpack_tokenizer
 from clipjax.objectives.base import leaves, union
-from clipjax.objectives.pairs import PairEngine
 from clipjax.optim import Scale
 from clipjax.predictor import Predictor
-from clipjax.train.agreement import meeting, surroundings
+from clipjax.train.agreement import decide, meeting, surroundings
 from clipjax.train.folder import claim
 from clipjax.train.resume import restore
 from clipjax.train.state import Blueprint, Leaves, TrainState
@@ -166,11 +167,7 @@ def setup(run: Run, workdir: Path, start: int | None = None, new_data: bool = Fa
         for tracker in run.trackers:
             tracker.check()
         saved = read_meta(workdir, start) if start is not None else None
-        tokenizer = (
-            run.data.tokenizer.build(run.data.iter_captions())
-            if saved is None
-            else saved_tokenizer(saved)
-        )
+        tokenizer = built_tokenizer(run.data) if saved is None else saved_tokenizer(saved)
         check_vocabulary(run, tokenizer)
         loader = run.data.build(tokenizer, run.seed, *process_rows(mesh))
         meta = Meta(
@@ -221,7 +218,7 @@ def setup(run: Run, workdir: Path, start: int | None = None, new_data: bool = Fa
         run.spikes,
     )
     log.info(run.sharding.describe(blueprint.abstract, blueprint.shardings, mesh))
-    engine = PairEngine(mesh, run.exchange, run.pair_chunk, run.pair_dtype, run.pair_tile_mb)
+    engine = run.engine(mesh)
     log.info(engine.describe(run.data.batch_size, getattr(run.model, "embed_dim", 0)))
     step = make_step(
         blueprint,
@@ -232,6 +229,7 @@ def setup(run: Run, workdir: Path, start: int | None = None, new_data: bool = Fa
         run.ema,
         special_tokens(tokenizer),
         run.spikes,
+        run.sharding.gather_gb,
     )
     compiled = compiled_step(blueprint, step, run.data, mesh)
     predictor = Predictor(
@@ -286,6 +284,23 @@ def read_meta(workdir: Path, step: int) -> Meta:
     """What a checkpoint of this run holds beside the state."""
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
         return checkpoints.meta(step)
+
+
+def built_tokenizer(data: Data) -> TokenizerModel:
+    """The tokenizer that a run begins with; one that must be trained is trained in process 0 alone."""
+    if not data.tokenizer.trains or jax.process_count() == 1:
+        return data.tokenizer.build(data.iter_captions())
+
+    def train() -> str:
+        files = pack_tokenizer(data.tokenizer.build(data.iter_captions()))
+        # Small enough to be told: a vocabulary is text that repeats itself.
+        return base64.b85encode(zlib.compress(json.dumps(files).encode(), 9)).decode()
+
+    told = decide("the tokenizer", train)
+    files = json.loads(zlib.decompress(base64.b85decode(told)))
+    with tempfile.TemporaryDirectory() as scratch:
+        unpack_tokenizer(files, Path(scratch))
+        return load_tokenizer(scratch)
 
 
 def saved_tokenizer(meta: Meta) -> TokenizerModel:

@@ -18,33 +18,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from einops import rearrange
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from clipjax.batch import Batch, Encoded, SpecialTokens, field
+from clipjax.batch import Batch, Encoded, SpecialTokens
 from clipjax.errors import ClipjaxError
 from clipjax.layout import on_mesh
-from clipjax.mesh import BATCH_AXES, batch_shards
+from clipjax.mesh import batch_shards
 from clipjax.objectives.base import (
-    Aux,
-    Chosen,
     Context,
-    Leaf,
     Metrics,
     Objective,
-    PerExample,
     add_up,
     leaves,
     named,
-    needs_of,
     union,
 )
-from clipjax.objectives.diagnostics import broken_rows
 from clipjax.objectives.pairs import PairEngine
 from clipjax.objectives.teachers import Itself, MovingAverage
 from clipjax.optim import Ema, SpikeGuard
 from clipjax.params import join, select, split
-from clipjax.sharding import to_devices
+from clipjax.sharding import Sharding, to_devices
+from clipjax.train.accumulate import Model, accumulated, apart, facts, from_micro, to_micro
 from clipjax.train.state import Blueprint, TrainState
 
 Step = Callable[..., tuple[TrainState, Metrics]]
@@ -71,10 +65,12 @@ def make_step(
     ema: Ema | None = None,
     tokens: SpecialTokens | None = None,
     spikes: SpikeGuard | None = None,
+    gather_gb: float = Sharding.gather_gb,
 ) -> Step:
     """The step function.
 
     Args:
+      gather_gb: as that of `Sharding`.
       spikes: skips steps that are finite and yet out of proportion.
       tokens: of the run's tokenizer, for objectives that read tokens.
 
@@ -139,7 +135,10 @@ def make_step(
             lambda moving, *rest: forward(join(moving, frozen), state.model_state, *rest),
             lambda moving, key: heads(join(moving, frozen), state.model_state, key),
         )
-        loss_and_grads = _whole_batch if accumulate == 1 else _accumulated(mesh, accumulate)
+        loss_and_grads = _whole_batch
+        if accumulate > 1:
+            by_device = apart(blueprint, mesh, gather_gb)
+            loss_and_grads = accumulated(mesh, accumulate, by_device)
         loss, grads, metrics, model_state, results = loss_and_grads(
             model, parts, moving, context, aux, key
         )
@@ -209,19 +208,6 @@ def make_step(
     return step
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """The model as a function of the parameters that move.
-
-    Attributes:
-      forward: (moving, batch, key, needs) -> (Encoded, model state).
-      heads: (moving, key) -> what `Context.head` is, as keywords.
-    """
-
-    forward: Callable[..., tuple[Encoded, Any]]
-    heads: Callable[..., dict[str, Any]]
-
-
 def _whole_batch(model, parts, moving, context, aux, key):
     needs = union(leaf.objective.needs | leaf.objective.fuse_needs for leaf in parts)
 
@@ -230,7 +216,7 @@ def _whole_batch(model, parts, moving, context, aux, key):
         seen = dataclasses.replace(context, **model.heads(moving, key))
         outcomes = [leaf.objective(encoded, leaf.own(seen, aux)) for leaf in parts]
         loss, metrics, results = add_up(parts, context, outcomes)
-        return loss, (named(metrics) | _facts(encoded), model_state, results)
+        return loss, (named(metrics) | facts(encoded), model_state, results)
 
     (loss, (metrics, model_state, results)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
         moving
@@ -238,178 +224,16 @@ def _whole_batch(model, parts, moving, context, aux, key):
     return loss, grads, metrics, model_state, results
 
 
-def _accumulated(mesh: Mesh, k: int):
-    def loss_and_grads(model, parts, moving, context, aux, key):
-        coupled = [p for p in parts if not _alone(p)]
-        alone = [p for p in parts if _alone(p)]
-        totals = {p.name: p.objective.totals(p.own(context, aux)) for p in alone}
-        first_needs = union(p.objective.needs for p in parts if p not in alone or _chooses(p))
-        second_needs = first_needs | union(
-            p.objective.needs | p.objective.fuse_needs for p in alone
-        )
-
-        def cut(tree):
-            return jax.tree.map(lambda x: _to_micro(x, mesh, k), tree)
-
-        def whole(tree):
-            return jax.tree.map(lambda x: _from_micro(x, mesh, k), tree)
-
-        micro, keys = cut(context.batch), jax.random.split(key, k)
-        aux_rows = {p.name: cut(aux[p.name].rows) for p in alone}
-
-        def first_pass():
-            """The coupled part of the loss, its metrics, facts and results, chosen rows; cotangents by micro-batch,
-            and the gradient that comes of heads which the objectives call themselves."""
-
-            def embed(_, inputs):
-                return None, model.forward(moving, *inputs, first_needs)[0]
-
-            def loss_fn(encoded, moving):
-                seen = dataclasses.replace(context, **model.heads(moving, key))
-                outcomes = [p.objective(encoded, p.own(seen, aux)) for p in coupled]
-                loss, metrics, results = add_up(coupled, context, outcomes)
-                return loss, (metrics, _facts(encoded), results)
-
-            _, stacked = jax.lax.scan(embed, None, (micro, keys))
-            full = Encoded(whole(stacked.rows), jax.tree.map(lambda x: x[0], stacked.shared))
-            (loss, (metrics, facts, results)), (cotangent, grads) = jax.value_and_grad(
-                loss_fn, argnums=(0, 1), has_aux=True
-            )(full, moving)
-            still = jax.lax.stop_gradient(full)
-            chosen = {
-                p.name: {
-                    name: cut(_inputs_at(context, name, index))
-                    for name, index in p.objective.choose(still, p.own(context, aux)).items()
-                }
-                for p in alone
-                if _chooses(p)
-            }
-            # Scale and bias belong to the batch: each micro-batch passes on the k-th part.
-            shared = jax.tree.map(
-                lambda g: jnp.broadcast_to(g / k, (k, *g.shape)), cotangent.shared
-            )
-            cotangents = Encoded(cut(cotangent.rows), shared)
-            return loss, metrics, facts, results, cotangents, grads, chosen
-
-        def second_pass(cotangents, grads, chosen):
-            """The per-example part of the loss, its metrics and results, all gradients, the model's new state."""
-
-            def backward(grads, inputs):
-                batch_i, key_i, cotangent_i, aux_i, chosen_i = inputs
-
-                def outputs(moving):
-                    encoded, model_state = model.forward(moving, batch_i, key_i, second_needs)
-                    seen = dataclasses.replace(context, batch=batch_i, **model.heads(moving, key_i))
-
-                    def outcome(p: Leaf):
-                        own = p.own(seen, {p.name: Aux(aux_i[p.name], aux[p.name].shared)})
-                        if own.key is not None:
-                            own = dataclasses.replace(
-                                own, key=jax.random.fold_in(own.key, jax.random.bits(key_i))
-                            )
-                        if not isinstance(p.objective, Chosen):
-                            return p.objective.local(encoded, own, totals[p.name])
-                        beside = {
-                            name: model.forward(
-                                moving, inputs, key_i, needs_of(p.objective, name, context.batch)
-                            )[0]
-                            for name, inputs in chosen_i[p.name].items()
-                        }
-                        return p.objective.fuse(encoded, beside, own, totals[p.name])
-
-                    loss, metrics, results = add_up(alone, context, [outcome(p) for p in alone])
-                    return (_only(encoded, cotangent_i), loss), (metrics, model_state, results)
-
-                (_, loss), vjp, (metrics, model_state, results) = jax.vjp(
-                    outputs, moving, has_aux=True
-                )
-                (grads_i,) = vjp((cotangent_i, jnp.ones_like(loss)))
-                return (
-                    jax.tree.map(jnp.add, grads, grads_i),
-                    (loss, metrics, model_state, results),
-                )
-
-            inputs = micro, keys, cotangents, aux_rows, chosen
-            grads, (losses, metrics, states, results) = jax.lax.scan(backward, grads, inputs)
-            metrics = jax.tree.map(lambda x: x.sum(0), metrics)
-            return losses.sum(), metrics, whole(results), grads, jax.tree.map(_joined, states)
-
-        if first_needs:
-            loss, metrics, facts, results, cotangents, grads, chosen = first_pass()
-        else:
-            loss, metrics, facts, results, cotangents, chosen = 0.0, {}, {}, {}, None, {}
-            grads = jax.tree.map(jnp.zeros_like, moving)
-        local_loss, local_metrics, local_results, grads, model_state = second_pass(
-            cotangents, grads, chosen
-        )
-        return (
-            loss + local_loss,
-            grads,
-            named(metrics | local_metrics) | facts,
-            model_state,
-            results | local_results,
-        )
-
-    return loss_and_grads
-
-
-def _facts(encoded: Encoded) -> Metrics:
-    """Scale and bias, and how many embeddings are broken."""
-    scalars = {name: x for name, x in encoded.shared.items() if x.ndim == 0}
-    return broken_rows(encoded) | scalars
-
-
-def _alone(leaf: Leaf) -> bool:
-    """Whether it sees one example at a time, and so may be taken a micro-batch at a time."""
-    return isinstance(leaf.objective, PerExample | Chosen)
-
-
-def _chooses(leaf: Leaf) -> bool:
-    return isinstance(leaf.objective, Chosen)
-
-
-def _inputs_at(context: Context, name: str, index: jax.Array) -> Batch:
-    """One input of the batch at the chosen places."""
-    return context.engine.rows_at({name: field(context.batch, name)}, index)
-
-
-def _joined(x: jax.Array) -> jax.Array:
-    """Micro-batches' model state as one: the mean of what was measured, the last of what was counted."""
-    return x.mean(0) if jnp.issubdtype(x.dtype, jnp.inexact) else x[-1]
-
-
 def _encode(forward, params, model_state, batch, needs, mesh, accumulate) -> Encoded:
     """Embeddings in inference mode, a micro-batch at a time."""
     if accumulate == 1:
         return forward(params, model_state, batch, None, needs)[0]
-    micro = jax.tree.map(lambda x: _to_micro(x, mesh, accumulate), batch)
+    micro = jax.tree.map(lambda x: to_micro(x, mesh, accumulate), batch)
     _, stacked = jax.lax.scan(
         lambda _, b: (None, forward(params, model_state, b, None, needs)[0]), None, micro
     )
-    rows = jax.tree.map(lambda x: _from_micro(x, mesh, accumulate), stacked.rows)
+    rows = jax.tree.map(lambda x: from_micro(x, mesh, accumulate), stacked.rows)
     return Encoded(rows, jax.tree.map(lambda x: x[0], stacked.shared))
-
-
-def _to_micro(x: jax.Array, mesh: Mesh, k: int) -> jax.Array:
-    """[B, ...] -> [k, B/k, ...]; every device keeps its own rows, so nothing travels."""
-    x = rearrange(x, "(shard k row) ... -> k (shard row) ...", shard=batch_shards(mesh), k=k)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, BATCH_AXES)))
-
-
-def _from_micro(x: jax.Array, mesh: Mesh, k: int) -> jax.Array:
-    """The inverse of `_to_micro`."""
-    x = rearrange(x, "k (shard row) ... -> (shard k row) ...", shard=batch_shards(mesh), k=k)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
-
-
-def _only(encoded: Encoded, like: Encoded | None) -> Encoded | None:
-    """`encoded` without what `like` has not; None for None."""
-    if like is None:
-        return None
-    return Encoded(
-        {name: encoded.rows[name] for name in like.rows},
-        {name: encoded.shared[name] for name in like.shared},
-    )
 
 
 def jit_step(step: Step, blueprint: Blueprint) -> Any:

@@ -10,7 +10,6 @@ from clipjax.batch import SpecialTokens
 from clipjax.cli import main
 from clipjax.config import load_config
 from clipjax.mesh import MeshShape
-from clipjax.objectives import PairEngine
 from clipjax.optim import Scale
 from clipjax.sharding import per_device_bytes
 from clipjax.train.state import Blueprint
@@ -32,7 +31,7 @@ def test_the_pod_recipe_is_drawn_without_allocating():
     local, total = per_device_bytes(blueprint.abstract.params, layout)
     assert total == pytest.approx(4 * 798e6, rel=0.01)
     assert local == pytest.approx(total / 4, rel=0.01)  # FSDP within a group of 4
-    engine = PairEngine(mesh, run.exchange, run.pair_chunk, run.pair_dtype)
+    engine = run.engine(mesh)
     tokens = SpecialTokens(bos=1, eos=2, pad=0)
     step = make_step(blueprint, run.objective, engine, mesh, run.accumulate, tokens=tokens)
     batch = {

@@ -8,6 +8,7 @@ import importlib.util
 import pytest
 
 from clipjax import Run, Sharding
+from clipjax.bench.target import compile_on
 from clipjax.data import BPE, Data, Tfds
 from clipjax.models import DualEncoder
 from clipjax.objectives import Ring, Softmax
@@ -80,3 +81,18 @@ def test_one_island_has_no_slow_links(found):
 def test_arithmetic_explains_what_the_compiler_plans(found):
     """Activations, gathered weights, gradients and the loss, against all that is temporary."""
     assert 0.5 < sum(found["temporary_parts"].values()) / found["temporary"] < 1.3
+
+
+@pytest.mark.parametrize("objective", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("name", sorted(PACKAGES))
+def test_the_loss_is_kernels_and_travels_twice(name, objective):
+    """N = 65,536, E = 768: columns go out and their gradient comes back, in bfloat16; it is never held whole."""
+    if importlib.util.find_spec(PACKAGES[name]) is None:
+        pytest.skip(f"{PACKAGES[name]} is not installed")
+    rows, width = 65_536, 768
+    way = "AllGather, gradient in bfloat16"
+    found = compile_on(machine(name), rows, width, objective, "bfloat16", [way])[way]
+    assert found["kernels"] >= 2  # statistics and gradient
+    assert found["wire"] <= 2.05
+    gathered, float32, tile = 2 * rows * width, 4 * rows * width, 2 * 8192**2
+    assert found["temp"] < gathered + float32 + tile

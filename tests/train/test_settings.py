@@ -54,7 +54,8 @@ def plain(tmp_path_factory):
     [
         (1, "--accumulate 4 --model.image.remat activation --model.text.remat dots --pair_tile_mb 0.001"),
         (1, "--model.image.no_scan --model.text.remat full --model.text.scan_unroll 2 --pair_chunk 4"),
-        (8, "--mesh.group 2 --mesh.tensor 2 --sharding.fsdp --sharding.min_size 16 --accumulate 2"),
+        (8, "--mesh.group 2 --mesh.tensor 2 --sharding.fsdp --sharding.min_size 16 --accumulate 2 "
+            "--pair_kernel fused --pair_precision high"),
     ],
 )  # fmt: skip
 def test_what_must_not_change_the_mathematics(clipjax, read_metrics, vary, plain, devices, options):
@@ -70,7 +71,7 @@ def test_bfloat16_changes_little_and_a_seed_everything(
 ):
     expected = plain(clipjax, read_metrics, vary)
     config = vary("duration=Duration(3), evals=(), exchange=Ring()")
-    names = ("pair_dtype", "model.image.dtype", "model.text.dtype")
+    names = ("pair_dtype", "pair_grads", "model.image.dtype", "model.text.dtype")
     low = [word for name in names for word in (f"--{name}", "bfloat16")]
     assert clipjax("train", *low, config=config, devices=2) == 0
     got = read_metrics(clipjax.workdir)
