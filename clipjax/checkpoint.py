@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from clipjax.files import scratch
 from clipjax.meta import Meta
 from clipjax.optim.duration import Duration, Every, as_every
 from clipjax.params import map_with_path, paths
-from clipjax.stores import COMMITTED, absolute, is_remote, move_tree, place
+from clipjax.stores import COMMITTED, absolute, is_remote, move_tree, passes, place
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
@@ -281,7 +280,7 @@ class Checkpoints:
             raise
         except Exception as error:  # damaged files make Orbax and TensorStore raise almost anything
             what = f"checkpoint {self.folder / str(step)} cannot be read: {_one_line(error)}"
-            if _passes(error):
+            if passes(error):
                 raise Unavailable(f"{what}. The same command may find it later") from error
             others = [s for s in self.steps() if s < step]
             raise DamagedCheckpoint(
@@ -389,25 +388,6 @@ def _is_complete(folder: Path) -> bool:
     if is_remote(folder):
         return (folder / COMMITTED).exists()
     return ocp.utils.is_checkpoint_finalized(folder)
-
-
-PASSING = {
-    errno.EIO,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.EAGAIN,
-    errno.ECONNRESET,
-    errno.ENETUNREACH,
-}
-PASSING_WORDS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "Input/output error",
-                 "Stale file handle", "Connection ")  # fmt: skip
-
-
-def _passes(error: Exception) -> bool:
-    """Whether an error of reading is the store's mood rather than the file's damage."""
-    if isinstance(error, OSError) and error.errno in PASSING:
-        return True
-    return any(word in str(error) for word in PASSING_WORDS)
 
 
 def _one_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ import secrets
 import socket
 from pathlib import Path
 
-from clipjax.stores import is_remote, persistent, place
+from clipjax.stores import is_remote, persistent, place, read_bytes
 
 TEMPORARY = ".tmp"
 """How the names of files end that are not whole yet."""
@@ -40,6 +40,17 @@ def replace_file(path: str | Path, content: str | bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def append_line(path: Path, line: str) -> None:
+    """Adds a line at the end of a file that nobody else writes to; in a bucket by writing all of it again."""
+    if is_remote(path):
+        with contextlib.suppress(FileNotFoundError):
+            line = read_bytes(path).decode() + line
+        replace_file(path, line + "\n")
+        return
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
 
 
 def scratch(path: Path) -> Path:

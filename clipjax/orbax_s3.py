@@ -33,7 +33,11 @@ def teach() -> None:
 def driver(path: str) -> dict[str, Any]:
     """TensorStore's specification of a place in a bucket; the variables that other S3 clients read count here too."""
     bucket, _, rest = path.removeprefix("s3://").partition("/")
-    found = {"driver": "s3", "bucket": bucket, "path": rest}
+    found: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": rest}
+    if os.environ.get(
+        "AWS_ACCESS_KEY_ID"
+    ):  # else it looks for files first, and complains where there are none
+        found["aws_credentials"] = {"type": "environment"}
     for key, names in (("endpoint", ENDPOINTS), ("aws_region", REGIONS)):
         if value := next((os.environ[name] for name in names if os.environ.get(name)), None):
             found[key] = value

@@ -9,6 +9,7 @@ would become a local folder of that name.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import logging
 import os
@@ -29,6 +30,18 @@ SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 """Scheme of an address -> (the package that speaks to the store, the extra of clipjax that brings it)."""
 COMMITTED = "commit_success.txt"
 """What Orbax writes last into a checkpoint in a bucket, where nothing can be renamed."""
+CLIENTS = {"aiohttp", "aiobotocore", "botocore", "gcsfs", "google", "requests", "urllib3"}
+"""Packages that speak to stores: what they raise says nothing of what is stored."""
+PASSING = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.ECONNRESET,
+    errno.ENETUNREACH,
+}
+PASSING_WORDS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "Input/output error",
+                 "Stale file handle", "Connection ")  # fmt: skip
 TRIES = 5
 SPOOL_SECONDS = 30.0
 SPOOL_RATE = 1e6  # bytes per second that copying a growing file again and again may take
@@ -88,8 +101,7 @@ def absolute(path: Path) -> Path:
 def remove_tree(path: Path) -> None:
     """Removes a folder and all that is in it, if it is there."""
     if is_remote(path):
-        with contextlib.suppress(FileNotFoundError):
-            cast(Any, path).rmtree()
+        persistent(f"removing {path}", lambda: _remove_objects(path))
     else:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -103,11 +115,21 @@ def move_tree(source: Path, target: Path) -> None:
     names = [name for name in store.find(str(source)) if not name.endswith("/")]
     root = str(source).split("://")[1].rstrip("/") + "/"
     for name in names:
-        store.copy(name, f"{str(target).split('://')[1]}/{name.removeprefix(root)}")
+        goal = f"{str(target).split('://')[1]}/{name.removeprefix(root)}"
+        persistent(f"copying {name}", lambda name=name, goal=goal: store.copy(name, goal))  # type: ignore[misc]
     names.sort(key=lambda name: not name.endswith("/" + COMMITTED))
     for name in names:
-        store.rm_file(name)
+        # A request whose answer is lost is sent again, and then there is nothing there.
+        with contextlib.suppress(FileNotFoundError):
+            persistent(f"removing {name}", lambda name=name: store.rm_file(name))  # type: ignore[misc]
     store.invalidate_cache()
+
+
+def _remove_objects(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        cast(Any, path).rmtree()
+    if path.exists():
+        raise OSError(f"{path} is still there")
 
 
 def client(path: Path) -> Any:
@@ -139,6 +161,29 @@ def persistent(what: str, call: Callable[[], T]) -> T:
             log.info("%s: %s; trying again", what, type(error).__name__)
             time.sleep(0.5 * 2**attempt)
     raise AssertionError
+
+
+def read_bytes(path: Path) -> bytes:
+    """What a file holds.
+
+    Raises:
+      Unavailable: a store does not give it now; that is not to be taken for a file that is not there.
+    """
+    return persistent(f"reading {path}", path.read_bytes) if is_remote(path) else path.read_bytes()
+
+
+def passes(error: BaseException) -> bool:
+    """Whether an error of reading is the mood of a store or network file system rather than the file's damage."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, FileNotFoundError):
+        if (
+            (isinstance(cause, OSError) and cause.errno in PASSING)
+            or type(cause).__module__.split(".")[0] in CLIENTS
+            or any(word in str(cause) for word in PASSING_WORDS)
+        ):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""`clipjax bench survive`: one run killed at random moments, compared bit by bit with one that nobody disturbed."""
+"""`clipjax bench survive`: one run killed and stopped at random moments, compared bit by bit with one that was not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipjax.component import Component
-from clipjax.errors import ClipjaxError, RunFailed
+from clipjax.errors import EXIT_STALLED, ClipjaxError, RunFailed
 
 if TYPE_CHECKING:
     from clipjax.config import Run
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 import numpy as np
 
 from clipjax.data.sources import Source
+from clipjax.train.watchdog import ANSWER, MEETING_PLACE, PARTING
 
 CONFIG = "from clipjax.bench.survive import small_run\n\ndef config():\n    return small_run()\n"
 
@@ -70,6 +71,11 @@ class SurviveBench(Component):
 
     kills: int = 50
     """How many times."""
+    stops: int = 0
+    """How many times, after these, one process is stopped in a step (SIGSTOP): the others must say in time which one,
+    and end with the watchdog's code."""
+    stall_minutes: float = 0.5
+    """The watchdog's limit in the starts that `stops` takes."""
     processes: int = 2
     """Processes of the run, on this host."""
     devices: int = 2
@@ -83,14 +89,16 @@ class SurviveBench(Component):
 
     def __post_init__(self) -> None:
         for name in ("kills", "processes", "devices"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) < (0 if name == "kills" and self.stops > 0 else 1):
                 raise ClipjaxError(f"bench survive: {name}={getattr(self, name)} must be positive")
+        if self.stops and self.processes < 2:
+            raise ClipjaxError(f"bench survive: stops={self.stops} takes processes=2 at least")
 
     def run(self) -> dict[str, Any]:
         """Kills, compares, prints and returns what the JSON object holds.
 
         Raises:
-          RunFailed: the two runs differ.
+          RunFailed: the two runs differ, or a process that was stopped was not named.
         """
         folder = Path(self.workdir or tempfile.mkdtemp(prefix="clipjax-survive-"))
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +108,8 @@ class SurviveBench(Component):
             if self.workdir is None:
                 shutil.rmtree(folder, ignore_errors=True)
         print(
-            f"{results['kills']} kills, {results['starts']} starts, {results['steps']} steps, "
+            f"{results['kills']} kills, {results['stops']} stops ({results['named']} named in time), "
+            f"{results['starts']} starts, {results['steps']} steps, "
             f"{results['steps_done_again']} done again, {results['beyond_the_last_save']} lost beyond the last "
             f"save; {results['different']} of {results['figures']} figures differ "
             f"({results['seconds']:.0f} s)"
@@ -109,24 +118,26 @@ class SurviveBench(Component):
             print(json.dumps(results))
         if results["different"] or results["beyond_the_last_save"]:
             raise RunFailed("a run that was killed does not end as one that was not")
+        if results["named"] < results["stops"]:
+            raise RunFailed("a process that stood still was not named in time by all others")
         return results
 
     def _compare(self, folder: Path) -> dict[str, Any]:
         began = time.monotonic()
         config = folder / "survive_config.py"
         config.write_text(CONFIG)
-        steps = 12 + 8 * self.kills
+        steps = 12 + 8 * (self.kills + self.stops)
         whole = _Group(self, config, folder / "whole", steps)
         whole.start()
         whole.end()
         killed = _Group(self, config, folder / "killed", steps)
         rng = random.Random(self.seed)
-        kills = again = beyond = 0
-        while kills < self.kills:
+        kills = stops = named = again = beyond = 0
+        while kills < self.kills or stops < self.stops:
             before, saved, starts = killed.last_step(), killed.saved(), len(killed.attempts())
-            killed.start()
-            # Half of the time anywhere in the start, else some steps further, in the middle of one or of a save.
-            if rng.random() < 0.3:
+            killed.start(self.stall_minutes if kills == self.kills else None)
+            # Some of the times anywhere in the start, else some steps further, in the middle of one or of a save.
+            if kills < self.kills and rng.random() < 0.3:
                 _sleep_while(killed, rng.uniform(0.0, 12.0))
             else:
                 more = rng.randint(1, 12)
@@ -134,8 +145,12 @@ class SurviveBench(Component):
                 _sleep_while(killed, rng.uniform(0.0, 0.3))
             if not killed.alive():
                 break  # it has come to its end
-            killed.kill(rng)
-            kills += 1
+            if kills < self.kills:
+                killed.kill(rng)
+                kills += 1
+            else:
+                named += killed.stop(rng.randrange(self.processes))
+                stops += 1
             again += max(killed.last_step() - killed.saved(), 0)
             # It went on from the newest checkpoint there was, if it came so far as to say so.
             beyond += sum(saved - attempt["step"] for attempt in killed.attempts()[starts:])
@@ -146,6 +161,8 @@ class SurviveBench(Component):
         different = sum(got.get(key) != value for key, value in expected.items())
         return {
             "kills": kills,
+            "stops": stops,
+            "named": named,
             "starts": len(attempts),
             "steps": steps,
             "steps_done_again": again,
@@ -204,8 +221,8 @@ class _Group:
         self._bench, self._config, self._workdir, self._steps = bench, config, workdir, steps
         self._processes: list[subprocess.Popen] = []
 
-    def start(self) -> None:
-        """Starts them, as a launcher would."""
+    def start(self, stall_minutes: float | None = None) -> None:
+        """Starts them, as a launcher would; `stall_minutes`: other than the run's own."""
         count = self._bench.processes
         flags = re.sub(
             r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", "")
@@ -224,6 +241,8 @@ class _Group:
             }
         command = [sys.executable, "-m", "clipjax.cli", "train", str(self._config), "--workdir",
                    str(self._workdir), "--duration.amount", str(self._steps)]  # fmt: skip
+        if stall_minutes is not None:
+            command += ["--stall_minutes", str(stall_minutes)]
         errors = (self._workdir.parent / f"{self._workdir.name}.log").open("ab")
         self._processes = [
             subprocess.Popen(
@@ -262,14 +281,52 @@ class _Group:
         for process in order:
             process.wait()
 
+    def stop(self, index: int) -> bool:
+        """SIGSTOP to one; whether all others name it in time and end with the watchdog's code."""
+        log = self._workdir.parent / f"{self._workdir.name}.log"
+        said = log.stat().st_size
+        self._processes[index].send_signal(signal.SIGSTOP)
+        others = [p for i, p in enumerate(self._processes) if i != index]
+        # The limit, four times in an evaluation or save, and then what it takes to listen to the others
+        # (train/watchdog.py).
+        end = time.monotonic() + 60 * self._bench.stall_minutes * 4.5 + 2 * ANSWER + PARTING
+        while any(p.poll() is None for p in others) and time.monotonic() < end:
+            time.sleep(0.1)
+        codes = [p.poll() for p in others]
+        for process in self._processes:
+            process.kill()
+            process.wait()
+        with log.open(errors="replace") as file:
+            file.seek(said)
+            words = file.read()
+        silent = re.findall(r"process (\d+) on \S+ is silent", words)
+        if index:  # this one and no other, by each of the others
+            named = silent == [str(index)] * len(others)
+        else:
+            named = not silent and words.count(MEETING_PLACE) == len(others)
+        if not named or codes != [EXIT_STALLED] * len(others):
+            print(
+                f"process {index} was stopped: codes {codes}, silent {silent}:\n{words[-3000:]}",
+                file=sys.stderr,
+            )
+        return named and codes == [EXIT_STALLED] * len(others)
+
     def wait_for(self, condition: Any) -> None:
         """Until it holds, or one of the processes ends."""
         while self.alive() and not condition():
-            time.sleep(0.002)
+            time.sleep(0.02)
 
     def last_step(self) -> int:
         """The last step in `metrics.jsonl`, 0 without one."""
-        return max((line["step"] for line in self._lines()), default=0)
+        try:
+            with (self._workdir / "metrics.jsonl").open("rb") as file:
+                file.seek(max(file.seek(0, os.SEEK_END) - 8192, 0))
+                tail = file.read()
+        except FileNotFoundError:
+            return 0
+        # A line may be half written, and the first one here cut.
+        steps = re.findall(rb'^\{"step": (\d+), .*\}$', tail, re.MULTILINE)
+        return int(steps[-1]) if steps else 0
 
     def saved(self) -> int:
         """The newest complete checkpoint, 0 without one."""

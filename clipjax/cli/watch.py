@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from clipjax.cli.models import say
 from clipjax.errors import ClipjaxError
+from clipjax.files import append_line
+from clipjax.stores import read_bytes
 
 if TYPE_CHECKING:
     from clipjax.evals import Evaluator, Runner
@@ -58,8 +60,7 @@ def watch(options: argparse.Namespace, evaluators: tuple[Evaluator, ...]) -> int
                 figures |= runner(predictor)
             print_results(f"{folder} at step {step}", figures)
             line = json.dumps({"step": step} | figures)
-            with (folder / FILE).open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            append_line(folder / FILE, line)
             if options.json:
                 print(line, flush=True)
         if ended and not new:
@@ -73,7 +74,7 @@ def _watched(file: Path) -> set[int]:
     if not file.is_file():
         return set()
     found = set()
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in read_bytes(file).decode().splitlines():
         try:
             found.add(int(json.loads(line)["step"]))
         except (ValueError, KeyError, TypeError):

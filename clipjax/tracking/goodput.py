@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clipjax.stores import read_bytes
+
 ATTEMPTS_FILE = "attempts.jsonl"
 
 
@@ -40,7 +42,7 @@ class Goodput:
 def read_attempts(workdir: Path) -> list[dict[str, Any]]:
     """The starts of a run, oldest first: when, from which step, where, and what was last heard of the one before."""
     try:
-        lines = (workdir / ATTEMPTS_FILE).read_text(encoding="utf-8").splitlines()
+        lines = read_bytes(workdir / ATTEMPTS_FILE).decode().splitlines()
         return [json.loads(line) for line in lines]
     except (OSError, ValueError):
         return []

@@ -21,7 +21,7 @@ import jax
 from clipjax.component import Component
 from clipjax.errors import ClipjaxError
 from clipjax.files import replace_file
-from clipjax.stores import Spool, place
+from clipjax.stores import Spool, place, read_bytes
 
 log = logging.getLogger(__name__)
 WANDB_FILE = "wandb_id"
@@ -202,7 +202,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     path = place(path)
     if path.is_file():
-        for text in path.read_bytes().decode("utf-8", "replace").splitlines():
+        for text in read_bytes(path).decode("utf-8", "replace").splitlines():
             try:
                 line = json.loads(text)
             except ValueError:

@@ -27,7 +27,7 @@ from clipjax.files import TEMPORARY, replace_file
 from clipjax.lease import FOLDER as LEASE_FOLDER
 from clipjax.lease import leased
 from clipjax.meta import Meta, unpack_tokenizer
-from clipjax.stores import absolute, is_remote, remove_tree
+from clipjax.stores import absolute, is_remote, read_bytes, remove_tree
 from clipjax.tracking.goodput import ATTEMPTS_FILE, read_attempts
 from clipjax.train.agreement import decide, meeting
 
@@ -59,7 +59,7 @@ def claim(run: Run, workdir: Path) -> None:
             f"{workdir} is not empty and holds no clipjax run (no {RUN_FILE}): give another --workdir"
         )
     try:
-        before = json.loads(saved.read_text())
+        before = json.loads(read_bytes(saved))
     except (OSError, ValueError) as error:
         raise ClipjaxError(
             f"{saved} cannot be read ({error}): restore it, or give another --workdir"

@@ -23,6 +23,9 @@ from clipjax.errors import EXIT_STALLED
 FOLDER = "clipjax/alive/"
 ANSWER = 10.0
 """Seconds that the process where all meet has for an answer."""
+PARTING = 5.0
+"""Seconds that it stays after its own words: jax ends all others when it goes, before they have said theirs."""
+MEETING_PLACE = "process 0, where all meet, does not answer"
 
 
 class Watchdog:
@@ -48,7 +51,9 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self._limit is not None:
-            threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+            # Apart, since process 0 may not answer, and since all listen to each other when no step ends.
+            for name, work in (("watchdog", self._watch), ("signs of life", self._live)):
+                threading.Thread(target=work, daemon=True, name=name).start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -56,16 +61,15 @@ class Watchdog:
 
     def _watch(self) -> None:
         assert self._limit is not None
-        published, publisher = 0.0, threading.Thread()
         while not self._over.wait(min(self._period, 1.0, self._limit / 4)):
             now = time.monotonic()
-            if now - published >= self._period:
-                published = now
-                if not publisher.is_alive():  # else nobody answers
-                    publisher = threading.Thread(target=self._publish, daemon=True)
-                    publisher.start()
             if now - self._last > self._limit * self._patience:
                 self._end(now - self._last)
+
+    def _live(self) -> None:
+        self._publish()
+        while not self._over.wait(self._period):
+            self._publish()
 
     def _end(self, seconds: float) -> None:
         doing, last = self._doing, self._last
@@ -81,6 +85,8 @@ class Watchdog:
                 flush=True,
             )
             faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
+        if _client() and jax.process_count() > 1 and jax.process_index() == 0:
+            time.sleep(PARTING)
         os._exit(EXIT_STALLED)
 
     def _publish(self) -> None:
@@ -100,7 +106,7 @@ class Watchdog:
         self._over.wait(2.5 * self._period)
         after = _ask(client)
         if before is None or after is None:
-            return "; process 0, where all meet, does not answer"
+            return "; " + MEETING_PLACE
         words = []
         for process in range(jax.process_count()):
             old, new = before.get(process), after.get(process)

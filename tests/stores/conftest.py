@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import os
 import random
 import socket
 import subprocess
@@ -14,6 +15,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+# Read when gcsfs is imported: without credentials it would ask for the bucket's kind before every request.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+
 pytest.importorskip("moto")
 pytest.importorskip("gcp_storage_emulator")
 pytest.importorskip("s3fs")
@@ -23,28 +27,37 @@ BUCKET = "bucket"
 
 
 class Faults:
-    """What goes wrong on the way, as shares of the requests; `seen` counts them."""
+    """What goes wrong on the way, as shares of the requests; `seen` counts them.
+
+    refused: 503. cut: the connection ends before the server has the request. lost: after that, so that only the
+    answer is missing. half: in the middle of the answer. slow: it takes its time.
+    """
+
+    KINDS = ("refused", "cut", "lost", "half", "slow")
 
     def __init__(self):
-        self.refused = self.cut = self.slow = 0.0
-        self.seen = {"requests": 0, "refused": 0, "cut": 0, "slow": 0}
+        self.shares = dict.fromkeys(self.KINDS, 0.0)
+        self.seen = dict.fromkeys(("requests", *self.KINDS), 0)
         self._random, self._lock = random.Random(0), threading.Lock()
 
     @contextlib.contextmanager
-    def at(self, refused=0.0, cut=0.0, slow=0.0):
-        before = self.refused, self.cut, self.slow
-        self.refused, self.cut, self.slow = refused, cut, slow
+    def at(self, seed=0, **shares):
+        before, self.shares = self.shares, dict.fromkeys(self.KINDS, 0.0) | shares
+        self._random.seed(seed)
         try:
             yield self
         finally:
-            self.refused, self.cut, self.slow = before
+            self.shares = before
+
+    def failed(self):
+        """How many requests did not get their answer."""
+        return sum(self.seen[kind] for kind in self.KINDS if kind != "slow")
 
     def draw(self):
         with self._lock:
             self.seen["requests"] += 1
             number = self._random.random()
-            for kind in ("refused", "cut", "slow"):
-                share = getattr(self, kind)
+            for kind, share in self.shares.items():
                 if number < share:
                     self.seen[kind] += 1
                     return kind
@@ -53,84 +66,108 @@ class Faults:
 
 
 class Proxy(BaseHTTPRequestHandler):
-    """Hands requests on, or not; and keeps `ifGenerationMatch=0`, which the emulator does not know."""
+    """Hands requests on, or not."""
 
     protocol_version = "HTTP/1.1"
-    port, faults, exclusive = 0, Faults(), threading.Lock()
+    port, faults = 0, Faults()
 
     def handle_any(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.faults.draw()
         if fault == "refused":
-            return self._answer(503, [], b"<Error><Code>SlowDown</Code></Error>")
+            return self.answer(503, [], b"<Error><Code>SlowDown</Code></Error>")
         if fault == "cut":
-            self.close_connection = True
-            with contextlib.suppress(OSError):
-                self.connection.shutdown(socket.SHUT_RDWR)
-            return None
+            return self.hang_up()
         if fault == "slow":
             time.sleep(0.3)
-        query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
-        if query.get("ifGenerationMatch") == ["0"]:
-            with self.exclusive:
-                if self._name(query, body) and self._there(self._name(query, body)):
-                    return self._answer(
-                        412, [], b'{"error": {"code": 412, "message": "conditionNotMet"}}'
-                    )
-                return self._hand_on(body)
-        return self._hand_on(body)
+        found = self.serve(body)
+        if fault == "lost":
+            return self.hang_up()
+        return self.answer(*found, half=fault == "half")
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do_PATCH = handle_any
 
-    def _hand_on(self, body):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+    def serve(self, body):
+        """(status, headers, content) of the server's answer."""
         headers = {
             k: v for k, v in self.headers.items() if k.lower() not in ("connection", "expect")
         }
-        connection.request(self.command, self.path, body, headers)
+        return self.ask(self.command, self.path, body, headers)
+
+    def ask(self, method, path, body=None, headers=None):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request(method, path, body, headers or {"Host": "localhost"})
         answer = connection.getresponse()
         content = answer.read()
-        self._answer(answer.status, answer.getheaders(), content)
         connection.close()
+        return answer.status, answer.getheaders(), content
 
-    def _name(self, query, body):
-        if "name" in query:
-            return query["name"][0]
-        for line in body.splitlines():  # the first part of a multipart upload
-            if line.startswith(b"{"):
-                return json.loads(line).get("name")
-        return None
+    def hang_up(self):
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
 
-    def _there(self, name):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        quoted = urllib.parse.quote(name, safe="")
-        connection.request(
-            "GET", f"/storage/v1/b/{BUCKET}/o/{quoted}", headers={"Host": "localhost"}
-        )
-        status = connection.getresponse().status
-        connection.close()
-        return status == 200
-
-    def _answer(self, status, headers, content):
-        self.send_response(status)
+    def answer(self, status, headers, content, half=False):
+        ours = ("transfer-encoding", "connection", "content-length", "date", "server")
         length = {k.lower(): v for k, v in headers}.get("content-length")
-        for name, value in headers:
-            if name.lower() not in (
-                "transfer-encoding",
-                "connection",
-                "content-length",
-                "date",
-                "server",
-            ):
-                self.send_header(name, value)
         head = self.command == "HEAD" and length is not None
-        self.send_header("Content-Length", length if head else str(len(content)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # they have hung up
+            self.send_response(status)
+            for name, value in headers:
+                if name.lower() not in ours:
+                    self.send_header(name, value)
+            self.send_header("Content-Length", length if head else str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content[: len(content) // 2] if half else content)
+        if half:
+            self.hang_up()
 
     def log_message(self, *args):
         pass
+
+
+class GoogleProxy(Proxy):
+    """What Google's servers do and the emulator does not: generations that requests are conditional on, also for
+    reads, and a finished upload that is asked for again."""
+
+    exclusive, finished = threading.RLock(), {}
+
+    def serve(self, body):
+        query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
+        path = urllib.parse.urlsplit(self.path).path
+        upload = query.get("upload_id", [""])[0]
+        reads = query.get("alt") == ["media"]
+        wanted = query.get("ifGenerationMatch")
+        unwanted = query.get("ifGenerationNotMatch")
+        if not (upload or reads or wanted or unwanted):
+            return super().serve(body)
+        with self.exclusive:
+            if upload in self.finished:
+                return self.finished[upload]
+            now = "0"
+            if not upload:
+                name = path.partition("/o/")[2] or self._name(query, body)
+                now = self._generation(name)
+            if wanted and wanted != [now]:
+                return 412, [], b'{"error": {"code": 412, "message": "conditionNotMet"}}'
+            if unwanted == [now]:
+                return 304, [], b""
+            status, headers, content = super().serve(body)
+            if upload and status == 200:
+                self.finished[upload] = status, headers, content
+            return status, [*headers, ("x-goog-generation", now)] if reads else headers, content
+
+    def _name(self, query, body):
+        """The quoted name of the object that an upload makes."""
+        if "name" in query:
+            return urllib.parse.quote(query["name"][0], safe="")
+        facts = next(line for line in body.splitlines() if line.startswith(b"{"))  # the first part
+        return urllib.parse.quote(json.loads(facts)["name"], safe="")
+
+    def _generation(self, name):
+        status, _, content = self.ask("GET", f"/storage/v1/b/{BUCKET}/o/{name}")
+        return json.loads(content)["generation"] if status == 200 else "0"
 
 
 def _port():
@@ -167,9 +204,8 @@ def servers():
             )  # fmt: skip
             started.append(process)
             _wait_for(port, process)
-            proxy = type(
-                "P", (Proxy,), {"port": port, "faults": Faults(), "exclusive": threading.Lock()}
-            )
+            base = GoogleProxy if scheme == "gs" else Proxy
+            proxy = type("P", (base,), {"port": port, "faults": Faults()})
             server = ThreadingHTTPServer(("127.0.0.1", 0), proxy)
             server.daemon_threads = True
             threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -177,7 +213,6 @@ def servers():
         environment = {
             "STORAGE_EMULATOR_HOST": found["gs"][0],
             "TENSORSTORE_GCS_HTTP_URL": found["gs"][0],
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
             "GCE_METADATA_ROOT": "127.0.0.1:1",
             "AWS_ENDPOINT_URL": found["s3"][0],
             "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1",

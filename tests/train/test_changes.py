@@ -84,9 +84,10 @@ def test_durations_after_a_change():
 
 
 def test_four_restarts_that_change_the_optimizer_the_average_and_the_mesh(
-    clipjax, read_metrics, vary, caplog
+    clipjax, read_metrics, vary, shown, caplog
 ):
-    """clip_norm, EMA, a group's start, batch size and mesh, one after the other: the run goes on."""
+    """clip_norm, EMA, a group's start, batch size and mesh, one after the other: the run goes on, and sees every
+    example once an epoch."""
     base = "evals=(), checkpoint=Checkpointing(every=None, keep=9), "
     held = "groups=(Group('^text/', starts=Duration(9)),)"
     plain = vary(base + "optimizer=AdamW(lr=1e-2, schedule=Constant(), clip_norm=None)")
@@ -110,7 +111,13 @@ def test_four_restarts_that_change_the_optimizer_the_average_and_the_mesh(
     # The group stands still until step 9 although it moved before.
     moved = {n: np.abs(five[n] - four[n]).max() for n in four if n.startswith("params/")}
     assert all((moved[n] == 0) == n.startswith("params/text/") for n in moved)
-    assert clipjax("train", "--duration.amount", 10, *wider, config=clipped, devices=4) == 0
+    length = ("--duration.unit", "examples", "--duration.amount", 5 * 16 + 5 * 32)
+    assert clipjax("train", *length, *wider, config=clipped, devices=4) == 0
+    assert [len(batch) for batch in shown] == [16] * 7 + [32] * 5
+    ids = np.concatenate(shown[:4] + shown[6:])  # steps 5 and 6 were gone back behind
+    for epoch in range(3):
+        assert sorted(ids[epoch * 64 : (epoch + 1) * 64]) == list(range(64))
+    assert len(set(ids[192:])) == 48
     assert sorted(read_metrics(clipjax.workdir)) == list(range(1, 11))
     assert not any(n.startswith("ema/") for n in state(clipjax.workdir, 10))
     assert "no longer used: ema" in caplog.text

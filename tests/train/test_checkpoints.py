@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from clipjax import open_pretrained
 from clipjax.checkpoint import Checkpointing, Checkpoints
 from clipjax.checksums import checksums
 from clipjax.component import from_json
-from clipjax.errors import ClipjaxError
+from clipjax.errors import ClipjaxError, DamagedCheckpoint
 from clipjax.files import replace_file, scratch
 from clipjax.meta import Meta
 from clipjax.optim import Duration, Every, Scale
@@ -59,6 +60,51 @@ def test_the_best_and_the_milestones_stay_over_restarts(tmp_path):
     assert Checkpoints(tmp_path).meta(7).figures == {"r/x": 0.95}
     lowest = Checkpointing(keep=1, best="r/x", best_is="min")
     assert save(tmp_path / "low", lowest, [(1, 0.1, False), (2, 0.2, False)]) == [1, 2]
+
+
+def test_any_damaged_or_missing_file_is_told(tmp_path):
+    """Each file of a checkpoint in turn, one byte flipped or gone: the state is the same, or it is named as damaged."""
+    tree = {"params": {"w": jnp.arange(60.0).reshape(5, 12)}, "step": jnp.int32(7)}
+    checkpoints = Checkpoints(tmp_path, Checkpointing(keep=9))
+    for step in (1, 2):
+        checkpoints.save(step, tree, META)
+    checkpoints.close()
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+    )
+    newest = tmp_path / "checkpoints/2"
+    told, files = set(), [p for p in sorted(newest.rglob("*")) if p.is_file()]
+    assert len(files) > 8
+    for file in files:
+        content = file.read_bytes()
+        for damage in ("flipped", "missing"):
+            if damage == "missing":
+                file.unlink()
+            elif content:
+                middle = len(content) // 2
+                file.write_bytes(
+                    content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+                )
+            reader = Checkpoints(tmp_path)
+            try:
+                got = reader.restore(2, target)
+                assert reader.meta(2).step == 2
+                assert (got["params"]["w"] == tree["params"]["w"]).all()
+                assert got["step"] == 7
+            except DamagedCheckpoint as error:
+                told.add((file.relative_to(newest).as_posix(), damage))
+                assert f"checkpoint {newest} cannot be read" in str(error), file
+                assert "With --fallback, step 1 is used instead" in str(error)
+            finally:
+                reader.close()
+            file.write_bytes(content)
+    assert ("meta/metadata", "flipped") in told
+    assert ("meta/metadata", "missing") in told
+    for damage in (
+        "flipped",
+        "missing",
+    ):  # which of the files with arrays are read is Orbax's affair
+        assert any("/d/" in file and how == damage for file, how in told)
 
 
 def test_cadences_of_every_unit():

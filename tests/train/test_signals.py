@@ -70,6 +70,7 @@ def test_while_steps_run_the_first_signal_waits_and_the_second_does_not():
     ask_in_steps = functools.partial(ask, before="stop.wait_for_steps()")
     steps = "time.sleep(1); sys.stdout.write(f'{stop.number} ')"
     assert ask_in_steps(steps, signal.SIGTERM)[::2] == (0, "15 lived\n")
+    assert ask_in_steps(steps, signal.SIGHUP)[::2] == (0, "1 lived\n")
     code, _, out, _ = ask_in_steps(steps, signal.SIGTERM, signal.SIGTERM)
     assert (code, out) == (-signal.SIGTERM, "")
     evaluating = "with stop.at_once(): time.sleep(50)"
@@ -122,24 +123,27 @@ def test_a_lost_terminal_ends_no_run(tmp_path, spawn, vary):
 
 
 def test_a_process_that_stands_still_is_named_and_the_others_end(tmp_path, spawn, wait_for, vary):
-    """Of two processes one is stopped in a step: the other prints all stacks, says which, and ends with 76."""
-    config = vary("evals=(), duration=Duration(100_000), checkpoint=Checkpointing(every=None)")
+    """Of three processes one is stopped in a step: the others print all stacks, name it alone, and end with 76."""
+    config = vary("evals=(), duration=Duration(100_000), checkpoint=Checkpointing(every=None), data=replace("
+                  "run.data, batch_size=18)")  # fmt: skip
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    both = [
+    processes = [
         spawn("train", config, "--workdir", tmp_path / "run", "--stall_minutes", 0.2,
-              JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(index))
-        for index in range(2)
+              JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="3", JAX_PROCESS_ID=str(index))
+        for index in range(3)
     ]  # fmt: skip
     metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.read_text().count('"loss"') >= 3, both[0])
-    both[1].send_signal(signal.SIGSTOP)
+    wait_for(lambda: metrics.exists() and metrics.read_text().count('"loss"') >= 3, processes[0])
+    processes[1].send_signal(signal.SIGSTOP)
     began = time.monotonic()
-    _, stderr = both[0].communicate(timeout=120)
-    assert both[0].returncode == 76, stderr
-    assert time.monotonic() - began < 60
-    assert f"process 1 on {socket.gethostname()} is silent (it was at: " in stderr
-    assert "Thread 0x" in stderr  # the stacks
-    assert "loop.py" in stderr
-    os.kill(both[1].pid, signal.SIGKILL)
+    for process in (processes[0], processes[2]):
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 76, stderr
+        assert time.monotonic() - began < 60
+        assert f"process 1 on {socket.gethostname()} is silent (it was at: " in stderr
+        assert stderr.count(" is silent") == 1
+        assert "Thread 0x" in stderr  # the stacks
+        assert "loop.py" in stderr
+    os.kill(processes[1].pid, signal.SIGKILL)
