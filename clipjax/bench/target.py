@@ -94,7 +94,7 @@ def measure(
     step = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))
     lowered = step.lower(embedding, embedding, scalar, scalar)
     compiled = lowered.compile(compiler_options=COMPILER_OPTIONS[on.chip.platform])
-    sent, text = work(compiled, on.devices).sent, compiled.as_text()
+    sent, text = work(compiled, on.devices).sent, compiled.as_text() or ""
     unit = (on.devices - 1) / on.devices * rows * width * jnp.dtype(dtype).itemsize
     return {
         "wire": sum(sent.values()) / unit,
@@ -108,9 +108,11 @@ KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton")
 
 
 def _main() -> None:
-    name, *rest, ways = json.load(sys.stdin)
+    name, rows, width, objective, dtype, ways = json.load(sys.stdin)
     try:
-        found: dict[str, Any] = {way: measure(machine(name), *rest, way) for way in ways}
+        found: dict[str, Any] = {
+            way: measure(machine(name), rows, width, objective, dtype, way) for way in ways
+        }
     except ClipjaxError as error:
         found = {"error": str(error)}
     print(json.dumps(found))

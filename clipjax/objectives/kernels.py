@@ -109,21 +109,22 @@ class Kernel:
         states = jax.tree.leaves(self._like(tile, row, col, shared))
         return all(leaf.ndim == 1 and leaf.dtype == jnp.float32 for leaf in states)
 
-    def stats(self, tile: Similarities, row: Side, col: Side, shared: Any) -> tuple[States, States]:
+    def stats(self, tile: Any, row: Side, col: Side, shared: Any) -> tuple[States, States]:
         """The statistics of these rows [R, ...] and of these columns [C, ...]."""
-        rows, cols = map(jax.tree.structure, self._like(tile, row, col, shared))
+        like = self._like(tile, row, col, shared)
+        rows, cols = map(jax.tree.structure, like)
 
         def body(sims, row, col, shared, _):
             row_states, col_states = _states(tile, sims, row, col, shared)
             return jax.tree.leaves(row_states), jax.tree.leaves(col_states), None
 
-        outs = rows.num_leaves, cols.num_leaves
+        outs = len(jax.tree.leaves(like[0])), len(jax.tree.leaves(like[1]))
         of_rows, of_cols, _ = self._run(tile, body, row, col, shared, ({}, {}), outs)
         return fold(jax.tree.unflatten(rows, of_rows)), fold(jax.tree.unflatten(cols, of_cols))
 
     def grads(
         self,
-        tile: Similarities,
+        tile: Any,
         row: Side,
         col: Side,
         shared: Any,

@@ -138,12 +138,13 @@ class Sweep:
         """Zero cotangents of the rows' sides and of `shared`."""
         return _zeros(floats(rows)), _zeros(floats(dict(enumerate(jax.tree.leaves(shared)))))
 
-    def _fused(self, row, col, shared):
-        return self.kernel is not None and self.kernel.fits(self.tile, row, col, shared)
+    def _fused(self, row, col, shared) -> Kernel | None:
+        fits = self.kernel is not None and self.kernel.fits(self.tile, row, col, shared)
+        return self.kernel if fits else None
 
     def _tile_stats(self, row, col, shared):
-        if self._fused(row, col, shared):
-            return self.kernel.stats(self.tile, row, col, shared)
+        if kernel := self._fused(row, col, shared):
+            return kernel.stats(self.tile, row, col, shared)
         row, col = _wide(row), _wide(col)
         row_terms, col_terms = self.tile(row, col, shared)
         places = Places(row["index"], col["index"])
@@ -153,8 +154,8 @@ class Sweep:
         )
 
     def _tile_grads(self, row, col, shared, row_cts, col_cts):
-        if self._fused(row, col, shared):
-            return self.kernel.grads(self.tile, row, col, shared, row_cts, col_cts)
+        if kernel := self._fused(row, col, shared):
+            return kernel.grads(self.tile, row, col, shared, row_cts, col_cts)
         row, col = _wide(row), _wide(col)
         leaves, tree = jax.tree.flatten(shared)
         whole = dict(enumerate(leaves))
