@@ -53,7 +53,7 @@ def plain(tmp_path_factory):
     ("devices", "options"),
     [
         (1, "--accumulate 4 --model.image.remat activation --model.text.remat dots --pair_tile_mb 0.001"),
-        (1, "--model.image.no_scan --model.text.remat full --model.text.scan_unroll 2 --pair_chunk 4"),
+        (1, "--model.image.scan False --model.text.remat full --model.text.scan_unroll 2 --pair_chunk 4"),
         (8, "--mesh.group 2 --mesh.tensor 2 --sharding.fsdp --sharding.min_size 16 --accumulate 2 "
             "--pair_kernel fused --pair_precision high"),
     ],
