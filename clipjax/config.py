@@ -62,7 +62,8 @@ class Run(Component):
     pair_precision: str = "highest"
     """Of float32 similarities: highest, or high (TF32 on NVIDIA's chips, three bfloat16 products on TPUs)."""
     pair_kernel: str = "auto"
-    """fused: a tile of similarities is one kernel where it can be; generic: never; auto: fused on chips in bfloat16."""
+    """fused: a tile of similarities is one kernel where it can be; generic: never; auto: fused on chips in
+    bfloat16, where that is faster."""
     accumulate: int = 1
     """Micro-batches per step; the result equals the big batch."""
     ema: Ema | None = None

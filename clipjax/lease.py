@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from clipjax.errors import EXIT_UNAVAILABLE
 from clipjax.processes import seconds_of
@@ -53,6 +52,7 @@ class Lease:
         self._term = seconds_of(os.environ, LEASE_SECONDS, 90)
         self._over = threading.Event()
         self._number, self._beat = 0, 0
+        self._renewing = threading.Thread(target=self._renew, daemon=True, name="lease")
         self.holder = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(4)}"
 
     def take(self) -> None:
@@ -72,11 +72,12 @@ class Lease:
         for old in self._numbers():
             if old < self._number:
                 self._remove(old)
-        threading.Thread(target=self._renew, daemon=True, name="lease").start()
+        self._renewing.start()
 
     def release(self) -> None:
         """Lets go of it."""
         self._over.set()
+        self._renewing.join(self._term / 5)  # a beat under way would make the object again
         self._remove(self._number)
 
     def _wait_for_silence(self, number: int) -> None:
@@ -164,6 +165,11 @@ class Lease:
             path.write_bytes(self._content())
 
     def _remove(self, number: int) -> None:
+        path = self._path(number)
+
+        def remove() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+
         with contextlib.suppress(Exception):  # it runs out by itself
-            path: Any = self._path(number)
-            path.unlink()
+            persistent(f"removing {path}", remove)

@@ -19,7 +19,7 @@ class Way(NamedTuple):
     """Name of the engine's exchange."""
     grads: str = "float32"
     """Dtype of the columns' gradient as it travels."""
-    kernel: str = "auto"
+    kernel: str = "fused"
     """The engine's."""
 
 

@@ -45,7 +45,7 @@ class Block(NamedTuple):
 
 
 BLOCKS = {
-    "gpu": Block(128, 256, 64),
+    "gpu": Block(128, 128, 64, warps=4),
     "tpu": Block(512, 512),
     "cpu": Block(8, 8),  # for a look at the kernel without a chip
 }
@@ -61,12 +61,14 @@ class Similarities:
       first: name of the rows' side in the product.
       second: name of the columns' side.
       terms: `terms(similarities, row, col, shared) -> (row terms, column terms)`.
+      slow_on: platforms where its kernels were found slower than what the compiler makes of it.
     """
 
     dot: Callable[[jax.Array, jax.Array], jax.Array]
     first: str
     second: str
     terms: Callable[[jax.Array, Side, Side, Any], tuple[Terms, Terms]]
+    slow_on: tuple[str, ...] = ()
 
     def __call__(self, row: Side, col: Side, shared: Any) -> tuple[Terms, Terms]:
         return self.terms(self.dot(row[self.first], col[self.second]), row, col, shared)
@@ -79,10 +81,12 @@ class Kernel:
     Attributes:
       how: the product.
       block: what one program takes.
+      always: also where a tile says that it is slow.
     """
 
     how: How
     block: Block
+    always: bool = True
 
     def fits(self, tile: Any, row: Side, col: Side, shared: Any) -> bool:
         """Whether a tile of these sides can be a kernel.
@@ -91,6 +95,8 @@ class Kernel:
         number each.
         """
         if not isinstance(tile, Similarities):
+            return False
+        if not self.always and self.how.platform in tile.slow_on:
             return False
         first, second = row[tile.first], col[tile.second]
         lanes = 128 if self.how.platform == "tpu" else 1

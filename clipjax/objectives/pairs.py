@@ -281,7 +281,7 @@ class PairEngine:
             return None
         if self.kernel == "auto" and self.platform not in ("gpu", "tpu"):
             return None
-        return Kernel(self._how, BLOCKS[self.platform])
+        return Kernel(self._how, BLOCKS[self.platform], always=self.kernel == "fused")
 
     def _plan(self, tile: Tile, rows: Side, blocks: list[Columns], shared: Any) -> Pass:
         parts: list[tuple[frozenset[str], Block]] = []

@@ -44,6 +44,7 @@ class Sigmoid(Pairwise):
             positive = row[key][:, None] == col[key]
             return {"loss": Sum(jax.nn.softplus(jnp.where(positive, -logits, logits)))}, {}
 
-        tile = Similarities(engine.dot, "first", "second", terms)
+        # On an H200, 65,536 pairs of 768 channels took 99 ms against 75 (softmax: 58 against 69).
+        tile = Similarities(engine.dot, "first", "second", terms, slow_on=("gpu",))
         stats, _ = engine.reduce(tile, rows, cols, encoded.logit_bias)
         return jnp.mean(stats["loss"]), {}
