@@ -68,7 +68,6 @@ def work(compiled: Any, devices: int = 1, islands: Sequence[Any] = ()) -> Work:
       devices: devices of a collective that does not list its groups.
       islands: of each device, in the mesh's order, what it shares fast links with; none: all do.
     """
-    islands = islands or [0] * devices
     computations, entry = _parse(compiled.as_text())
     counted: dict[str, Work] = {}
 
@@ -182,7 +181,9 @@ def _own(
         "collective-permute": 1,
     }[kind]
     sent = factor * size
-    if kind == "collective-permute":
+    if not islands:
+        slow = 0.0
+    elif kind == "collective-permute":
         pairs = _PAIRS.search(rest)
         edges = _lists(pairs.group(1)) if pairs else []
         slow = float(any(islands[a] != islands[b] for a, b in edges))  # who waits for the slow link

@@ -53,11 +53,7 @@ class Linear(nnx.Module):
 
 
 def _matmul(x, kernel, dtype):
-    # As two matrices: of a product that adds up over two axes, as the kernel's gradient would be,
-    # XLA's GPU compiler writes a transposed copy of `x` first.
-    flat = x.reshape(-1, x.shape[-1])
-    y = jnp.matmul(flat, kernel.astype(x.dtype), preferred_element_type=dtype)
-    return y.reshape(*x.shape[:-1], -1)
+    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

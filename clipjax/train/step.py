@@ -236,15 +236,15 @@ def _encode(forward, params, model_state, batch, needs, mesh, accumulate) -> Enc
     return Encoded(rows, jax.tree.map(lambda x: x[0], stacked.shared))
 
 
-def jit_step(step: Step, blueprint: Blueprint) -> Any:
-    """`step` compiled with the state's layout fixed and its buffers donated.
+def jit_step(take: Step, blueprint: Blueprint) -> Any:
+    """A step compiled with the state's layout fixed and its buffers donated.
 
     Takes (state, batch), and as a third argument the weights of frozen teachers where the objective has any.
     """
     layout = blueprint.shardings
 
-    def from_host(state: TrainState, *others):
-        return step(to_devices(state, layout), *others)
+    def step(state: TrainState, *others):
+        return take(to_devices(state, layout), *others)
 
     inputs = (layout, None, None) if blueprint.frozen else (layout, None)
-    return jax.jit(from_host, in_shardings=inputs, out_shardings=(layout, None), donate_argnums=0)
+    return jax.jit(step, in_shardings=inputs, out_shardings=(layout, None), donate_argnums=0)

@@ -65,8 +65,8 @@ def test_options_reach_the_contestants_and_figures_are_their_ratios(monkeypatch,
     assert results["time_ratio_vs_dense"] == 0.5
     assert results["time_ratio_vs_torch"] == 4
     assert results["memory_ratio_vs_torch"] == 16
-    assert results["temp_ratio_vs_openclip"] == 30  # beyond two gathered modalities, and beyond one
     held = 8 * 128 * 4
+    assert results["temp_ratio_vs_openclip"] == pytest.approx((2 * held + 3000) / (held + 100))
     assert results["ring_temp_ratio_vs_openclip"] == pytest.approx((2 * held + 3000) / 10)
     # 4 products of 64 x 64 x 32 in 2 s, over 2 x 4096^3 in half a second
     assert results["share_of_matmul_rate"] == pytest.approx(8 * 64**2 * 32 / 2 / (4 * 4096**3))

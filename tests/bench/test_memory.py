@@ -57,7 +57,7 @@ def test_batches_stay_split_and_only_weights_travel(step):
 
 
 def test_from_the_command_line(capfd):
-    options = ["--image", "Ti/32", "--text", "S", "--devices", "4", "--group", "2", "--tensor", "2"]
+    options = ["--image", "S/32", "--text", "S", "--devices", "4", "--group", "2", "--tensor", "2"]
     options += ["--no_fsdp", "--local_batch", "4", "--accumulate", "2", "--dtype", "bfloat16"]
     assert main(["bench", "memory", *options, "--remat", "full", "--json"]) == 0
     results = json.loads(capfd.readouterr().out.splitlines()[-1])

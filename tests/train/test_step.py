@@ -125,7 +125,8 @@ def test_accumulation_equals_the_big_batch(objective, accumulate, devices):
 
 @pytest.mark.parametrize(
     ("sharding", "tolerance"),
-    [({"gather_gb": 4.0}, 1e-5), ({"gather_gb": 1e-9}, 1e-5), ({"reduce_dtype": "bfloat16"}, 2**-7)],
+    # In bfloat16, two halves are rounded, to 2^-9 of each, before they cancel in part.
+    [({"gather_gb": 4.0}, 1e-5), ({"gather_gb": 1e-9}, 1e-5), ({"reduce_dtype": "bfloat16"}, 2**-6)],
     ids=["once", "each", "bfloat16"],
 )  # fmt: skip
 def test_accumulation_of_split_weights(sharding, tolerance):
