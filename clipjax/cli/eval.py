@@ -110,13 +110,14 @@ def _parser(tasks: list[str]) -> argparse.ArgumentParser:
     add("--evals", type=Path, metavar="FILE.py",
         help="a file with `def evals() -> tuple[Evaluator, ...]`")  # fmt: skip
     add("--dataset", action="append", default=[], metavar="NAME[:SPLIT] | PATH",
-        help="a TFDS data set, a folder of classes or with a captions table, .tar files; repeatable")  # fmt: skip
+        help="a TFDS data set; a folder of classes or with a captions table, .tar or Parquet files, ...; of "
+        "compositional, winoground and winogavil, a file of entries; repeatable")  # fmt: skip
     add("--task", action="append", default=[], metavar="TASK",
         help=f"{', '.join(TASKS)}, or the class of an evaluator of your own from --imports; repeatable "
         "(default: the first two, as fits)")  # fmt: skip
     add("--train-dataset", metavar="NAME[:SPLIT] | PATH",
-        help="what linear_probe, knn and few_shot learn from (default: the split train of the data set); "
-        "what captioning takes its baseline from")  # fmt: skip
+        help="what linear_probe, knn, few_shot and linear_segmentation learn from (default: the split train of "
+        "the data set); what captioning takes its baseline from")  # fmt: skip
     for key, what in _KEYS.items():
         add(f"--{key.replace('_', '-')}", help=what)
     add(
@@ -162,8 +163,8 @@ def _check(options: argparse.Namespace, tasks: list[str]) -> None:
     for task in options.task:
         evaluator_class(task)
     if options.fit_scaling:
-        rest = ("dataset", "task", "evals", "table", "batch_size", "bootstrap", "watch", *_KEYS)
-        if useless := given((*rest, *owners)):
+        rest = ("dataset", "task", "evals", "table", "batch_size", "bootstrap", "watch", "poll")
+        if useless := given((*rest, *_KEYS, *owners)):
             raise ClipjaxError(f"{useless[0]} has no effect with --fit-scaling")
         return
     if useless := given(_FOR_SCALING):

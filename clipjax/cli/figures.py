@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 def print_figures(
@@ -23,7 +23,7 @@ def print_figures(
     Args:
       results: by model, its figures by name, in one order with `steps`.
       steps: by path, the step of a run's checkpoint.
-      table: "md" or "csv" for a table, None for lists.
+      table: "md" or "csv" for a table, None for lists. Of a CSV, intervals go to stderr: stdout is the table.
       resamples: bootstrap resamples; None for no intervals.
       as_json: whether to end with one object on the last line.
     """
@@ -35,7 +35,8 @@ def print_figures(
         for (path, figures), step in zip(results.items(), steps.values(), strict=True):
             shown = {name: float(value) for name, value in figures.items()}
             print_results(path if step is None else f"{path} at step {step}", shown)
-    spread, apart = _trust(results, resamples) if resamples else ({}, {})
+    out = sys.stderr if table == "csv" else sys.stdout
+    spread, apart = _trust(results, resamples, out) if resamples else ({}, {})
     if not as_json:
         return
     facts: dict[str, dict[str, Any]] = {
@@ -50,9 +51,9 @@ def print_figures(
 
 
 def _trust(
-    results: Mapping[str, Mapping[str, float]], resamples: int
+    results: Mapping[str, Mapping[str, float]], resamples: int, out: TextIO
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """(95 % intervals by model and figure, differences from the first model likewise); prints both."""
+    """(95 % intervals by model and figure, differences from the first model likewise); prints both to `out`."""
     from clipjax.evals.intervals import differences, intervals
 
     spread: dict[str, dict[str, Any]] = {}
@@ -60,18 +61,19 @@ def _trust(
     first, *others = results
     for path, figures in results.items():
         spread[path] = intervals(figures, resamples)
-        print(f"95 % intervals of {path}, {resamples} resamples")
+        print(f"95 % intervals of {path}, {resamples} resamples", file=out)
         for name, (low, high) in spread[path].items():
-            print(f"  {name:40} {low:.4f} to {high:.4f}")
+            print(f"  {name:40} {low:.4f} to {high:.4f}", file=out)
     for path in others:
         apart[path] = {}
-        print(f"{path} less {first}, on the same examples")
+        print(f"{path} less {first}, on the same examples", file=out)
         for name, found in differences(results[first], results[path], resamples).items():
             apart[path][name] = dataclasses.asdict(found)
             exact = "" if found.mcnemar is None else f", McNemar's p = {found.mcnemar:.3g}"
             print(
                 f"  {name:40} {found.value:+.4f} ({found.low:+.4f} to {found.high:+.4f}), "
-                f"p = {found.p:.3g}{exact}"
+                f"p = {found.p:.3g}{exact}",
+                file=out,
             )
     return spread, apart
 

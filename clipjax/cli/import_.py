@@ -50,13 +50,14 @@ def main(arguments: list[str]) -> int:
     if namespace.out.exists() and (not namespace.out.is_dir() or any(namespace.out.iterdir())):
         raise ClipjaxError(f"{namespace.out} exists and is not empty: name a new folder")
 
+    from clipjax.checkpoint import FOLDER
     from clipjax.interop.source import is_source
     from clipjax.params import count
     from clipjax.pretrained import is_pretrained
 
-    own = is_pretrained(namespace.source) or (
-        namespace.source.is_dir() and not is_source(namespace.source)
-    )
+    source = namespace.source
+    is_run = source.parent.name == FOLDER or (source / FOLDER).is_dir()
+    own = is_pretrained(source) or (is_run and not is_source(source))
     pretrained = _own(namespace) if own else _foreign(namespace)
     pretrained.save(namespace.out)
     tokenizer = pretrained.tokenizer

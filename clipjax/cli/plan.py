@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("config", type=place, help="a Python config file, or the folder of a run")
     parser.add_argument("--on", required="--help" not in arguments and "-h" not in arguments, metavar="MACHINE",
-                        help="v5e-256, v6e-64, v5p-128 (cores), h100x64, a100x8, cpux8 (simulated)")  # fmt: skip
+                        help="v5e-256, v6e-64, v5p-128 (cores), h100x64, h200x8, a100x8, cpux8 (CPUs)")  # fmt: skip
     parser.add_argument(
         "--examples", type=int, help="examples in one epoch, for durations in epochs"
     )
@@ -45,12 +45,15 @@ def main(arguments: list[str]) -> int:
         "--batch_sizes", type=int, nargs="+", metavar="N", help="to try (default: the run's)"
     )
     search.add_argument(
-        "--most", type=int, default=6, help="steps to compile, at most (default: 6)"
+        "--most", type=int, metavar="N", help="steps to compile, at most (default: 6)"
     )
-    search.add_argument("--minutes", type=float, default=10.0, help="for all of it (default: 10)")
+    search.add_argument("--minutes", type=float, help="for all of it (default: 10)")
     namespace, run = parse_run(parser, arguments)
     if namespace.batch_sizes and not namespace.search:
         raise ClipjaxError("--batch_sizes is for --search; one batch size is --data.batch_size")
+    for name in ("most", "minutes"):
+        if getattr(namespace, name) is not None and not namespace.search:
+            raise ClipjaxError(f"--{name} is for --search")
     if namespace.check and namespace.search:
         raise ClipjaxError("--check is for one plan: leave out --search")
     from clipjax.plan.machines import machine
@@ -82,9 +85,11 @@ def _search(namespace: Namespace, run: Run, on: Machine, files: list[Path]) -> i
     from clipjax.plan.search import search
 
     console = _console()
+    most = 6 if namespace.most is None else namespace.most
+    minutes = 10.0 if namespace.minutes is None else namespace.minutes
     ranked, counts = search(
         run, on, files, namespace.examples, namespace.batch_sizes or [run.data.batch_size],
-        namespace.most, 60 * namespace.minutes, lambda text: print(text, file=sys.stderr),
+        most, 60 * minutes, 1e9 * namespace.disk, lambda text: print(text, file=sys.stderr),
     )  # fmt: skip
     table.show_ranked(console, on, ranked, counts)
     named = [

@@ -207,7 +207,7 @@ def build(
     values: dict[str, Any] = {"source": source} | given(options, options_of(cls))
     if "train" in fields:
         if train is None:
-            raise ClipjaxError(f"{source}: say with --train-dataset what to learn from")
+            raise ClipjaxError(f"--task {task}: say with --train-dataset what to learn from")
         values["train"] = train
     if "training" in fields and options.train_dataset:
         values["training"] = train

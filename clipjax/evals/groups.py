@@ -55,7 +55,7 @@ def groups_of(data: EvalSet, key: str) -> list[Any]:
     """The group of each record: an entry, or with "npy[2]" a number of an array in one.
 
     Raises:
-      ClipjaxError: there is no such entry.
+      ClipjaxError: there is no such entry, or no array in it.
     """
     match = re.fullmatch(r"(.+)\[(\d+)\]", key)
     if match is None:
@@ -64,7 +64,12 @@ def groups_of(data: EvalSet, key: str) -> list[Any]:
     found = []
     for value in data.entries(name):
         if isinstance(value, bytes):
-            value = np.load(io.BytesIO(value), allow_pickle=False)
+            try:
+                value = np.load(io.BytesIO(value), allow_pickle=False)
+            except (ValueError, EOFError, OSError) as error:
+                raise ClipjaxError(
+                    f"groups_key={key!r}: {name} is no .npy file ({error})"
+                ) from error
         array = np.ravel(value)
         if place >= len(array):
             raise ClipjaxError(f"groups_key={key!r}: {name} has {len(array)} numbers")

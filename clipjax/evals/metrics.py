@@ -274,18 +274,6 @@ def summarize_ranks(ranks: np.ndarray) -> dict[str, float]:
     }
 
 
-def mean_per_class_accuracy(ranks: np.ndarray, label: np.ndarray) -> float:
-    """Top-1 accuracy averaged within each class that occurs, then over those classes.
-
-    Args:
-      ranks: [n] rank of the true class.
-      label: [n] int.
-    """
-    counts = np.bincount(label)
-    hits = np.bincount(label, weights=np.asarray(ranks) == 1)
-    return float(np.mean(hits[counts > 0] / counts[counts > 0]))
-
-
 def recall_by_chance(k: int, candidates: int, right: int = 1) -> float:
     """R@k of a random order with `right` right answers among `candidates`.
 

@@ -215,6 +215,7 @@ def search(
     batch_sizes: list[int],
     most: int,
     seconds: float,
+    disk: float,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Ranks what fits.
@@ -227,6 +228,7 @@ def search(
       batch_sizes: to try.
       most: steps to compile, at most.
       seconds: for all of it; a step that is compiling then is given up.
+      disk: as for `estimate`.
       say: is told what happens.
 
     Returns:
@@ -249,7 +251,7 @@ def search(
     left = []
     for candidate in all_of_them:
         found = expected(run, on, candidate, known)
-        judged = estimate(candidate.applied(run), on, found, examples)
+        judged = estimate(candidate.applied(run), on, found, examples, disk)
         if judged["memory"] is None or judged["held"] <= SLACK * judged["memory"]:
             left.append((_order(judged, found), candidate, judged))
     if not left:
@@ -276,7 +278,7 @@ def search(
             {
                 "settings": candidate.row(),
                 "compiled": found,
-                "estimated": estimate(candidate.applied(run), on, found, examples),
+                "estimated": estimate(candidate.applied(run), on, found, examples, disk),
                 "expected": judged,
             }
         )

@@ -142,10 +142,13 @@ def build_tiny_tfds(folder):
 def test_a_table_of_several_models(world, capsys, one_device):
     models = [str(world / "one"), str(world / "two")]
     data = ["--dataset", str(world / "test-pairs"), "--task", "retrieval"]
-    assert main(["eval", *models, *data, "--table", "csv", "--json"]) == 0
-    *lines, last = capsys.readouterr().out.splitlines()
+    assert main(["eval", *models, *data, "--table", "csv", "--bootstrap", "100", "--json"]) == 0
+    printed = capsys.readouterr()
+    *lines, last = printed.out.splitlines()
     found = json.loads(last)
     assert list(found) == models
+    assert found[models[0]].pop("interval_95") and found[models[1]]["difference"]
+    assert "95 % intervals" in printed.err  # stdout is the table
     rows = list(csv.reader(lines))
     assert rows[0] == ["figure", *models] and len(rows) == 1 + len(found[models[0]])
     for name, *cells in rows[1:]:
@@ -165,7 +168,7 @@ def test_a_users_evaluator_is_a_task_with_its_fields_as_options(evaluate, world,
         """
 import dataclasses
 from clipjax.data import Source
-from clipjax.evals import Evaluator
+from clipjax.evals import Evaluator, Figure
 
 @dataclasses.dataclass(frozen=True)
 class MeanBrightness(Evaluator):
@@ -175,14 +178,20 @@ class MeanBrightness(Evaluator):
     \"\"\"Multiplies it.\"\"\"
 
     def run(self, predictor):
-        return {f"{self.name}/mean": self.factor * len(self.source.open())}
+        count = len(self.source.open())
+        return {
+            f"{self.name}/mean": self.factor * count,
+            f"{self.name}/share": Figure([i < 2 for i in range(count)]),
+        }
 """
     )
     where = ["--imports", file, "--dataset", world / "test"]
     own = evaluate("one", *where, "--task", "mean_brightness", "--factor", 0.5)
-    assert own == {"brightness/mean": 6.0}
+    assert own == {"brightness/mean": 6.0, "brightness/share": pytest.approx(2 / 12)}
     both = evaluate("one", *where, "--task", "MeanBrightness", "--task", "geometry", "--limit", 4)
     assert both["brightness/mean"] == 12.0 and "geometry/alignment" in both
+    found = evaluate("one", *where, "--task", "mean_brightness", "--bootstrap", 100)
+    assert set(found["interval_95"]) == {"brightness/share"}  # a plain float has none
 
 
 def test_tars_with_labels_and_tables_with_other_columns(evaluate, world, tmp_path):
@@ -347,13 +356,14 @@ def test_a_scaling_law_that_cannot_be_fitted_is_refused(finished, capsys, refuse
         (["--evals", "none.py"], "none.py: no such file"),
         (["--dataset", "./none"], "no folder './none'"),
         (["--dataset", "nine", "--data-dir", "/none"], "the data set 'nine' is not in '/none'"),
-        (["--dataset", "x:train", "--task", "knn"], "say with --train-dataset"),
+        (["--dataset", "x:train", "--task", "knn"], "--task knn: say with --train-dataset"),
         (["--dataset", "x", "--task", "few_shot", "--shots", "two"], "--shots two"),
         (["--dataset", "x", "--task", "zeroshot", "--ties", "last"], "--ties last: choose of"),
         (["--dataset", "x:test[", "--confusion", "none/c.png"], "no folder to write 'none/c.png'"),
         (["--dataset", "x", "--confusion", "c.pgn"], "'c.pgn': pictures are written as"),
         (["--dataset", "x", "--bootstrap", 5], "--bootstrap 5: an interval takes at least 100"),
         (["--dataset", "x", "--poll", 5], "--poll needs --watch"),
+        (["--fit-scaling", "--poll", 5], "--poll has no effect with --fit-scaling"),
         (["--dataset", "x", "--watch", "--table", "md"], "--watch prints"),
         (["--dataset", "x[:5]"], "name the split before its slice, as in x:test[:5]"),
         (["--dataset", "x.json", "--task", "compositional"], "needs --images"),

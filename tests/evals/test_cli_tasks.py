@@ -43,7 +43,7 @@ def test_probes_from_files_of_entries(evaluate, refused, world, tmp_path):
     assert "winogavil needs --images" in refused("one", *asked[:4])
 
 
-def test_a_published_data_set_brings_its_names_and_templates(evaluate, world, tmp_path):
+def test_a_published_data_set_brings_its_names_and_templates(evaluate, refused, world, tmp_path):
     """CLIP_benchmark's layout: names and templates beside the tars, {c} for the name; groups in JSON."""
     folder = tmp_path / "wds_colors"
     samples = [
@@ -70,6 +70,8 @@ def test_a_published_data_set_brings_its_names_and_templates(evaluate, world, tm
     assert found["zeroshot/top1"] == pytest.approx((north + south) / 2)
     by_number = evaluate("one", "--dataset", folder / "test", "--groups-key", "npy[0]")
     assert by_number["zeroshot/group/1/top1"] == south
+    words = refused("one", "--dataset", folder / "test", "--groups-key", "cls[0]")
+    assert "groups_key='cls[0]': cls is no .npy file" in words
     several = tmp_path / "en.json"
     several.write_text(json.dumps({"colors": NAMES, "others": ["x"]}))
     texts = tmp_path / "templates.json"

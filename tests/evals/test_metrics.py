@@ -6,6 +6,7 @@ import pytest
 
 from clipjax.errors import ClipjaxError
 from clipjax.evals import metrics
+from clipjax.evals.features import class_figures
 
 
 def unit(rng, *shape):
@@ -146,14 +147,14 @@ def test_class_ranks_and_accuracies(tile):
     ranks = metrics.class_ranks(image, classes, label, tile=tile)
     np.testing.assert_array_equal(ranks, expected)
     per_class = [np.mean(score[label == c].argmax(axis=1) == c) for c in sorted(set(label))]
-    assert metrics.mean_per_class_accuracy(ranks, label) == pytest.approx(np.mean(per_class))
+    assert class_figures(ranks, label)["mean_per_class"] == pytest.approx(np.mean(per_class))
     assert metrics.recall_at(ranks, 1) == np.mean(score.argmax(axis=1) == label)
     assert metrics.recall_at(ranks, 9) == 1.0
 
 
 def test_mean_per_class_weighs_classes_alike_and_skips_absent_ones():
     ranks, label = np.array([1, 1, 1, 2]), np.array([0, 0, 0, 2])
-    assert metrics.mean_per_class_accuracy(ranks, label) == 0.5
+    assert class_figures(ranks, label)["mean_per_class"] == 0.5
     assert metrics.recall_at(ranks, 1) == 0.75
 
 

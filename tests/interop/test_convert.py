@@ -240,6 +240,8 @@ def test_what_is_missing_is_named(clip_folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ClipjaxError, match="holds no weights under a usual name"):
         import_weights(tmp_path / "empty")
+    code, said = run(capsys, "import", tmp_path / "empty", "--out", tmp_path / "x")
+    assert code == 2 and "holds no weights under a usual name" in said.err
     save_file({"a.b": np.ones(2)}, tmp_path / "odd.safetensors")
     with pytest.raises(ClipjaxError, match=r"\(a.b, ...\) are of no family"):
         import_weights(tmp_path / "odd.safetensors")

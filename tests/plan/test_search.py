@@ -101,12 +101,25 @@ def test_arithmetic_is_near_the_compiler():
 
 def test_a_search_ranks_what_it_compiled(config, tmp_path, capsys):
     picture = tmp_path / "plan.svg"
-    options = ["--on", "cpux2", "--search", "--most", "1", "--picture", str(picture), "--json"]
+    options = [
+        "--on",
+        "cpux2",
+        "--search",
+        "--most",
+        "1",
+        "--disk",
+        "2",
+        "--picture",
+        str(picture),
+        "--json",
+    ]
     assert main(["plan", str(config), *options]) == 0
     printed = capsys.readouterr().out
     found = json.loads(printed.splitlines()[-1])
     assert found["combinations"] == found["left"] > found["compiled"] == 1
-    assert found["ranked"][0]["compiled"]["from"] == "compiler"
+    best = found["ranked"][0]
+    assert best["compiled"]["from"] == "compiler"
+    assert best["estimated"]["checkpoint_seconds"] == best["compiled"]["checkpoint"] / 2e9
     assert "first: --data.batch_size 4 --accumulate 1" in printed
     assert picture.stat().st_size > 1000
 
@@ -115,6 +128,8 @@ def test_a_search_ranks_what_it_compiled(config, tmp_path, capsys):
     ("options", "words"),
     [
         (["--batch_sizes", "4"], "--batch_sizes is for --search"),
+        (["--most", "3"], "--most is for --search"),
+        (["--minutes", "1"], "--minutes is for --search"),
         (["--search", "--check"], "--check is for one plan"),
         (["--search", "--batch_sizes", "7"], "do not divide over 2 batch shards"),
     ],
