@@ -54,6 +54,9 @@ def main(arguments: list[str]) -> int:
     for name in ("most", "minutes"):
         if getattr(namespace, name) is not None and not namespace.search:
             raise ClipjaxError(f"--{name} is for --search")
+    for name in ("most", "minutes", "disk"):
+        if (value := getattr(namespace, name)) is not None and not value > 0:
+            raise ClipjaxError(f"--{name} {value} must be above 0")
     if namespace.check and namespace.search:
         raise ClipjaxError("--check is for one plan: leave out --search")
     from clipjax.plan.machines import machine

@@ -130,6 +130,8 @@ def test_a_search_ranks_what_it_compiled(config, tmp_path, capsys):
         (["--batch_sizes", "4"], "--batch_sizes is for --search"),
         (["--most", "3"], "--most is for --search"),
         (["--minutes", "1"], "--minutes is for --search"),
+        (["--search", "--most", "0"], "--most 0 must be above 0"),
+        (["--disk", "0"], "--disk 0.0 must be above 0"),
         (["--search", "--check"], "--check is for one plan"),
         (["--search", "--batch_sizes", "7"], "do not divide over 2 batch shards"),
     ],
