@@ -74,6 +74,8 @@ def _keep(namespace: argparse.Namespace) -> int:
     from clipjax.data.filters import Filtered
     from clipjax.data.named import named_source
 
+    if not (namespace.where or namespace.keys or namespace.drop):
+        raise ClipjaxError("give --where, --keys or --drop")
     source = named_source(namespace.source)
     kept = Filtered(
         source,

@@ -48,13 +48,13 @@ def run(namespace: Any) -> int:
     pattern, files = namespace.files, expand(namespace.files)
     end = os.path.splitext(pattern)[1]
     if end not in kinds:
-        raise ClipjaxError(f"clipjax data sizes: {pattern!r} is of none of {', '.join(kinds)}")
+        raise ClipjaxError(f"{pattern!r} is of none of {', '.join(kinds)}")
     if not files:
-        raise ClipjaxError(f"clipjax data sizes: no file matches {pattern!r}")
+        raise ClipjaxError(f"no file matches {pattern!r}")
     folders = {file.rpartition("/")[0] for file in files}
     if len(folders) > 1:
         raise ClipjaxError(
-            f"clipjax data sizes: the files are in {len(folders)} folders; count those of each by themselves"
+            f"the files are in {len(folders)} folders; count those of each by themselves"
         )
     counted = ShardsOf(kinds[end](pattern), files, Stream(lanes=1), known=False)
     counts = counted.counts(np.arange(len(files)), ask=True)
@@ -69,7 +69,10 @@ def run(namespace: Any) -> int:
     lines = ",\n".join(
         f"{json.dumps(name)}: {count}" for name, count in zip(names, counts.tolist(), strict=True)
     )
-    replace_file(out, f"{{\n{lines}\n}}\n")
+    try:
+        replace_file(out, f"{{\n{lines}\n}}\n")
+    except OSError as error:
+        raise ClipjaxError(f"{out}: {error.strerror or error}") from error
     say(f"{int(counts.sum()):,} records in {len(files):,} files")
     print(out)
     return 0

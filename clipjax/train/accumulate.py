@@ -280,6 +280,6 @@ def to_micro(x: jax.Array, mesh: Mesh, k: int) -> jax.Array:
 
 
 def from_micro(x: jax.Array, mesh: Mesh, k: int) -> jax.Array:
-    """The inverse of `_to_micro`."""
+    """The inverse of `to_micro`."""
     x = rearrange(x, "k (shard row) ... -> (shard k row) ...", shard=batch_shards(mesh), k=k)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES)))

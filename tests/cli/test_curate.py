@@ -72,7 +72,7 @@ def test_keep_writes_keys_that_a_source_reads(run, folder):
     assert out.read_text() == "8.png\n9.png\n10.png\n11.png\n"
     assert len(Filtered(ImageFolder(str(folder)), keep=str(out)).open()) == 4
     code, _, err = run("data", "keep", folder, "--out", out)
-    assert code == 2 and "give keep, drop or where" in err
+    assert code == 2 and "give --where, --keys or --drop" in err
 
 
 def test_count_writes_what_balancing_reads(run, folder):

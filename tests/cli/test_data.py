@@ -45,6 +45,9 @@ def test_the_sizes_of_files(run, tmp_path):
     assert json.loads((tmp_path / "sizes.json").read_text()) == {"0.tar": 3, "1.tar": 4}
     code, printed, err = run("data", "sizes", str(tmp_path / "*.zip"))
     assert code == 2 and "is of none of .tar" in err
+    out = str(tmp_path / "missing" / "sizes.json")
+    code, _, err = run("data", "sizes", str(tmp_path / "*.tar"), "--out", out)
+    assert code == 2 and f"{out}: No such file" in err
     (tmp_path / "1_stats.json").unlink()
     (tmp_path / "sizes.json").unlink()
     write(tmp_path / "1.tar", range(3), end=4000)
