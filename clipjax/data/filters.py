@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -136,7 +137,7 @@ class Chosen(Source):
                 except UnreadableRecord as failure:
                     ends.append(str(failure))
             known = json.dumps([len(records), ends])
-        states = [(file, os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in self.files()]
+        states = [_state(file) for file in self.files()]
         fields = to_json(dataclasses.replace(self, remember=None))
         text = json.dumps([str(known), states, fields], sort_keys=True)
         return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
@@ -147,7 +148,7 @@ class Chosen(Source):
         try:
             with np.load(self.remember, allow_pickle=False) as file:
                 mark, bits = str(file["mark"]), file["bits"]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ClipjaxError(
                 f"{self.remember!r} is not what Chosen.remember wrote ({error}): remove it"
             ) from error
@@ -165,6 +166,14 @@ class Chosen(Source):
             replace_file(str(self.remember), buffer.getvalue())
         except OSError as error:
             raise ClipjaxError(f"{self.remember}: {error.strerror or error}") from error
+
+
+def _state(file: str) -> tuple[str, int, int]:
+    try:
+        found = os.stat(os.path.expanduser(file))
+    except OSError as error:
+        raise ClipjaxError(f"{file!r}: {error.strerror or error}") from error
+    return file, found.st_mtime_ns, found.st_size
 
 
 class _OpenChosen(Sequence):
@@ -268,10 +277,11 @@ class Filtered(Chosen):
             return {}, {}
         wanted = list(dict.fromkeys(condition.name for condition in conditions))
         rows: dict[str, tuple[Any, ...]] = {}
-        found: dict[str, int] = {}
+        there: set[str] = set()  # not every line of a .jsonl has every column
         for row in _table_rows(self.table):
-            found = found or {name: i for i, name in enumerate(n for n in wanted if n in row)}
-            rows[str(row["key"])] = tuple(row.get(name) for name in found)
+            there.update(name for name in wanted if name in row)
+            rows[str(row["key"])] = tuple(row.get(name) for name in wanted)
+        found = {name: i for i, name in enumerate(wanted) if name in there}
         if not found:
             raise ClipjaxError(
                 f"Filtered: {self.table!r} has none of the columns that the conditions name "

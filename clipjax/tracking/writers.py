@@ -249,7 +249,8 @@ class _TensorBoardWriter:
 
     def write(self, step, scalars):
         for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+            if math.isfinite(value):  # what is not known here, as a CPU's MFU, has no point
+                self._writer.add_scalar(name, value, step)
 
     def close(self):
         self._writer.close()

@@ -85,6 +85,23 @@ def test_lists_of_keys_and_scores_in_a_side_table(tars, tmp_path):
     assert captions(dataclasses.replace(both, drop=drop)) == ["3"]
 
 
+def test_not_every_line_of_a_table_has_every_column(tars, tmp_path):
+    table = tmp_path / "scores.jsonl"
+    rows = [{"key": "0.tar:0", "clip": 1}, {"key": "0.tar:1", "nsfw": 0}, {"key": "1.tar:3"}]
+    table.write_text("".join(json.dumps(row | {"n": 1}) + "\n" for row in rows))
+    assert captions(Filtered(tars, where=("nsfw < 0.5",), table=str(table))) == ["1"]
+    assert captions(Filtered(tars, where=("n > 0", "clip > 0"), table=str(table))) == ["0"]
+    remember = tmp_path / "chosen.npz"
+    source = Filtered(tars, where=("n > 0",), table=str(table), remember=str(remember))
+    assert captions(source) == captions(source) == ["0", "1", "3"]
+    table.unlink()
+    with pytest.raises(ClipjaxError, match="No such file"):
+        source.open()
+    remember.write_bytes(remember.read_bytes()[:40])
+    with pytest.raises(ClipjaxError, match="is not what Chosen.remember wrote"):
+        source.open()
+
+
 def test_of_tables_and_parquet_and_streamed(tmp_path):
     for i in range(40):
         (tmp_path / f"{i}.png").write_bytes(png())
