@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 import struct
+import threading
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,7 @@ class Examples(Source):
         return paths if len(paths) >= least else None
 
     def _found(self) -> list[str]:
+        _example()  # by the thread that opens, in most cases
         paths = expand(self.files)
         if not paths:
             raise ClipjaxError(f"{type(self).__name__}: no file matches files={self.files!r}")
@@ -319,14 +321,26 @@ def _masked(content: bytes) -> int:
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
+_IMPORTING = threading.Lock()
+"""Threads that import TFDS at once can wait for each other for ever."""
+
+
+@functools.cache
+def _example() -> tuple[Any, type[Exception]]:
+    """tf.train.Example, and what it raises at bytes that are none."""
+    with _IMPORTING:
+        from google.protobuf.message import DecodeError
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        return tf_example_pb2.Example, DecodeError
+
+
 def _features(content: bytes, name: str) -> dict[str, Any]:
     """The features of a serialized Example: bytes, ints, lists of bytes, arrays of numbers."""
-    from google.protobuf.message import DecodeError
-    from tensorflow_datasets.proto import tf_example_pb2
-
+    example, broken = _example()
     try:
-        features = tf_example_pb2.Example.FromString(content).features.feature
-    except DecodeError as error:
+        features = example.FromString(content).features.feature
+    except broken as error:
         raise UnreadableRecord(f"{name} is no tf.train.Example ({error})") from error
     return {key: _value(feature) for key, feature in features.items()}
 
