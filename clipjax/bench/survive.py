@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipjax.component import Component
 from clipjax.errors import EXIT_STALLED, ClipjaxError, RunFailed
+from clipjax.processes import HEARTBEAT_SECONDS
 
 if TYPE_CHECKING:
     from clipjax.config import Run
@@ -243,6 +244,8 @@ class _Group:
                    str(self._workdir), "--duration.amount", str(self._steps)]  # fmt: skip
         if stall_minutes is not None:
             command += ["--stall_minutes", str(stall_minutes)]
+            # jax's own notice, which names nobody's place in the program, comes after the watchdog's.
+            environment[HEARTBEAT_SECONDS] = str(round(60 * 4.5 * stall_minutes) + 120)
         errors = (self._workdir.parent / f"{self._workdir.name}.log").open("ab")
         self._processes = [
             subprocess.Popen(
