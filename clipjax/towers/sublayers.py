@@ -9,6 +9,7 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from clipjax.layout import row_major
 from clipjax.towers import layers
 from clipjax.towers.attention import Mask, attend, attention, before_projection, resolve
 from clipjax.towers.rotary import Rotation
@@ -67,8 +68,12 @@ class Attention(nnx.Module):
         if rotation is None:
             x, memory = before_projection(kind, x, memory)
         q, k, v = (
-            checkpoint_name(project(y), name)
-            for name, project, y in (("q", self.q, x), ("k", self.k, memory), ("v", self.v, memory))
+            _kept(project(y), name, self.heads // shared)
+            for name, project, y, shared in (
+                ("q", self.q, x, 1),
+                ("k", self.k, memory, self.shared),
+                ("v", self.v, memory, self.shared),
+            )
         )
         q = self._ready(q, self.q_norm, rotation, self.stretch)
         k = self._shared(self._ready(k, self.k_norm, rotation))
@@ -118,7 +123,7 @@ class Mlp(nnx.Module):
     """`fc2(activation(fc1(x)))`, or with a gate `fc2(activation(gate(x)) * fc1(x))`."""
 
     def __init__(self, config: Transformer, rngs: nnx.Rngs, *, out_std: float | None = None):
-        self.activation = config.activation
+        self.activation, self.heads = config.activation, config.heads
         std, bias = (2 * config.width) ** -0.5, config.out_bias
         self.fc1 = layers.Linear(config.width, config.hidden, rngs, bias=bias, std=std)
         self.fc2 = layers.Linear(config.hidden, config.width, rngs, bias=bias, std=out_std)
@@ -129,8 +134,17 @@ class Mlp(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""
         activate = layers.ACTIVATIONS[self.activation]
-        hidden = checkpoint_name(self.fc1(x), "hidden")
-        gate = None if self.gate is None else checkpoint_name(self.gate(x), "hidden")
+        hidden = _kept(self.fc1(x), "hidden", self.heads)
+        gate = None if self.gate is None else _kept(self.gate(x), "hidden", self.heads)
         hidden = activate(hidden) if gate is None else activate(gate) * hidden
         hidden = hidden if self.norm is None else self.norm(hidden)
-        return self.fc2(checkpoint_name(hidden, "activated"))
+        return self.fc2(_kept(hidden, "activated", self.heads))
+
+
+def _kept(x: jax.Array, name: str, heads: int) -> jax.Array:
+    """`x` by the name under which policies keep it for the backward pass.
+
+    A TPU stores tiles of 128 channels or tokens; with tokens, as its compiler would have most of these,
+    197 of them take the place of 256.
+    """
+    return checkpoint_name(row_major(x, "tpu", heads), name)
