@@ -103,9 +103,7 @@ class DataBench(Component):
             for i, content in enumerate(files)
         ]
         # In turns, so that what else the machine does falls on both alike.
-        seconds = np.array(
-            [(_seconds(ours, files), _seconds(plain, files)) for _ in range(ROUNDS)]
-        )
+        seconds = np.array([(_seconds(ours, files), _seconds(plain, files)) for _ in range(ROUNDS)])
         mine, pillows = seconds.min(0).mean(1).tolist()
         return {
             "images_per_second": 1 / mine,
