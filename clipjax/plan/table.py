@@ -11,8 +11,8 @@ from clipjax.config import Run
 from clipjax.plan.machines import Machine
 
 BAR = 60  # characters of the picture of a chip's memory
-MARKS = {"parameters": "P", "optimizer": "O", "other state": "s", "batch": "b", "activations": "a",
-         "gathered weights": "w", "gradients": "g", "loss": "l", "other": "t"}  # fmt: skip
+MARKS = {"parameters": "P", "optimizer": "O", "other state": "s", "batch": "b", "batches waiting": "b",
+         "activations": "a", "gathered weights": "w", "gradients": "g", "loss": "l", "other": "t"}  # fmt: skip
 COMPILER, SHAPES, SUMS = "compiler", "shapes and sharding", "arithmetic"
 
 
@@ -36,11 +36,14 @@ def show(
     size = f"{bytes_(found['checkpoint'])}, {judged['checkpoint_seconds']:.1f} s on {_count(on.hosts, 'host')}"
     table.add_row("checkpoint", size, f"{SHAPES}; --disk")
     console.print(table)
+    if "seconds" in found:
+        console.print(f"traced and compiled in {found['seconds']:.0f} s")
     if "measured" in found:
         told = on.devices * judged["held"]
         console.print(
-            f"run for real: {bytes_(found['measured'])} on all {on.devices} devices, "
-            f"predicted {bytes_(told)}: {told / found['measured']:.3f} of it"
+            f"run for real: {bytes_(found['measured'])} on {_count(on.devices, 'device')}, predicted {bytes_(told)}: "
+            f"{told / found['measured']:.3f} of it (besides, {bytes_(found['stays'])} that stay when the run's arrays "
+            "are gone: the program itself)"
         )
     if judged["memory"]:
         console.print(bar(judged["parts"], judged["held"], judged["memory"]))
@@ -121,7 +124,7 @@ def bytes_(size: float) -> str:
 
 def _memory(table: Table, found: dict[str, Any], judged: dict[str, Any]) -> None:
     parts, temporary = judged["parts"], found["temporary_parts"]
-    for name in ("parameters", "optimizer", "other state", "batch"):
+    for name in ("parameters", "optimizer", "other state", "batch", "batches waiting"):
         if parts[name]:
             table.add_row(name, bytes_(parts[name]), SHAPES)
     if found["on_host"]:
@@ -131,7 +134,8 @@ def _memory(table: Table, found: dict[str, Any], judged: dict[str, Any]) -> None
         table.add_row(f"  of it {name}", bytes_(size), SUMS)
     memory = judged["memory"]
     of = f" of {bytes_(memory)}" if memory else ""
-    table.add_row("all of it", f"{bytes_(judged['held'])}{of}", COMPILER, end_section=True)
+    everything = f"{bytes_(judged['held'])}{of}"
+    table.add_row("all of it", everything, f"{COMPILER}, and what waits", end_section=True)
 
 
 def _wire(table: Table, on: Machine, found: dict[str, Any]) -> None:

@@ -147,6 +147,25 @@ def test_a_run_is_planned_from_the_command_line(config, capsys):
     assert kept < found["temporary_parts"]["activations"] / 2 < 1.4 * kept
 
 
+def test_what_a_step_takes_for_real_is_what_was_predicted(config, capsys):
+    words = ["--on", "cpux2", "--check", "--json", "--data.batch_size", "1024"]
+    assert main(["plan", str(config), *words]) == 0
+    printed = capsys.readouterr().out
+    answer = json.loads(printed.splitlines()[-1])
+    found, told = answer["compiled"], 2 * answer["estimated"]["held"]
+    assert found["temporary"] > 50e6  # large beside what a process needs besides
+    assert told == pytest.approx(found["measured"], rel=0.1)
+    assert "run for real" in printed and 0 < found["stays"] < 200e6
+    # The loop has two batches waiting behind the one under way.
+    assert found["waiting"] == 2 * found["batch"] == 2 * 512 * (16 * 16 * 3 + 8 * 4 + 4 + 4)
+    assert answer["estimated"]["parts"]["batches waiting"] == found["waiting"]
+
+
+def test_only_cpus_are_checked(config, capsys):
+    assert main(["plan", str(config), "--on", "v5e-4", "--check"]) == 2
+    assert "--on v5e-4 is no cpuxN" in capsys.readouterr().err
+
+
 def test_a_batch_that_does_not_divide_is_refused(config, capsys):
     assert main(["plan", str(config), "--on", "cpux3"]) == 2
     assert "data.batch_size=8 does not divide over 3 batch shards" in capsys.readouterr().err
