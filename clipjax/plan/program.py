@@ -39,8 +39,8 @@ def compiled_for(
       aliased (the donated state), sent (bytes by kind of collective, on rings), network (of these, what leaves
       the island of fast links). temporary_parts (bytes by kind, arithmetic), flops (matrix products of all
       devices), forward (those of one pass over the batch),
-      layout (a line on what is split), whole (path and bytes of the largest arrays that are not), arrays (the
-      largest of the program, such as f32[256,512]), seconds (to trace and compile), from ("compiler").
+      layout (a line on what is split), whole (path and bytes of the largest arrays that are not), arrays (of
+      the program, the largest first, such as f32[256,512]), seconds (to trace and compile), from ("compiler").
 
     Raises:
       ClipjaxError: the run does not fit the machine, or its compiler is not there; `TooLong`: time was over.

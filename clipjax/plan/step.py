@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from clipjax.batch import SpecialTokens
-from clipjax.bench.program import largest_arrays, work
+from clipjax.bench.program import arrays, work
 from clipjax.config import Run
 from clipjax.evals.flops import count
 from clipjax.mesh import batch_sharding, batch_shards, island
@@ -139,6 +139,6 @@ def described(step: Step, traced: Any, compiled: Any, on: Machine) -> dict[str, 
             step.blueprint.abstract, step.blueprint.shardings, step.mesh
         ),
         "whole": whole_leaves(step.blueprint),
-        "arrays": largest_arrays(compiled),
+        "arrays": arrays(compiled),
         "from": "compiler",
     }

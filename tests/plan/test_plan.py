@@ -50,6 +50,8 @@ def config(tmp_path):
     ("name", "count", "topology"),
     [
         ("v5e-256", 256, "v5e:16x16"),
+        ("v5litepod-16", 16, "v5e:4x4"),  # as the cloud calls it
+        ("cpux12", 12, "1x1x12"),
         ("v6e-64", 64, "v6e:8x8"),
         ("v5p-128", 64, "v5p:4x4x4"),  # cores
         ("h100x64", 64, "1x8x8"),
@@ -66,7 +68,8 @@ def test_machines(name, count, topology):
     ("name", "words"),
     [
         ("v5e", "no such machine.*v5e-256"),
-        ("tpu-8", "no such machine"),
+        ("tpu-8", r"chip \(v5e, v5p, v6e, h100, h200, a100, cpu\) and a number"),
+        ("cpux0", "at least one"),
         ("v5e-48", "TPU v5e slices come in sizes 1, 4, 8"),
         ("v5p-7", "slices come in sizes 8, 16"),
         ("h100x12", "whole hosts of 8"),
