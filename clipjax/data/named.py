@@ -37,8 +37,10 @@ def named_source(name: str, default_split: str = "test", **fields: str | None) -
     found = found_source(name, captions=True)
     if found is not None:
         return with_keys(found, name, fields)
-    if name.startswith(("/", ".", "~")) or _NO_TFDS.search(name):
+    if not path.exists() and _NO_TFDS.search(name):
         raise ClipjaxError(f"there is no file or folder {name!r}")
+    if not path.exists() and name.startswith(("/", ".", "~")):
+        raise ClipjaxError(f"there is no folder {name!r}")
     if path.exists():
         raise ClipjaxError(f"{name!r} is no file of data: give {HOLDS}, or a TFDS data set")
     return _of_tfds(name, default_split, given)
