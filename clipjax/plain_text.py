@@ -21,7 +21,11 @@ def read_text(path: str | Path, what: str = "the file") -> str:
     """
     try:
         return Path(path).expanduser().read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ClipjaxError(
+            f"{what} {str(path)!r} is not readable: {error.strerror or error}"
+        ) from error
+    except ValueError as error:
         raise ClipjaxError(
             f"{what} {str(path)!r} is not readable as UTF-8 text ({error})"
         ) from error

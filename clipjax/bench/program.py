@@ -121,14 +121,14 @@ def _bound(rest: str, computations: dict[str, Any]) -> int | None:
     return None
 
 
-def largest_arrays(compiled: Any, most: int = 40) -> list[str]:
-    """The largest arrays that a program's text names, such as f32[256,512], inside of fusions included."""
+def arrays(compiled: Any) -> list[str]:
+    """All arrays that a program's text names, such as f32[256,512], the largest first; inside of fusions included."""
     found = {
         f"{dtype}[{dims}]": _BYTES[dtype] * math.prod(_numbers(dims))
         for dtype, dims in _SHAPE.findall(compiled.as_text())
         if dtype in _BYTES
     }
-    return sorted(found, key=lambda name: -found[name])[:most]
+    return sorted(found, key=lambda name: -found[name])
 
 
 def temporary_bytes(compiled: Any) -> int:

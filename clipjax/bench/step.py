@@ -102,7 +102,7 @@ class StepBench(Component):
         """The step and its batch, with no more under way than the loop has."""
         import jax
 
-        from clipjax.train.loop import IN_FLIGHT
+        from clipjax.train.step import IN_FLIGHT
 
         under_way: list[Any] = []
         began = time.perf_counter()

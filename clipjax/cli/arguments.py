@@ -61,7 +61,12 @@ def parse_run(
         parser.print_help()
         print("\nGive a config before --help to see every option it has.")
         raise SystemExit(0)
+    needed = [action for action in parser._actions if action.required and action.option_strings]
+    for action in needed:  # not of one who asks for help
+        action.required = not asks_help
     namespace, options = parser.parse_known_args(with_config)
+    for action in needed:
+        action.required = True
     _refuse_misspelt(parser, options)
     import_files(namespace.imports)
     source = namespace.config / "run.json" if namespace.config.is_dir() else namespace.config

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from clipjax.cli.models import say
 from clipjax.errors import ClipjaxError
 from clipjax.files import replace_file
+
+if TYPE_CHECKING:
+    from clipjax.data import Source
 
 VERBS = ("keep", "near", "count")
 SOURCE = "a path of data (tars, Parquet files, a table, a folder, ...), or a TFDS data set and its split, NAME:SPLIT"
@@ -72,21 +76,35 @@ def run(namespace: argparse.Namespace) -> int:
 
 def _keep(namespace: argparse.Namespace) -> int:
     from clipjax.data.filters import Filtered
-    from clipjax.data.named import named_source
 
     if not (namespace.where or namespace.keys or namespace.drop):
         raise ClipjaxError("give --where, --keys or --drop")
-    source = named_source(namespace.source)
-    kept = Filtered(
+    source = _curated(namespace.source)
+    filtered = Filtered(
         source,
         keep=namespace.keys,
         drop=namespace.drop,
         where=tuple(namespace.where),
         table=namespace.table,
-    ).open()
+    )
+    records = source.open()
+    kept = filtered.choose(records)
     _write(namespace.out, "".join(f"{key}\n" for key in _keys(kept)))
-    say(f"{len(kept):,} of {len(source.open()):,} records")
+    say(f"{len(kept):,} of {len(records):,} records")
     return 0
+
+
+def _curated(name: str) -> Source:
+    """The source of a name; a folder of pictures need not have folders of classes in it."""
+    from clipjax.data import ClassFolder, PictureFolder
+    from clipjax.data.named import named_source
+
+    source = named_source(name)
+    if isinstance(source, ClassFolder):
+        inner = Path(source.root).expanduser().iterdir()
+        if not any(place.is_dir() and not place.name.startswith(".") for place in inner):
+            return PictureFolder(source.root)
+    return source
 
 
 def _keys(records: Any) -> Iterator[str]:
@@ -125,10 +143,9 @@ def _near(namespace: argparse.Namespace) -> int:
 
 def _count(namespace: argparse.Namespace) -> int:
     from clipjax.data.balance import count_entries, read_entries
-    from clipjax.data.named import named_source
     from clipjax.data.sources import UnreadableRecord
 
-    records: Any = named_source(namespace.source).open()
+    records: Any = _curated(namespace.source).open()
     read = getattr(records, "facts", records.__getitem__)
     skipped = 0
 

@@ -109,7 +109,7 @@ def _tokenizer(arguments: list[str]) -> int:
     )
     parser.add_argument("config", type=place, help="a Python config file")
     parser.add_argument(
-        "--out", type=Path, required="--help" not in arguments, metavar="FOLDER",
+        "--out", type=Path, required=True, metavar="FOLDER",
         help="where to write it",
     )  # fmt: skip
     namespace, run = parse_run(parser, arguments)

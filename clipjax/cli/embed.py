@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 KINDS = (
     "a folder of pictures, a table of pictures with captions (.csv, .tsv, .jsonl), Parquet files, a saved "
-    'Hugging Face data set, WebDataset tars ("data/{0000..0099}.tar"), tfds:NAME:SPLIT, or texts, one a '
-    "line (.txt)"
+    'Hugging Face data set, WebDataset tars ("data/{0000..0099}.tar"), TFRecord and '
+    "ArrayRecord files, tfds:NAME:SPLIT, or texts, one a line (.txt)"
 )
 
 
@@ -82,11 +82,14 @@ def open_source(text: str) -> tuple[RandomAccess | Texts, str]:
       ClipjaxError: it is nothing that can be embedded.
     """
     from clipjax.data import (
+        ArrayRecord,
+        Crossmodal,
         ImageFolder,
         Parquet,
         PictureFolder,
         SavedDataset,
         Tfds,
+        TFRecord,
         WebDataset,
         found_source,
     )
@@ -110,8 +113,12 @@ def open_source(text: str) -> tuple[RandomAccess | Texts, str]:
             return opened, _mark([os.path.join(source.root, source.table)])
         if isinstance(source, SavedDataset):
             return opened, _mark([str(f) for f in sorted(path.rglob("*.arrow"))], path)
-        assert isinstance(source, (Parquet, WebDataset))
-        return opened, _mark(expand(source.files if isinstance(source, Parquet) else source.shards))
+        if isinstance(source, Crossmodal):
+            return opened, _mark([source.table])
+        if isinstance(source, WebDataset):
+            return opened, _mark(expand(source.shards))
+        assert isinstance(source, (Parquet, TFRecord, ArrayRecord))
+        return opened, _mark(expand(source.files))
     if not path.is_file():
         raise ClipjaxError(f"{text!r}: there is no such file or folder; SOURCE is {KINDS}")
     if path.suffix != ".txt":
@@ -125,10 +132,12 @@ def open_source(text: str) -> tuple[RandomAccess | Texts, str]:
 
 
 def _mark(files: list[str], root: Path | None = None) -> str:
-    """Digest of files' names (relative to `root`), sizes and times of modification."""
+    """Digest of files' names (relative to `root`), sizes and times of modification, or what a store has instead."""
+    from clipjax.data.reading import state_of
+
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
-        stat = os.stat(file)
+        state = state_of(os.path.expanduser(file))
         name = os.path.relpath(file, root) if root else os.path.basename(file)
-        digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="replace"))
+        digest.update(f"{name}\0{state.size}\0{state.mark}\n".encode(errors="replace"))
     return digest.hexdigest()

@@ -23,6 +23,7 @@ from clipjax.cli.tasks import (
     of_entries,
     options_of,
     reads_entries,
+    task_of_entries,
     wants_training,
 )
 from clipjax.errors import ClipjaxError, did_you_mean
@@ -114,7 +115,7 @@ def _parser(tasks: list[str]) -> argparse.ArgumentParser:
         "compositional, winoground and winogavil, a file of entries; repeatable")  # fmt: skip
     add("--task", action="append", default=[], metavar="TASK",
         help=f"{', '.join(TASKS)}, or the class of an evaluator of your own from --imports; repeatable "
-        "(default: the first two, as fits)")  # fmt: skip
+        "(default: zeroshot, retrieval, or that of the entries, as fits)")  # fmt: skip
     add("--train-dataset", metavar="NAME[:SPLIT] | PATH",
         help="what linear_probe, knn, few_shot and linear_segmentation learn from (default: the split train of "
         "the data set); what captioning takes its baseline from")  # fmt: skip
@@ -219,12 +220,13 @@ def _evaluators(options: argparse.Namespace, tasks: list[str]) -> tuple[Evaluato
         return _from_file(options.evals)
     found = []
     names = _short_names(options.dataset)
-    chosen = options.task or [_default_task(options, name) for name in options.dataset]
+    asked = {name: options.task or [_default_task(options, name)] for name in options.dataset}
+    chosen = dict.fromkeys(task for tasks in asked.values() for task in tasks)
     if any(map(reads_entries, chosen)):
-        return tuple(of_entries(task, options) for task in dict.fromkeys(chosen))
+        of_task = {task: [name for name in asked if task in asked[name]] for task in chosen}
+        return tuple(of_entries(task, files, options) for task, files in of_task.items())
     for dataset in options.dataset:
-        asked = options.task or [_default_task(options, dataset)]
-        for task in dict.fromkeys(asked):
+        for task in dict.fromkeys(asked[dataset]):
             train = _train_source(options, dataset) if wants_training(task) else None
             evaluator = build(task, options, _source(options, dataset), train, _shipped(dataset))
             if len(options.dataset) > 1:
@@ -254,7 +256,7 @@ def _default_task(options: argparse.Namespace, dataset: str) -> str:
     from clipjax.data.published import published
 
     if options.images and not _is_crossmodal(dataset):
-        return "compositional"
+        return task_of_entries(dataset)
     known = published(dataset)
     if known is not None:
         return "retrieval" if known.retrieval else "zeroshot"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,21 +33,16 @@ def add_verb(verbs: Any) -> None:
 
 def run(namespace: Any) -> int:
     """Counts, and writes `sizes.json`."""
-    from clipjax.data import ArrayRecord, Parquet, Source, Stream, TFRecord, WebDataset
+    from clipjax.data import Stream
+    from clipjax.data.found import files_source
     from clipjax.data.shards import SIZES, ShardsOf
     from clipjax.data.webdataset import expand
     from clipjax.files import replace_file
 
-    kinds: dict[str, Callable[[str], Source]] = {
-        ".tar": WebDataset,
-        ".tfrecord": TFRecord,
-        ".array_record": ArrayRecord,
-        ".parquet": lambda files: Parquet(files=files),
-    }
     pattern, files = namespace.files, expand(namespace.files)
-    end = os.path.splitext(pattern)[1]
-    if end not in kinds:
-        raise ClipjaxError(f"{pattern!r} is of none of {', '.join(kinds)}")
+    source = files_source(pattern)
+    if source is None:
+        raise ClipjaxError(f"{pattern!r} is of none of .tar, .tfrecord, .array_record, .parquet")
     if not files:
         raise ClipjaxError(f"no file matches {pattern!r}")
     folders = {file.rpartition("/")[0] for file in files}
@@ -56,7 +50,7 @@ def run(namespace: Any) -> int:
         raise ClipjaxError(
             f"the files are in {len(folders)} folders; count those of each by themselves"
         )
-    counted = ShardsOf(kinds[end](pattern), files, Stream(lanes=1), known=False)
+    counted = ShardsOf(source, files, Stream(lanes=1), known=False)
     counts = counted.counts(np.arange(len(files)), ask=True)
     assert counts is not None
     if counted.failed:

@@ -235,10 +235,23 @@ def reads_entries(task: str) -> bool:
     return any(field.name == "files" for field in dataclasses.fields(evaluator_class(task)))
 
 
-def of_entries(task: str, options: argparse.Namespace) -> Evaluator:
+def task_of_entries(file: str) -> str:
+    """The task that a file of entries is for, by what its first one has.
+
+    Raises:
+      ClipjaxError: there is no such file, or it holds no entries.
+    """
+    from clipjax.evals.entries import read_items
+
+    _, first = read_items(Path(file).expanduser())[0]
+    marks = {getattr(evaluator_class(task), "mark", ""): task for task in TASKS}
+    return next((task for mark, task in marks.items() if mark and mark in first), "compositional")
+
+
+def of_entries(task: str, files: Sequence[str], options: argparse.Namespace) -> Evaluator:
     """The evaluator of a task whose data sets are files of entries."""
     cls = evaluator_class(task)
-    return cls(files=tuple(options.dataset), **given(options, options_of(cls)))  # type: ignore[call-arg]
+    return cls(files=tuple(files), **given(options, options_of(cls)))  # type: ignore[call-arg]
 
 
 def wants_training(task: str) -> bool:

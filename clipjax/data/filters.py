@@ -79,19 +79,32 @@ class Chosen(Source):
         """
         raise NotImplementedError
 
+    def why(self, records: RandomAccess) -> str:
+        """What may be wrong where no record was chosen, to end a message with."""
+        return ""
+
     def files(self) -> tuple[str, ...]:
         """What the choice depends on besides the fields and the source."""
         return ()
 
     def open(self) -> RandomAccess:
-        records = self.source.open()
+        return self.choose(self.source.open())
+
+    def choose(self, records: RandomAccess) -> RandomAccess:
+        """The chosen of the source's records, which are open already.
+
+        Raises:
+          ClipjaxError: they are none, or a condition names what no record has.
+        """
         chosen = self._remembered(records)
         if chosen is None:
             chosen = self._choose(records)
             if self.remember is not None:
                 self._keep(records, chosen)
         if not len(chosen):
-            raise ClipjaxError(f"{type(self).__name__} leaves none of {len(records):,} records")
+            raise ClipjaxError(
+                f"{type(self).__name__} leaves none of {len(records):,} records{self.why(records)}"
+            )
         logger.info("%s: %d of %d records", type(self).__name__, len(chosen), len(records))
         return _OpenChosen(records, chosen)
 
@@ -268,6 +281,24 @@ class Filtered(Chosen):
             return True
 
         return passes
+
+    def why(self, records):
+        conditions = [Condition.parse(text) for text in self.where]
+        columns = self._columns(conditions)[0]
+        read = getattr(records, "facts", records.__getitem__)
+        first: list[Record] = []
+        for index in range(min(len(records), 8)):
+            try:
+                first.append(read(index))
+            except UnreadableRecord:
+                continue
+        for name in (condition.name for condition in conditions):
+            if name in columns or name in OF_PICTURES or not first:
+                continue
+            if all(entry(record, name, None) is None for record in first):
+                known = sorted({str(key) for record in first for key in record} | {*OF_PICTURES})
+                return f": none of the first has an entry {name!r}{did_you_mean(name, known)}"
+        return ""
 
     def _columns(
         self, conditions: list[Condition]

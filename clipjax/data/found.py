@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from pathlib import Path
 
 from clipjax.data import crossmodal
@@ -16,6 +17,7 @@ from clipjax.data.folder import (
     PictureFolder,
 )
 from clipjax.data.reading import is_address
+from clipjax.data.records import ArrayRecord, TFRecord
 from clipjax.data.sources import Source
 from clipjax.data.webdataset import WebDataset, expand
 from clipjax.errors import ClipjaxError
@@ -28,17 +30,32 @@ PATH_COLUMNS = ("image", "filepath", "file_name", "filename", "image_path", "pat
 TEXT_COLUMNS = ("caption", "title", "text", "captions", "sentences", "description")
 HOLDS = (
     f"a folder with one of {', '.join(TABLES)}, a saved Hugging Face data set, a folder of pictures, a "
-    "table (.csv, .tsv, .jsonl), .parquet files, .tar files"
+    "table (.csv, .tsv, .jsonl), .parquet, .tar, .tfrecord or .array_record files"
 )
+_FILES = re.compile(r"\.(tar|parquet|tfrecords?|array_?records?)([-*][^/]*)?$")
+"""The end of files of records, or of a pattern of them; TFDS adds -00000-of-00004."""
+
+
+def files_source(pattern: str) -> Source | None:
+    """The source that reads files of records, by the end of their names; None for other names."""
+    match = _FILES.search(pattern)
+    if match is None or (match[2] and match[1] in ("tar", "parquet")):
+        return None
+    if match[1] == "tar":
+        return WebDataset(pattern)
+    if match[1] == "parquet":
+        return Parquet(files=pattern)
+    return (TFRecord if match[1].startswith("tf") else ArrayRecord)(pattern)
 
 
 def found_source(path: str, captions: bool) -> Source | None:
     """The source that a path, or a pattern of paths, holds; None where there is nothing.
 
-    * `*.tar`: WebDataset. `*.parquet`: Parquet. `.csv`, `.tsv`, `.jsonl`: a table of pictures, or of
-      captions by language (`Crossmodal`).
+    * `*.tar`: WebDataset. `*.parquet`: Parquet. `*.tfrecord`, `*.array_record` (and TFDS's `-00000-of-00004` after
+      these): files of `tf.train.Example`s. All of them at an address, too.
+    * `.csv`, `.tsv`, `.jsonl`: a table of pictures, or of captions by language (`Crossmodal`).
     * A folder with such a table in it, by the names in `TABLES`; a folder that `save_to_disk` wrote; one
-      of .parquet files, or of .tar files.
+      of .parquet, .tar, .tfrecord or .array_record files.
     * A folder of pictures with a .txt beside each (img2dataset's `files`); else of one folder per class, or
       of pictures without captions.
 
@@ -49,13 +66,14 @@ def found_source(path: str, captions: bool) -> Source | None:
     Raises:
       ClipjaxError: it holds something that cannot be used.
     """
-    if path.endswith(".tar"):
-        return WebDataset(path)
-    if path.endswith(".parquet"):
+    of_files = files_source(path)
+    if of_files is not None and not os.path.isdir(os.path.expanduser(path)):
         there = is_address(path) or any(map(os.path.isfile, expand(path)))
-        return Parquet(files=path) if there else None
+        return of_files if there or isinstance(of_files, WebDataset) else None
     if is_address(path):
-        raise ClipjaxError(f"{path!r}: at an address there are .tar and .parquet files only")
+        raise ClipjaxError(
+            f"{path!r}: at an address there are .tar, .parquet, .tfrecord and .array_record files only"
+        )
     place = Path(path).expanduser()
     if place.is_file() and place.suffix in (".csv", ".tsv", ".jsonl"):
         return table_source(place)
@@ -73,9 +91,9 @@ def found_source(path: str, captions: bool) -> Source | None:
                 f"{path!r} holds the splits {', '.join(splits)}: name the folder of one of them"
             )
         return SavedDataset(folder=path, split=splits[0])
-    for end, made in (("parquet", lambda p: Parquet(files=p)), ("tar", WebDataset)):
+    for end in ("parquet", "tar", "tfrecord", "array_record"):
         if any(place.glob(f"*.{end}")):
-            return made(os.path.join(path, f"*.{end}"))
+            return files_source(os.path.join(path, f"*.{end}"))
     if _texts_beside(place):
         return PictureFolder(path, texts=True)
     return ClassFolder(path) if captions else PictureFolder(path)

@@ -11,6 +11,7 @@ import functools
 import io
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -240,7 +241,7 @@ def resize_fast(
         min(bottom - first_y, part.shape[0]) - top,
     )
     bicubic = library.ResizeAlg.convolution(library.FilterType.catmull_rom)
-    library.Resizer().resize(source, made, library.ResizeOptions(bicubic, False, crop))
+    _resizer().resize(source, made, library.ResizeOptions(bicubic, False, crop))
     return np.frombuffer(made.get_buffer(), np.uint8).reshape(height, width, 3)
 
 
@@ -251,6 +252,16 @@ def _cykooz_resizer() -> Any:
     except ImportError:
         return None
     return cykooz_resizer
+
+
+_OF_THREAD = threading.local()
+
+
+def _resizer() -> Any:
+    """This thread's resizer, which keeps its memory for the next picture."""
+    if not hasattr(_OF_THREAD, "resizer"):
+        _OF_THREAD.resizer = _cykooz_resizer().Resizer()
+    return _OF_THREAD.resizer
 
 
 def _checked(picture: Image.Image, name: str, max_pixels: int) -> np.ndarray:

@@ -215,7 +215,7 @@ def read_vectors(path: str, column: str = "embedding") -> tuple[list[str], np.nd
     """
     import pyarrow.parquet as pq
 
-    field = Embeddings("vectors", path, column)
+    field = Embeddings("", path, column)  # no field of a run's: messages name the file alone
     files = _files(field)
     width = _width(files, field)
     keys: list[str] = []
@@ -255,12 +255,16 @@ def _files(field: Embeddings) -> tuple[str, ...]:
         counts = {int(file.stem[-5:]) for file in shards}
         if shards and counts != {len(shards)}:
             raise ClipjaxError(
-                f"Embeddings({field.name!r}): {len(shards)} of {max(counts)} files of "
+                f"{_whose(field)}{len(shards)} of {max(counts)} files of "
                 f"{field.path!r} are there; let clipjax embed finish"
             )
     if not found:
-        raise ClipjaxError(f"Embeddings({field.name!r}): there is no file {field.path!r}")
+        raise ClipjaxError(f"{_whose(field)}there is no file {field.path!r}")
     return tuple(found)
+
+
+def _whose(field: Embeddings) -> str:
+    return f"Embeddings({field.name!r}): " if field.name else ""
 
 
 def _marks(files: tuple[str, ...]) -> tuple[int, ...]:
@@ -275,23 +279,21 @@ def _schema(file: str, field: Embeddings) -> Any:
     try:
         return pq.read_schema(file)
     except (OSError, pa.ArrowException) as error:
-        raise ClipjaxError(
-            f"Embeddings({field.name!r}): {file} is no Parquet file ({error})"
-        ) from error
+        raise ClipjaxError(f"{_whose(field)}{file} is no Parquet file ({error})") from error
 
 
 def _width(files: tuple[str, ...], field: Embeddings) -> int:
     schema = _schema(files[0], field)
     if field.column not in schema.names:
         raise ClipjaxError(
-            f"Embeddings({field.name!r}): {files[0]} has no column {field.column!r}"
+            f"{_whose(field)}{files[0]} has no column {field.column!r}"
             + did_you_mean(field.column, schema.names)
         )
     kind = schema.field(field.column).type
     width = getattr(kind, "list_size", None)
     if width is None:
         raise ClipjaxError(
-            f"Embeddings({field.name!r}): the column {field.column!r} of {files[0]} is {kind}, not "
+            f"{_whose(field)}the column {field.column!r} of {files[0]} is {kind}, not "
             "lists of one length"
         )
     return width

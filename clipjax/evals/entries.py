@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -29,6 +29,8 @@ View = tuple[str, "Box | None"]
 class EntryEvaluator(Evaluator):
     """Base of the evaluators that read files of entries, JSON (a list, or an object) or JSONL."""
 
+    mark: ClassVar[str] = ""
+    """What an entry has by which it is known to be of this evaluator's kind; "" where nothing tells."""
     files: tuple[str, ...]
     """Files of entries."""
     images: str

@@ -135,7 +135,7 @@ def _ahead(score: np.ndarray, right: np.ndarray, before: np.ndarray) -> np.ndarr
     return (score > right) | ((score == right) & before)
 
 
-def class_ranks(
+def classified(
     image: np.ndarray,
     classes: np.ndarray,
     label: np.ndarray,
@@ -143,8 +143,8 @@ def class_ranks(
     group: np.ndarray | None = None,
     tile: int = 2048,
     ties: Ties = "against",
-) -> np.ndarray:
-    """[n] int64: rank, from 1, of each image's true class among all classes.
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rank of each image's true class, and the class it is taken for, of one pass over the scores.
 
     Args:
       image: [n, E] embeddings.
@@ -155,22 +155,12 @@ def class_ranks(
       tile: images at a time, [tile, C] scores; the result does not depend on it.
       ties: what equal scores count as (see the module's docstring).
 
+    Returns:
+      ([n] int64 ranks, from 1; [n] int64 classes: the true one only where its rank is 1).
+
     Raises:
       ClipjaxError: shapes disagree, an embedding is not finite, or a label is out of range.
     """
-    return classified(image, classes, label, group=group, tile=tile, ties=ties)[0]
-
-
-def classified(
-    image: np.ndarray,
-    classes: np.ndarray,
-    label: np.ndarray,
-    *,
-    group: np.ndarray | None = None,
-    tile: int = 2048,
-    ties: Ties = "against",
-) -> tuple[np.ndarray, np.ndarray]:
-    """`class_ranks` and `predictions`, of one pass over the scores."""
     label = np.asarray(label)
     ranks, predicted = np.empty(len(image), np.int64), np.empty(len(image), np.int64)
     for rows, score, own in _class_scores(image, classes, label, group, tile):
@@ -193,27 +183,11 @@ def class_scores(
 ) -> np.ndarray:
     """[n, C] float64 scores of every image with every class ([n, G] with groups), all held at once.
 
-    Arguments and errors as in `class_ranks`.
+    Arguments and errors as in `classified`.
     """
     anything = np.zeros(len(image), np.int64)
     tiles = _class_scores(image, classes, anything, group, tile)
     return np.concatenate([score for _, score, _ in tiles])
-
-
-def predictions(
-    image: np.ndarray,
-    classes: np.ndarray,
-    label: np.ndarray,
-    *,
-    group: np.ndarray | None = None,
-    tile: int = 2048,
-    ties: Ties = "against",
-) -> np.ndarray:
-    """[n] int64: the class each image is taken for; the true one only where its rank is 1.
-
-    Arguments and errors as in `class_ranks`.
-    """
-    return classified(image, classes, label, group=group, tile=tile, ties=ties)[1]
 
 
 def confusion_matrix(predicted: np.ndarray, label: np.ndarray, classes: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
@@ -24,6 +25,7 @@ class Winoground(EntryEvaluator):
     tag and averaged over tags. A tie counts against the model.
     """
 
+    mark: ClassVar[str] = "caption_0"
     name: str = "winoground"
     """First part of the figures' names."""
 
@@ -89,6 +91,7 @@ class WinoGAViL(EntryEvaluator):
     `{name}/10_or_more/jaccard`, what DataComp reports. At the edge a tie counts against the model.
     """
 
+    mark: ClassVar[str] = "cue"
     name: str = "winogavil"
     """First part of the figures' names."""
     template: str = "{}"

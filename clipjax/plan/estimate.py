@@ -24,8 +24,8 @@ def estimate(
       disk: bytes a second that each host writes of a checkpoint.
 
     Returns:
-      held (bytes on one device: arguments, results and temporary), memory (the chip's), fits; parts (of
-      `held`, by kind; what arithmetic does not explain is `other`); checkpoint_seconds; seconds: of products
+      held (bytes on one device: arguments, results, temporary and batches that wait), memory (the chip's), fits;
+      parts (of `held`, by kind; what arithmetic does not explain is `other`); checkpoint_seconds; seconds: of products
       at the chip's peak, of its memory (state read and written, temporary memory written and read), of its
       fast links (all sent over them) and of its network; step (the largest of these), limit (which), serial
       (their sum), mfu (of three forward passes, at `step`), pairs_per_second, pairs_per_host (each second),
@@ -33,6 +33,7 @@ def estimate(
     """
     chip, state = on.chip, sum(found["state"].values())
     held = found["arguments"] + found["temporary"] + found.get("returned", 0)
+    held += found.get("waiting", 0)
     result: dict[str, Any] = {
         "held": held,
         "memory": chip.memory or None,
@@ -78,6 +79,7 @@ def _parts(found: dict[str, Any], held: float) -> dict[str, float]:
     }
     parts["other state"] = sum(found["state"].values()) - sum(parts.values())
     parts["batch"] = found["batch"]
+    parts["batches waiting"] = found.get("waiting", 0)
     left = found["temporary"]
     for name, size in found["temporary_parts"].items():
         parts[name] = min(size, left)

@@ -6,7 +6,7 @@ import dataclasses
 import re
 
 from clipjax.chips import peak_flops
-from clipjax.errors import ClipjaxError, did_you_mean
+from clipjax.errors import ClipjaxError
 
 GB = 10**9
 
@@ -147,12 +147,13 @@ def machine(name: str) -> Machine:
     Raises:
       ClipjaxError: there is none of that name, or the chip does not come in that number.
     """
-    found = re.fullmatch(r"([a-z0-9]+?)(?:-|x)(\d+)", name.lower())
+    # Google Cloud's accelerator types call a v5e otherwise.
+    found = re.fullmatch(r"([a-z0-9]+?)(?:-|x)(\d+)", name.lower().replace("v5litepod-", "v5e-"))
     if found is None or found[1] not in CHIPS:
         examples = ("v5e-256", "v6e-64", "v5p-128", "h100x64", "a100x8", "cpux8")
         raise ClipjaxError(
-            f"--on {name}: no such machine{did_you_mean(name, examples)}: a chip and a number, "
-            f"such as {', '.join(examples)}"
+            f"--on {name}: no such machine. It is a chip ({', '.join(CHIPS)}) and a number, such as "
+            f"{', '.join(examples)}"
         )
     chip, number = CHIPS[found[1]], int(found[2])
     devices = number // chip.cores
@@ -162,11 +163,14 @@ def machine(name: str) -> Machine:
             sizes = ", ".join(str(n * chip.cores) for n in grids)
             raise ClipjaxError(f"--on {name}: {chip.name} slices come in sizes {sizes}")
         return Machine(name, chip, devices, f"{found[1]}:{grids[devices]}")
-    if devices < 1 or (devices > chip.host and devices % chip.host):
+    simulated = chip.platform == "cpu"
+    if simulated and devices < 1:
+        raise ClipjaxError(f"--on {name}: give at least one device")
+    if devices < 1 or (not simulated and devices > chip.host and devices % chip.host):
         raise ClipjaxError(
             f"--on {name}: give up to {chip.host} devices, or whole hosts of {chip.host}"
         )
+    if simulated:  # in one process
+        chip = dataclasses.replace(chip, host=devices)
     hosts = max(1, devices // chip.host)
-    if chip.platform == "cpu":
-        chip = dataclasses.replace(chip, host=devices)  # simulated in one process
     return Machine(name, chip, devices, f"1x{hosts}x{devices // hosts}")

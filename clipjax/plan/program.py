@@ -34,12 +34,13 @@ def compiled_for(
     Returns:
       devices, shards (of the batch), state and state_total (bytes on one device and in all, by part of the
       train state), on_host (bytes of one device's state that wait in the host's memory), checkpoint (bytes of a
-      whole one), batch (bytes on one device). Of one device and the compiler's: temporary, arguments, returned
-      (bytes of results beside the donated state), aliased (the donated state), sent (bytes by kind of
-      collective, on rings), network (of these, what leaves the island of fast links). temporary_parts (bytes by
-      kind, arithmetic), flops (matrix products of all devices), forward (those of one pass over the batch),
-      layout (a line on what is split), whole (path and bytes of the largest arrays that are not), arrays (the
-      largest of the program, such as f32[256,512]), seconds (to trace and compile), from ("compiler").
+      whole one), batch (bytes on one device), waiting (of batches that are there before their step). Of one
+      device and the compiler's: temporary, arguments, returned (bytes of results beside the donated state),
+      aliased (the donated state), sent (bytes by kind of collective, on rings), network (of these, what leaves
+      the island of fast links). temporary_parts (bytes by kind, arithmetic), flops (matrix products of all
+      devices), forward (those of one pass over the batch),
+      layout (a line on what is split), whole (path and bytes of the largest arrays that are not), arrays (of
+      the program, the largest first, such as f32[256,512]), seconds (to trace and compile), from ("compiler").
 
     Raises:
       ClipjaxError: the run does not fit the machine, or its compiler is not there; `TooLong`: time was over.
@@ -51,7 +52,8 @@ def checked_on_cpus(run: Run, on: Machine, files: list[Path], examples: int) -> 
     """`compiled_for` simulated CPU devices, and then two steps for real, on zeros.
 
     Returns:
-      as `compiled_for`, and measured (bytes by which the process grew at most, of all devices together).
+      as `compiled_for`, measured (bytes by which the process grew at most, of all devices together, once the
+      program had run before) and stays (by which it had grown by then, all arrays freed: the program itself).
     """
     return _ask("check", run, on, files, examples, None)
 

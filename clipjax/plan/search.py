@@ -39,6 +39,7 @@ from clipjax.plan.program import compiled_for, traced_for
 from clipjax.plan.step import Step, state_bytes
 from clipjax.sharding import Sharding
 from clipjax.towers import with_fields
+from clipjax.train.step import IN_FLIGHT
 
 REMAT = ("norms", "lean", "full")
 GROUPS = (1, 4, 8, 16, 32)
@@ -195,6 +196,7 @@ def expected(run: Run, on: Machine, candidate: Candidate, known: dict[str, Any])
         "state": state,
         "checkpoint": layout["checkpoint"],
         "batch": known["batch"] * rows,
+        "waiting": IN_FLIGHT * known["batch"] * rows,
         "temporary": sum(parts.values()),
         "temporary_parts": parts,
         "arguments": sum(state.values()) + known["batch"] * rows,

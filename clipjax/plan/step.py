@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from clipjax.batch import SpecialTokens
-from clipjax.bench.program import largest_arrays, work
+from clipjax.bench.program import arrays, work
 from clipjax.config import Run
 from clipjax.evals.flops import count
 from clipjax.mesh import batch_sharding, batch_shards, island
@@ -22,7 +22,7 @@ from clipjax.plan.parts import forward_flops, parts_of_temporary, whole_leaves
 from clipjax.plan.target import COMPILER_OPTIONS, devices
 from clipjax.sharding import on_host, per_device_bytes
 from clipjax.train.state import Blueprint
-from clipjax.train.step import check_batch, jit_step, make_step
+from clipjax.train.step import IN_FLIGHT, check_batch, jit_step, make_step
 
 SMALL = 64  # bytes: counters and keys, not worth a line
 
@@ -125,6 +125,7 @@ def described(step: Step, traced: Any, compiled: Any, on: Machine) -> dict[str, 
         "on_host": sum(waiting for _, waiting, _ in state.values()),
         "checkpoint": sum(total for _, _, total in state.values()),
         "batch": rows // shards,
+        "waiting": IN_FLIGHT * rows // shards,
         "temporary": temporary,
         "temporary_parts": parts,
         "arguments": int(memory.argument_size_in_bytes),
@@ -138,6 +139,6 @@ def described(step: Step, traced: Any, compiled: Any, on: Machine) -> dict[str, 
             step.blueprint.abstract, step.blueprint.shardings, step.mesh
         ),
         "whole": whole_leaves(step.blueprint),
-        "arrays": largest_arrays(compiled),
+        "arrays": arrays(compiled),
         "from": "compiler",
     }

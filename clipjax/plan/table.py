@@ -11,8 +11,8 @@ from clipjax.config import Run
 from clipjax.plan.machines import Machine
 
 BAR = 60  # characters of the picture of a chip's memory
-MARKS = {"parameters": "P", "optimizer": "O", "other state": "s", "batch": "b", "activations": "a",
-         "gathered weights": "w", "gradients": "g", "loss": "l", "other": "t"}  # fmt: skip
+MARKS = {"parameters": "P", "optimizer": "O", "other state": "s", "batch": "b", "batches waiting": "b",
+         "activations": "a", "gathered weights": "w", "gradients": "g", "loss": "l", "other": "t"}  # fmt: skip
 COMPILER, SHAPES, SUMS = "compiler", "shapes and sharding", "arithmetic"
 
 
@@ -29,18 +29,21 @@ def show(
     if "step" in judged:
         _times(table, judged)
     if "hours" in judged:
-        hours = f"{judged['hours']:,.1f} h for {judged['steps']:,} steps"
+        hours = f"{_few(judged['hours'])} h for {judged['steps']:,} steps"
         table.add_row(
-            "whole run, at least", f"{hours}, {judged['chip_hours']:,.0f} chip-hours", SUMS
+            "whole run, at least", f"{hours}, {_few(judged['chip_hours'])} chip-hours", SUMS
         )
     size = f"{bytes_(found['checkpoint'])}, {judged['checkpoint_seconds']:.1f} s on {_count(on.hosts, 'host')}"
     table.add_row("checkpoint", size, f"{SHAPES}; --disk")
     console.print(table)
+    if "seconds" in found:
+        console.print(f"traced and compiled in {found['seconds']:.0f} s")
     if "measured" in found:
         told = on.devices * judged["held"]
         console.print(
-            f"run for real: {bytes_(found['measured'])} on all {on.devices} devices, "
-            f"predicted {bytes_(told)}: {told / found['measured']:.3f} of it"
+            f"run for real: {bytes_(found['measured'])} on {_count(on.devices, 'device')}, predicted {bytes_(told)}: "
+            f"{told / found['measured']:.3f} of it (besides, {bytes_(found['stays'])} that stay when the run's arrays "
+            "are gone: the program itself)"
         )
     if judged["memory"]:
         console.print(bar(judged["parts"], judged["held"], judged["memory"]))
@@ -69,18 +72,18 @@ def show_ranked(
         settings, judged = entry["settings"], entry["estimated"]
         fits = judged.get("fits", True)
         rest = [
-            f"{1e3 * judged['step']:.0f} to {1e3 * judged['serial']:.0f}"
+            f"{_few(1e3 * judged['step'])} to {_few(1e3 * judged['serial'])}"
             if "step" in judged
             else "",
             f"{judged['pairs_per_second']:,.0f}" if "step" in judged else "",
-            f"{judged['hours']:,.0f}" if "hours" in judged else "",
+            _few(judged["hours"]) if "hours" in judged else "",
         ]
         table.add_row(
             str(place) if fits else "over",
             *(str(settings[name]) for name in ("batch_size", "accumulate", "remat", "group", "fsdp", "exchange")),
-            f"{judged['held'] / 1e9:.2f}",
-            f"{entry['expected']['held'] / 1e9:.2f}",
-            f"{sum(entry['compiled']['sent'].values()) / 1e9:.2f}",
+            _few(judged["held"] / 1e9),
+            _few(entry["expected"]["held"] / 1e9),
+            _few(sum(entry["compiled"]["sent"].values()) / 1e9),
             *rest,
         )  # fmt: skip
     console.print(table)
@@ -115,23 +118,27 @@ def bar(parts: dict[str, float], held: float, memory: float) -> str:
 
 
 def bytes_(size: float) -> str:
-    """In GB, or MB where it is little."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+    """In GB, or MB or kB where it is little."""
+    if size >= 1e8:
+        return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.2f} MB" if size >= 1e5 or not size else f"{size / 1e3:.2f} kB"
 
 
 def _memory(table: Table, found: dict[str, Any], judged: dict[str, Any]) -> None:
     parts, temporary = judged["parts"], found["temporary_parts"]
-    for name in ("parameters", "optimizer", "other state", "batch"):
+    for name in ("parameters", "optimizer", "other state", "batch", "batches waiting"):
         if parts[name]:
             table.add_row(name, bytes_(parts[name]), SHAPES)
     if found["on_host"]:
         table.add_row("state that waits on the host", bytes_(found["on_host"]), SHAPES)
     table.add_row("temporary", bytes_(found["temporary"]), COMPILER)
     for name, size in temporary.items():
-        table.add_row(f"  of it {name}", bytes_(size), SUMS)
+        if size:
+            table.add_row(f"  of it {name}", bytes_(size), SUMS)
     memory = judged["memory"]
     of = f" of {bytes_(memory)}" if memory else ""
-    table.add_row("all of it", f"{bytes_(judged['held'])}{of}", COMPILER, end_section=True)
+    everything = f"{bytes_(judged['held'])}{of}"
+    table.add_row("all of it", everything, f"{COMPILER}, and what waits", end_section=True)
 
 
 def _wire(table: Table, on: Machine, found: dict[str, Any]) -> None:
@@ -143,7 +150,7 @@ def _wire(table: Table, on: Machine, found: dict[str, Any]) -> None:
         )
         table.add_row(f"sent: {kind}", bytes_(size) + over, "compiler's program, on rings")
     table.add_row(
-        "products", f"{found['flops'] / found['devices'] / 1e12:.2f} TFLOP", "the step's program"
+        "products", f"{_few(found['flops'] / found['devices'] / 1e12)} TFLOP", "the step's program"
     )
 
 
@@ -151,10 +158,10 @@ def _times(table: Table, judged: dict[str, Any]) -> None:
     table.add_section()
     for name, seconds in judged["seconds"].items():
         table.add_row(
-            f"a step's {name}", f"{1000 * seconds:.1f} ms", f"{SUMS}, at the maker's figures"
+            f"a step's {name}", f"{_few(1000 * seconds)} ms", f"{SUMS}, at the maker's figures"
         )
-    table.add_row("step, at least", f"{1000 * judged['step']:.1f} ms: {judged['limit']}", SUMS)
-    table.add_row("if nothing overlaps", f"{1000 * judged['serial']:.1f} ms", SUMS)
+    table.add_row("step, at least", f"{_few(1000 * judged['step'])} ms: {judged['limit']}", SUMS)
+    table.add_row("if nothing overlaps", f"{_few(1000 * judged['serial'])} ms", SUMS)
     table.add_row("MFU, at most", f"{judged['mfu']:.0%}", f"{SUMS}: 3 forward passes")
     table.add_row("pairs/s, at most", f"{judged['pairs_per_second']:,.0f}", SUMS)
     table.add_row("images/s a host must feed", f"{judged['images_per_host']:,.0f}", SUMS)
@@ -167,6 +174,13 @@ def _roofline(on: Machine) -> str:
         f"chip: {chip.flops / 1e12:g} TFLOP/s bfloat16, {chip.bandwidth / 1e9:g} GB/s memory, "
         f"{chip.link / 1e9:g} GB/s {chip.fabric} one way{network} ({chip.source})"
     )
+
+
+def _few(number: float) -> str:
+    """Three digits that say something, or all before the point; of the very small, no more than is read."""
+    if number >= 100:
+        return f"{number:,.0f}"
+    return f"{number:.3g}" if number >= 1e-4 or not number else "under 0.0001"
 
 
 def _count(number: int, name: str) -> str:

@@ -40,13 +40,12 @@ from clipjax.train.resume import restore
 from clipjax.train.setup import Session, setup
 from clipjax.train.signals import Interrupted, StopRequest, name_of, nothing_lost
 from clipjax.train.state import TrainState
+from clipjax.train.step import IN_FLIGHT
 from clipjax.train.votes import Votes
 from clipjax.train.watch import Profile, Watch
 from clipjax.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
-IN_FLIGHT = 2
-"""Steps dispatched ahead of the device; simulated devices deadlock when it is unbounded."""
 
 
 def train(

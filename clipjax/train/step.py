@@ -43,6 +43,9 @@ from clipjax.train.state import Blueprint, TrainState
 
 Step = Callable[..., tuple[TrainState, Metrics]]
 
+IN_FLIGHT = 2
+"""Steps that wait behind the one under way, each with its batch; without a bound simulated devices deadlock."""
+
 
 def check_batch(batch_size: int, mesh: Mesh, accumulate: int) -> None:
     """Refuses a global batch that the mesh or the micro-batches do not divide."""

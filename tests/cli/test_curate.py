@@ -75,6 +75,68 @@ def test_keep_writes_keys_that_a_source_reads(run, folder):
     assert code == 2 and "give --where, --keys or --drop" in err
 
 
+def test_keep_names_what_is_misspelled_or_missing(run, folder, monkeypatch):
+    out, missing = folder / "keep.txt", folder / "nope.csv"
+    keep = ("data", "keep", folder, "--out", out)
+    code, _, err = run(*keep, "--where", "scoer >= 0.8")
+    assert code == 2 and "no" in err and "did you mean 'score'?" in err
+    code, _, err = run(*keep, "--where", "score >= 9")  # there, and never met
+    assert code == 2 and "leaves none of 12" in err and "did you mean" not in err
+    code, _, err = run(*keep, "--keys", folder / "none.txt")
+    assert code == 2 and "No such file" in err and "UTF-8" not in err
+    for name in (missing, "nope.csv", "nope/*.parquet"):
+        code, _, err = run("data", "keep", name, "--where", "a > 1", "--out", out)
+        assert code == 2 and f"no file or folder '{name}'" in err
+        assert "download_and_prepare" not in err
+    opened = []
+    read = ImageFolder.open
+    monkeypatch.setattr(ImageFolder, "open", lambda self: opened.append(1) or read(self))
+    assert run(*keep, "--where", "score >= 0.8")[0] == 0 and len(opened) == 1
+
+
+def test_near_names_files_as_they_were_typed(run, folder):
+    mine = vectors(folder / "mine.parquet", angles(0, 90))
+    for options, said in (
+        ([folder / "none.parquet"], "there is no file"),
+        ([mine, "--column", "embeding"], "did you mean 'embedding'?"),
+        ([folder / "captions.csv"], "is no Parquet file"),
+    ):
+        code, _, err = run("data", "near", *options, "--out", folder / "keep.txt")
+        assert code == 2 and said in err and "Embeddings(" not in err
+
+
+def test_keep_and_count_read_files_of_examples_and_plain_folders(run, tmp_path, monkeypatch):
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    from clipjax.data import records
+
+    monkeypatch.setattr(records, "_checked", lambda content, name: content[12:-4])
+    monkeypatch.setattr(records, "_masked", lambda content: 7)
+    with (tmp_path / "x.tfrecord-00000-of-00001").open("wb") as file:
+        for i in range(4):
+            made = tf_example_pb2.Example()
+            made.features.feature["caption"].bytes_list.value.append(b"number %d" % i)
+            made.features.feature["score"].float_list.value.append(i)
+            content = made.SerializeToString()
+            file.write(len(content).to_bytes(8, "little") + b"\7\0\0\0" + content + bytes(4))
+    out, entries = tmp_path / "out.tsv", tmp_path / "entries.txt"
+    entries.write_text("number 3\n")
+    pattern = tmp_path / "x.tfrecord-*"
+    for name in (pattern, f"file://{pattern}"):
+        code, _, err = run("data", "keep", name, "--where", "score >= 2", "--out", out)
+        assert code == 0 and "2 of 4 records" in err
+        code, _, err = run("data", "count", name, "--entries", entries, "--out", out)
+        assert code == 0 and "1 of 1 entries" in err
+    code, _, err = run("data", "sizes", pattern)
+    assert code == 0 and "4 records in 1 files" in err
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for width in (10, 30):
+        Image.new("RGB", (width, 9)).save(flat / f"{width}.png")
+    code, _, err = run("data", "keep", flat, "--where", "image.width >= 20", "--out", out)
+    assert code == 0 and out.read_text() == "30.png\n"
+
+
 def test_count_writes_what_balancing_reads(run, folder):
     (folder / "entries.txt").write_text("red\nnumber 7\nblue\n")
     out = folder / "counts.tsv"
@@ -156,6 +218,8 @@ def test_tokenizers_are_trained_beforehand(run, folder):
     assert saved.decode(saved.encode(texts, 16)) == texts
     file = SentencePiece(str(out / "tokenizer.model")).build()
     np.testing.assert_array_equal(file.encode(texts, 16), saved.encode(texts, 16))
+    code, printed, _ = run("data", "tokenizer", config(folder), "--help")
+    assert code == 0 and "--out FOLDER" in printed and "[--out" not in printed
     code, _, err = run(
         "data", "tokenizer", config(folder, f"SavedTokenizer({str(out)!r})").with_name("x.py")
     )

@@ -126,6 +126,25 @@ def test_tars_with_captions(run, model, tmp_path):
     np.testing.assert_allclose(embedded, image, atol=1e-6)
 
 
+def test_files_of_examples(run, model, tmp_path):
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    file = tmp_path / "x.array_record"
+    writer = ArrayRecordWriter(str(file), "group_size:1")
+    for color in ("red", "blue"):
+        example = tf_example_pb2.Example()
+        example.features.feature["image"].bytes_list.value.append(png(color))
+        example.features.feature["key"].bytes_list.value.append(color.encode())
+        writer.write(example.SerializeToString())
+    writer.close()
+    files, _ = embed(run, file, tmp_path / "x.parquet", model)
+    rows, embedded = table(*files)
+    assert [row["key"] for row in rows] == ["red", "blue"]
+    expected = load(model).encode_image([png("red"), png("blue")])
+    np.testing.assert_allclose(embedded, expected, atol=1e-6)
+
+
 def test_hostile_tars(run, model, tmp_path, tree):
     box = tmp_path / "box"
     box.mkdir()

@@ -12,6 +12,7 @@ from PIL import Image
 from clipjax.data import (
     BPE,
     Array,
+    ArrayRecord,
     ClassFolder,
     Data,
     ImageFolder,
@@ -19,6 +20,7 @@ from clipjax.data import (
     PictureFolder,
     SavedDataset,
     Stream,
+    TFRecord,
     UnreadableRecord,
     WebDataset,
     decode,
@@ -227,6 +229,18 @@ def test_what_a_folder_holds(tmp_path, files):
         str(tmp_path / "tars" / "*.tar")
     )
     assert found_source(str(tmp_path / "nothing"), True) is None
+    for name, kind in (
+        ("a.tfrecord", TFRecord),
+        ("b-train.array_record-00000-of-00001", ArrayRecord),
+    ):
+        (tmp_path / name).write_bytes(b"")
+        for path in (str(tmp_path / name), f"gs://bucket/{name}", f"s3://bucket/*{name[1:]}"):
+            assert found_source(path, True) == kind(path)
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "0.array_record").write_bytes(b"")
+    assert found_source(str(tmp_path / "records"), True) == ArrayRecord(
+        str(tmp_path / "records" / "*.array_record")
+    )
     (tmp_path / "metadata.csv").write_text("url,text\nx,y\n")
     with pytest.raises(ClipjaxError, match="columns url, text, of which none is called"):
         found_source(str(tmp_path / "metadata.csv"), True)

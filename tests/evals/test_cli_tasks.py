@@ -40,6 +40,10 @@ def test_probes_from_files_of_entries(evaluate, refused, world, tmp_path):
     (tmp_path / "g.json").write_text(json.dumps([entry]))
     asked = ["--dataset", tmp_path / "g.json", "--task", "winogavil", "--article", *where]
     assert evaluate("one", *asked)["winogavil/2_candidates/jaccard"] in (0.0, 1.0)
+    # Without --task, each file is what its entries are.
+    both = ["--dataset", tmp_path / "w.jsonl", "--dataset", tmp_path / "g.json", *where]
+    told = evaluate("one", *both)
+    assert told == found | evaluate("one", *asked[:4], *where)
     assert "winogavil needs --images" in refused("one", *asked[:4])
 
 

@@ -118,7 +118,7 @@ def test_rounding_noise_does_not_break_ties():
         noisy = metrics.retrieval_ranks(image + noise[0], text + noise[1], owner)
         np.testing.assert_array_equal(noisy.image_to_text, clean.image_to_text)
         np.testing.assert_array_equal(noisy.text_to_image, clean.text_to_image)
-        ranks = metrics.class_ranks(image + noise[0], image + noise[0], np.arange(8))
+        ranks, _ = metrics.classified(image + noise[0], image + noise[0], np.arange(8))
         assert ranks.tolist() == [2] * 8
         right = owner == 0
         assert metrics.rank_of_best(image[0] + noise[0][0], text + noise[1], right) == 2
@@ -139,12 +139,12 @@ def test_summary_of_known_ranks():
 
 
 @pytest.mark.parametrize("tile", [1, 4, 50])
-def test_class_ranks_and_accuracies(tile):
+def test_ranks_of_classes_and_accuracies(tile):
     rng = np.random.default_rng(5)
     image, classes, label = unit(rng, 30, 6), unit(rng, 9, 6), rng.integers(0, 8, 30)
     score = image.astype(np.float64) @ classes.astype(np.float64).T
     expected = 1 + (score > score[np.arange(30), label][:, None]).sum(axis=1)
-    ranks = metrics.class_ranks(image, classes, label, tile=tile)
+    ranks, _ = metrics.classified(image, classes, label, tile=tile)
     np.testing.assert_array_equal(ranks, expected)
     per_class = [np.mean(score[label == c].argmax(axis=1) == c) for c in sorted(set(label))]
     assert class_figures(ranks, label)["mean_per_class"] == pytest.approx(np.mean(per_class))
@@ -188,7 +188,7 @@ def test_bad_input_is_refused_by_name():
     with pytest.raises(ClipjaxError, match="one width"):
         metrics.retrieval_ranks(eye, eye[:, :2], np.arange(3))
     with pytest.raises(ClipjaxError, match="labels run from 0 to 3, but there are 3 classes"):
-        metrics.class_ranks(eye, eye, np.array([0, 1, 3]))
+        metrics.classified(eye, eye, np.array([0, 1, 3]))
 
 
 @pytest.fixture(scope="module")
@@ -223,8 +223,7 @@ def test_predictions_agree_with_ranks_and_fill_the_confusion_matrix(real):
     image, label = real
     classes = np.stack([image[label == c].mean(axis=0) for c in range(9)])
     classes[3] = classes[2]  # a tie that classes 2 and 3 both lose
-    ranks = metrics.class_ranks(image, classes, label, tile=64)
-    predicted = metrics.predictions(image, classes, label, tile=64)
+    ranks, predicted = metrics.classified(image, classes, label, tile=64)
     np.testing.assert_array_equal(predicted == label, ranks == 1)
     assert (predicted[label == 2] != 2).all() and (predicted[label == 3] != 3).all()
     wrong = predicted != label
@@ -245,12 +244,12 @@ def test_a_class_of_several_rows_scores_as_its_best(real, tile):
     score = image.astype(np.float64) @ rows.T.astype(np.float64)
     best = np.stack([score[:, group == g].max(axis=1) for g in range(5)], axis=1)
     expected = (best >= best[np.arange(len(image)), label][:, None]).sum(axis=1)
-    ranks = metrics.class_ranks(image, rows, label, group=group, tile=tile)
+    ranks, _ = metrics.classified(image, rows, label, group=group, tile=tile)
     np.testing.assert_array_equal(ranks, expected)
     scores = metrics.class_scores(image, rows, group=group, tile=tile)
     np.testing.assert_allclose(scores, best, atol=1e-7)
     with pytest.raises(ClipjaxError, match="leaving none out"):
-        metrics.class_ranks(image, rows, label, group=group + 1)
+        metrics.classified(image, rows, label, group=group + 1)
 
 
 def test_scores_of_pairs(real):
@@ -282,9 +281,6 @@ def test_ties_in_order_are_those_of_a_stable_sort():
     label = rng.integers(0, 70, 30)
     order = np.argsort(-score, axis=1, kind="stable")
     wanted = [1 + np.argmax(row == own) for row, own in zip(order, label, strict=True)]
-    np.testing.assert_array_equal(
-        metrics.class_ranks(image, text, label, ties="first", tile=7), wanted
-    )
-    np.testing.assert_array_equal(
-        metrics.predictions(image, text, label, ties="first"), score.argmax(axis=1)
-    )
+    ranked, predicted = metrics.classified(image, text, label, ties="first", tile=7)
+    np.testing.assert_array_equal(ranked, wanted)
+    np.testing.assert_array_equal(predicted, score.argmax(axis=1))

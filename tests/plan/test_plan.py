@@ -50,6 +50,8 @@ def config(tmp_path):
     ("name", "count", "topology"),
     [
         ("v5e-256", 256, "v5e:16x16"),
+        ("v5litepod-16", 16, "v5e:4x4"),  # as the cloud calls it
+        ("cpux12", 12, "1x1x12"),
         ("v6e-64", 64, "v6e:8x8"),
         ("v5p-128", 64, "v5p:4x4x4"),  # cores
         ("h100x64", 64, "1x8x8"),
@@ -66,7 +68,8 @@ def test_machines(name, count, topology):
     ("name", "words"),
     [
         ("v5e", "no such machine.*v5e-256"),
-        ("tpu-8", "no such machine"),
+        ("tpu-8", r"chip \(v5e, v5p, v6e, h100, h200, a100, cpu\) and a number"),
+        ("cpux0", "at least one"),
         ("v5e-48", "TPU v5e slices come in sizes 1, 4, 8"),
         ("v5p-7", "slices come in sizes 8, 16"),
         ("h100x12", "whole hosts of 8"),
@@ -145,6 +148,25 @@ def test_a_run_is_planned_from_the_command_line(config, capsys):
     # A block keeps 14 [N, D] and what its norms and its softmax divide by; ends besides.
     kept = 4 * 32 * 2 * sum(14 * n for n in (image, text))
     assert kept < found["temporary_parts"]["activations"] / 2 < 1.4 * kept
+
+
+def test_what_a_step_takes_for_real_is_what_was_predicted(config, capsys):
+    words = ["--on", "cpux2", "--check", "--json", "--data.batch_size", "1024"]
+    assert main(["plan", str(config), *words]) == 0
+    printed = capsys.readouterr().out
+    answer = json.loads(printed.splitlines()[-1])
+    found, told = answer["compiled"], 2 * answer["estimated"]["held"]
+    assert found["temporary"] > 50e6  # large beside what a process needs besides
+    assert told == pytest.approx(found["measured"], rel=0.1)
+    assert "run for real" in printed and 0 < found["stays"] < 200e6
+    # The loop has two batches waiting behind the one under way.
+    assert found["waiting"] == 2 * found["batch"] == 2 * 512 * (16 * 16 * 3 + 8 * 4 + 4 + 4)
+    assert answer["estimated"]["parts"]["batches waiting"] == found["waiting"]
+
+
+def test_only_cpus_are_checked(config, capsys):
+    assert main(["plan", str(config), "--on", "v5e-4", "--check"]) == 2
+    assert "--on v5e-4 is no cpuxN" in capsys.readouterr().err
 
 
 def test_a_batch_that_does_not_divide_is_refused(config, capsys):

@@ -3,6 +3,7 @@
 They need the extras plan-tpu and plan-gpu, and no device.
 """
 
+import dataclasses
 import importlib.util
 
 import pytest
@@ -11,7 +12,7 @@ from clipjax import Run, Sharding
 from clipjax.bench.target import compile_on
 from clipjax.data import BPE, Data, Tfds
 from clipjax.models import DualEncoder
-from clipjax.objectives import Ring, Softmax
+from clipjax.objectives import AllGather, Ring, Softmax
 from clipjax.optim import AdamW, Duration
 from clipjax.plan.machines import machine
 from clipjax.plan.program import compiled_for
@@ -65,14 +66,28 @@ def test_weights_travel_in_bfloat16_and_once_each_way(found):
     assert sum(found["sent"].values()) < 8 * others * held
 
 
+def along_the_whole_batch(found):
+    """Arrays of the program, scalars and all, that have as many numbers along an axis as the batch has rows."""
+    assert f"bf16[{ROWS},{WIDTH}]" in found["arrays"]  # down to the size of a device's embeddings
+    shapes = {name: name.split("[")[1].rstrip("]").split(",") for name in found["arrays"]}
+    return [name for name, axes in shapes.items() if str(ROWS * found["devices"]) in axes]
+
+
 def test_no_table_of_pairs_and_no_columns_of_the_whole_batch(found):
-    """The ring meets the columns a block at a time: no array has the whole batch along its first axis."""
+    """The ring meets the columns a block at a time: no N x N, no N x E of any dtype, whole or by the device."""
     n = ROWS * found["devices"]
-    shapes = [name.split("[")[1].rstrip("]").split(",") for name in found["arrays"]]
-    assert len(shapes) == 40
-    assert not [shape for shape in shapes if shape[0] == str(n)]
+    assert along_the_whole_batch(found) == []
     block = ROWS * WIDTH * 2  # bfloat16: round once for the statistics, once with the gradients
     assert (n / ROWS - 1) * 2 * block < found["sent"]["collective-permute"]
+
+
+def test_gathered_columns_are_seen():
+    """What the ring does not have, `AllGather` has, so that its absence says something."""
+    if importlib.util.find_spec(PACKAGES["h100x8"]) is None:
+        pytest.skip("jax_cuda12_plugin is not installed")
+    gathered = dataclasses.replace(run(8, depth=1), exchange=AllGather())
+    seen = along_the_whole_batch(compiled_for(gathered, machine("h100x8"), [], 10_000))
+    assert f"bf16[{8 * ROWS},{WIDTH}]" in seen
 
 
 def test_one_island_has_no_slow_links(found):
