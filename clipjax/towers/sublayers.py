@@ -67,14 +67,13 @@ class Attention(nnx.Module):
         n, m = x.shape[1], memory.shape[1]
         if rotation is None:
             x, memory = before_projection(kind, x, memory)
-        q, k, v = (
-            _kept(project(y), name, self.heads // shared)
-            for name, project, y, shared in (
-                ("q", self.q, x, 1),
-                ("k", self.k, memory, self.shared),
-                ("v", self.v, memory, self.shared),
-            )
-        )
+        projected = self.q(x), self.k(memory), self.v(memory)
+        if kind == "splash":
+            # As the kernel reads them: with tokens side by side, as its compiler would keep them for the
+            # backward pass, a TPU rounds 197 of them up to 256.
+            heads = self.heads, self.heads // self.shared, self.heads // self.shared
+            projected = tuple(map(row_major, projected, heads))
+        q, k, v = map(checkpoint_name, projected, "qkv")
         q = self._ready(q, self.q_norm, rotation, self.stretch)
         k = self._shared(self._ready(k, self.k_norm, rotation))
         v = self._shared(v)
@@ -123,7 +122,7 @@ class Mlp(nnx.Module):
     """`fc2(activation(fc1(x)))`, or with a gate `fc2(activation(gate(x)) * fc1(x))`."""
 
     def __init__(self, config: Transformer, rngs: nnx.Rngs, *, out_std: float | None = None):
-        self.activation, self.heads = config.activation, config.heads
+        self.activation = config.activation
         std, bias = (2 * config.width) ** -0.5, config.out_bias
         self.fc1 = layers.Linear(config.width, config.hidden, rngs, bias=bias, std=std)
         self.fc2 = layers.Linear(config.hidden, config.width, rngs, bias=bias, std=out_std)
@@ -134,17 +133,8 @@ class Mlp(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D]."""
         activate = layers.ACTIVATIONS[self.activation]
-        hidden = _kept(self.fc1(x), "hidden", self.heads)
-        gate = None if self.gate is None else _kept(self.gate(x), "hidden", self.heads)
+        hidden = checkpoint_name(self.fc1(x), "hidden")
+        gate = None if self.gate is None else checkpoint_name(self.gate(x), "hidden")
         hidden = activate(hidden) if gate is None else activate(gate) * hidden
         hidden = hidden if self.norm is None else self.norm(hidden)
-        return self.fc2(_kept(hidden, "activated", self.heads))
-
-
-def _kept(x: jax.Array, name: str, heads: int) -> jax.Array:
-    """`x` by the name under which policies keep it for the backward pass.
-
-    A TPU stores tiles of 128 channels or tokens; with tokens, as its compiler would have most of these,
-    197 of them take the place of 256.
-    """
-    return checkpoint_name(row_major(x, "tpu", heads), name)
+        return self.fc2(checkpoint_name(hidden, "activated"))

@@ -401,9 +401,9 @@ def apply_stack(
     if looped(config):
         return jax.lax.scan(step, x, (state, each), unroll=config.scan_unroll)[0]
     for i in range(config.depth):
-        # The GPU's compiler would store the stream with the batch last, as suits the sums that are biases'
+        # A GPU's compiler would store the stream with the batch last, as suits the sums that are biases'
         # gradients, and write a transposed copy for every product.
-        x, _ = step(row_major(x, "gpu"), layer_of((state, each), i))
+        x, _ = step(row_major(x), layer_of((state, each), i))
     return x
 
 
