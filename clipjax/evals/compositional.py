@@ -29,7 +29,8 @@ class Compositional(EntryEvaluator):
     `bbox_x` to `bbox_h` (only that box of the picture is seen) and its `caption_options`, the first of
     which is right, do as well.
 
-    Figures: `{name}/accuracy`, the share of entries whose caption scores above all its negatives; `{name}/{category}/accuracy`; `{name}/mean_per_category`.
+    Figures: `{name}/accuracy`, the share of entries whose caption scores above all its negatives;
+    `{name}/{category}/accuracy`; `{name}/mean_per_category`.
     """
 
     name: str = "compositional"

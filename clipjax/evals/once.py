@@ -36,7 +36,9 @@ class Once:
         asked = (source, predictor.image_size, predictor.resize)
         for known, read, data in self._splits:
             ended = read is None or data.tried < read  # there are no more records
-            if known == asked and (read == limit or (ended and (limit or data.tried) >= data.tried)):
+            if known == asked and (
+                read == limit or (ended and (limit or data.tried) >= data.tried)
+            ):
                 return data
         for known, _, data in self._splits:
             if known == asked and limit is not None and limit < data.tried:

@@ -91,7 +91,14 @@ def test_compositional(evaluate, world, tmp_path):
     assert found["compositional/accuracy"] in (0.0, 1.0)
     same = {"image": "red/0", "caption": "a red thing", "negative_caption": "a red thing"}
     (tmp_path / "same.json").write_text(json.dumps([same]))
-    tie = ["--dataset", tmp_path / "same.json", "--task", "compositional", "--images", world / "test"]
+    tie = [
+        "--dataset",
+        tmp_path / "same.json",
+        "--task",
+        "compositional",
+        "--images",
+        world / "test",
+    ]
     assert evaluate("one", *tie)["compositional/accuracy"] == 0.0
     assert evaluate("one", *tie, "--ties", "first")["compositional/accuracy"] == 1.0
 
@@ -203,7 +210,7 @@ class MeanBrightness(Evaluator):
     assert set(found["interval_95"]) == {"brightness/share"}  # a plain float has none
 
 
-def test_tars_with_labels_and_tables_with_other_columns(evaluate, world, tmp_path):
+def test_tars_with_labels_and_tables_with_other_columns(evaluate, refused, world, tmp_path):
     """CLIP_benchmark's classification tars hold `.cls`."""
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for i, name in enumerate(COLORS):
@@ -233,11 +240,16 @@ def test_tars_with_labels_and_tables_with_other_columns(evaluate, world, tmp_pat
     two = evaluate("one", "--dataset", table, *keys, *two_tasks)
     assert two["retrieval/image_to_text/R@1"] == folder["retrieval/image_to_text/R@1"]
     assert two["zeroshot/top5"] == 1.0
-    files = [(world / "test" / name / "0.png").read_bytes() for name in COLORS]
-    texts = [f"a {name} thing" for name in COLORS]
-    columns = {"filepath": files, "title": texts, "kind": list(COLORS)}
+    columns = {
+        "filepath": [(world / "test" / name / "0.png").read_bytes() for name in COLORS],
+        "title": [f"a {name} thing" for name in COLORS],
+        "kind": [0, 1, 2],
+    }
     pq.write_table(pa.table(columns), tmp_path / "t.parquet")
-    assert evaluate("one", "--dataset", tmp_path / "t.parquet", *keys, *two_tasks) == two
+    parquet = ["--dataset", tmp_path / "t.parquet", *keys]
+    assert evaluate("one", *parquet, *two_tasks, "--prompts", prompts) == found | folder
+    parquet[-1] = "title"
+    assert "label_column='title' holds string" in refused("one", *parquet, *two_tasks[2:])
 
 
 def test_intervals_and_differences_on_the_same_pictures(evaluate, world):
@@ -288,9 +300,7 @@ def test_the_robustness_file_is_a_file_of_evaluators():
     ]
 
 
-def test_a_run_and_a_model_side_by_side(
-    evaluate, refused, world, tmp_path, capsys, monkeypatch
-):
+def test_a_run_and_a_model_side_by_side(evaluate, refused, world, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     assert main(["train", str(TINY), "--workdir", str(run), "--duration.amount", "1"]) == 0
     capsys.readouterr()
