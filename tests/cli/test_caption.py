@@ -107,7 +107,7 @@ def test_greedy_is_the_default_and_the_table_shows_captions(folder, pictures, ca
     assert "1.png" in table and f"{row['score']:.2f}" in table
 
 
-def test_eval_compares_captions_with_a_data_sets(folder, pictures, tmp_path, capsys):
+def test_eval_compares_captions_with_a_data_sets(folder, pictures, tmp_path, capsys, monkeypatch):
     """Two pictures whose references are what the model writes, and one with no word of it."""
     _, rows = captions(capsys, "--model", folder, pictures, "--prompt", "a dog")
     shutil.copytree(pictures, tmp_path / "set")
@@ -121,6 +121,16 @@ def test_eval_compares_captions_with_a_data_sets(folder, pictures, tmp_path, cap
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["captioning/ROUGE-L"] == pytest.approx(2 / 3)
     assert 0 < found["captioning/BLEU-1"] < 1 and "captioning/CLIPScore" not in found
+    chosen = []
+    monkeypatch.setattr(
+        clipjax.Predictor,
+        "caption_rows",
+        lambda self, read, count, strategy, *rest: chosen.append(strategy) or ["zebra"] * count,
+    )
+    assert main([*asked, "--strategy", "beam", "--no-embeddings"]) == 0
+    assert chosen == [Beam()]
+    assert main([*asked, "--strategy", "bean"]) == 2
+    assert "--strategy bean: choose of greedy, beam, sample" in capsys.readouterr().err
 
 
 def test_a_bad_picture_costs_no_other_its_caption(folder, pictures, capsys):
