@@ -401,7 +401,10 @@ def _value(scalar: Any) -> Any:
 def _whole_numbers(schema: Any, name: str) -> bool:
     import pyarrow as pa
 
-    return name in schema.names and pa.types.is_integer(schema.field(name).type)
+    if name not in schema.names:
+        return False
+    kind = schema.field(name).type
+    return pa.types.is_integer(kind) or pa.types.is_boolean(kind)
 
 
 def _class_names(schema: Any, label: str | None) -> tuple[str, ...] | None:
