@@ -67,13 +67,13 @@ class Attention(nnx.Module):
         n, m = x.shape[1], memory.shape[1]
         if rotation is None:
             x, memory = before_projection(kind, x, memory)
-        projected = self.q(x), self.k(memory), self.v(memory)
+        q, k, v = self.q(x), self.k(memory), self.v(memory)
         if kind == "splash":
             # As the kernel reads them: with tokens side by side, as its compiler would keep them for the
             # backward pass, a TPU rounds 197 of them up to 256.
-            heads = self.heads, self.heads // self.shared, self.heads // self.shared
-            projected = tuple(map(row_major, projected, heads))
-        q, k, v = map(checkpoint_name, projected, "qkv")
+            kv_heads = self.heads // self.shared
+            q, k, v = row_major(q, self.heads), row_major(k, kv_heads), row_major(v, kv_heads)
+        q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
         q = self._ready(q, self.q_norm, rotation, self.stretch)
         k = self._shared(self._ready(k, self.k_norm, rotation))
         v = self._shared(v)
