@@ -10,7 +10,7 @@ quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/clipjax train configs/quickstart.py --workdir runs/quickstart
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Files and strings through transformers, OpenCLIP, CLIP_benchmark, sentence-transformers, in an environment of its own.
 test-interop: $(INTEROP)/.installed
@@ -26,7 +26,7 @@ CHECK := tests/test_component.py tests/test_sharding.py tests/test_public_names.
   tests/tracking tests/train/test_step.py tests/methods/test_registry.py
 
 check: lint
-	$(BIN)/python -m pytest -n 2 -x $(CHECK) --deselect tests/methods/test_registry.py::test_every_config_trains
+	$(BIN)/python -m pytest -n 2 --dist loadfile -x $(CHECK) --deselect tests/methods/test_registry.py::test_every_config_trains
 
 # Against servers of S3 and Google Cloud Storage on loopback, with faults on the way.
 test-stores: $(VENV)/.installed-test-stores
@@ -34,7 +34,7 @@ test-stores: $(VENV)/.installed-test-stores
 
 # Compiles small steps for TPUs and GPUs; needs neither.
 test-targets: $(VENV)/.installed-test $(VENV)/.installed-plan-tpu $(VENV)/.installed-plan-gpu
-	$(BIN)/python -m pytest tests/targets -n 2
+	$(BIN)/python -m pytest tests/targets
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

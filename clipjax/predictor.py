@@ -25,7 +25,13 @@ from clipjax.data.images import decode
 from clipjax.data.tokenizers import TokenizerModel
 from clipjax.errors import ClipjaxError
 from clipjax.generation import Generated, Greedy, Strategy
-from clipjax.generation.generate import compiled, prompt_rows, row_length, special_tokens
+from clipjax.generation.generate import (
+    compiled,
+    prompt_rows,
+    require_decoder,
+    row_length,
+    special_tokens,
+)
 from clipjax.layout import on_mesh
 from clipjax.mesh import replicated
 from clipjax.params import Tree, merge, split
@@ -367,6 +373,14 @@ class Predictor:
             done.append(jax.tree.map(np.asarray, output))
         empty = Generated(np.zeros((0, length), np.int32), np.zeros(0, np.float32))
         return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], empty, *done)
+
+    def require_decoder(self) -> None:
+        """Refuses to caption before any picture is read.
+
+        Raises:
+          ClipjaxError: the model has no captioning decoder.
+        """
+        require_decoder(self.module())
 
     def decode(self, generated: Generated) -> list[str]:
         """The n captions that `generate` gave, as text."""

@@ -51,10 +51,12 @@ def main(arguments: list[str]) -> int:
     strategy = _strategy(namespace.strategy, strategy_arguments)
     files = _pictures(namespace.images)
 
-    _, pretrained = open_model(namespace)
-    from clipjax.cli.models import read_pictures
+    path, pretrained = open_model(namespace)
+    from clipjax.cli.models import about, read_pictures
 
     predictor = pretrained.predictor()
+    with about(path):
+        predictor.require_decoder()
     pictures, skipped = read_pictures(predictor, [str(file) for file in files])
     generated = predictor.generate(
         list(pictures.values()), strategy, namespace.prompt, namespace.seed

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipjax.cli.arguments import import_files, model_path, new_parser
 from clipjax.cli.figures import print_figures
+from clipjax.cli.models import about
 from clipjax.cli.tasks import (
     TASKS,
     add_options,
@@ -55,8 +56,9 @@ def main(arguments: list[str]) -> int:
     for path in options.models:
         predictor, runners = open_model(path, evaluators, options.batch_size)
         results[str(path)] = {}
-        for _, runner in runners:
-            results[str(path)] |= runner(predictor) | runner.figures
+        with about(path):
+            for _, runner in runners:
+                results[str(path)] |= runner(predictor) | runner.figures
     import jax
 
     if jax.process_index() == 0:

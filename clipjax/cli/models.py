@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,6 +115,15 @@ def read_pictures(
     if not pictures:
         raise ClipjaxError(f"not one of {len(skipped)} pictures can be read")
     return pictures, skipped
+
+
+@contextlib.contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Puts the model that the user named before what is said against it."""
+    try:
+        yield
+    except ClipjaxError as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def say(text: str) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from clipjax.cli.caption import STRATEGIES
 from clipjax.errors import ClipjaxError, did_you_mean
 
 if TYPE_CHECKING:
@@ -104,10 +105,14 @@ class Option:
         if typing.get_origin(self.type) is tuple:
             element = Option(self.field, typing.get_args(self.type)[0], "")
             return tuple(element.parse(part.strip()) for part in text.split(","))
-        if typing.get_origin(self.type) is Literal:
-            choices = typing.get_args(self.type)
-            if text not in choices:
-                raise ClipjaxError(f"{self.flags[0]} {text}: choose of {', '.join(choices)}")
+        choices = self._choices()
+        if choices and text not in choices:
+            raise ClipjaxError(f"{self.flags[0]} {text}: choose of {', '.join(choices)}")
+        if self.type is _strategy():
+            import clipjax.generation
+
+            return getattr(clipjax.generation, STRATEGIES[text])()
+        if choices:
             return text
         try:
             return self.type(text)
@@ -118,9 +123,12 @@ class Option:
     def _metavar(self) -> str:
         if typing.get_origin(self.type) is tuple:
             return f"{typing.get_args(self.type)[0].__name__.upper()},..."
-        if typing.get_origin(self.type) is Literal:
-            return "|".join(typing.get_args(self.type))
-        return self.type.__name__.upper()
+        return "|".join(self._choices()) or self.type.__name__.upper()
+
+    def _choices(self) -> tuple[str, ...]:
+        if self.type is _strategy():
+            return tuple(STRATEGIES)
+        return typing.get_args(self.type) if typing.get_origin(self.type) is Literal else ()
 
 
 def options_of(cls: type[Evaluator]) -> dict[str, Option]:
@@ -141,9 +149,16 @@ def _plain(hint: Any) -> Any:
         return _plain(parts[0]) if len(parts) == 1 else None
     if typing.get_origin(hint) is tuple:
         return hint if _plain(typing.get_args(hint)[0]) in (int, float, str) else None
-    if typing.get_origin(hint) is Literal or hint in (int, float, str, bool):
+    if typing.get_origin(hint) is Literal or hint in (int, float, str, bool, _strategy()):
         return hint
     return None
+
+
+def _strategy() -> type:
+    """The role of how captions are chosen; an option names one, whose own fields are as they are by default."""
+    from clipjax.generation import Strategy
+
+    return Strategy
 
 
 def _documents(cls: type) -> dict[str, str]:

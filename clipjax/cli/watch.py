@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipjax.cli.models import say
+from clipjax.cli.models import about, say
 from clipjax.errors import ClipjaxError
 from clipjax.files import append_line
 from clipjax.stores import read_bytes
@@ -23,17 +23,22 @@ FILE = "watched.jsonl"
 def watch(options: argparse.Namespace, evaluators: tuple[Evaluator, ...]) -> int:
     """Evaluates each checkpoint that has no line in the file yet; returns once the run has ended.
 
-    Checkpoints that the run deletes before their turn are left out, with a note.
+    It may be started before the run: it waits for the run's folder, and says so. Checkpoints that the
+    run deletes before their turn are left out, with a note.
     """
     from clipjax.checkpoint import FOLDER, complete_steps
     from clipjax.evals import build_runners
+    from clipjax.pretrained import is_pretrained
     from clipjax.restore import open_pretrained, open_run
     from clipjax.tracking import print_results
 
     folder: Path = options.models[0]
-    if not folder.is_dir():
-        raise ClipjaxError(f"--watch {folder}: there is no such folder")
+    if folder.is_file() or is_pretrained(folder):
+        raise ClipjaxError(f"--watch {folder}: this is no run, whose checkpoints could come")
     poll = 30.0 if options.poll is None else options.poll
+    if not complete_steps(folder):
+        there = "has no checkpoint" if folder.is_dir() else "is not there"
+        say(f"--watch {folder}: it {there} yet; waiting for the first one")
     done = _watched(folder / FILE)
     runners: list[tuple[Evaluator, Runner]] = build_runners(evaluators)
     while True:
@@ -56,8 +61,9 @@ def watch(options: argparse.Namespace, evaluators: tuple[Evaluator, ...]) -> int
                     f"{folder} has no evaluators of its own: give --dataset or --evals"
                 )
             figures: dict[str, float] = {}
-            for _, runner in runners:
-                figures |= runner(predictor)
+            with about(path):
+                for _, runner in runners:
+                    figures |= runner(predictor)
             print_results(f"{folder} at step {step}", figures)
             line = json.dumps({"step": step} | figures)
             append_line(folder / FILE, line)

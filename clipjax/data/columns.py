@@ -192,6 +192,11 @@ class _OpenColumns:
             self._captions = config.caption_columns
         label = config.label_column or ("label" if _whole_numbers(schema, "label") else None)
         self._label = label and _column(config, names, "label_column", label, ())
+        if self._label and not _whole_numbers(schema, self._label):
+            raise ClipjaxError(
+                f"{type(config).__name__}: label_column={self._label!r} holds "
+                f"{schema.field(self._label).type}: a class is a whole number here"
+            )
         self._id = config.id_column and _column(config, names, "id_column", config.id_column, ())
         key = config.key_column or ("key" if "key" in names else None)
         self._key = key and _column(config, names, "key_column", key, ())
@@ -400,7 +405,10 @@ def _value(scalar: Any) -> Any:
 def _whole_numbers(schema: Any, name: str) -> bool:
     import pyarrow as pa
 
-    return name in schema.names and pa.types.is_integer(schema.field(name).type)
+    if name not in schema.names:
+        return False
+    kind = schema.field(name).type
+    return pa.types.is_integer(kind) or pa.types.is_boolean(kind)
 
 
 def _class_names(schema: Any, label: str | None) -> tuple[str, ...] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import copy
 import dataclasses
 import functools
 import logging
@@ -70,6 +71,13 @@ class Pictures:
         read = getattr(self._opened, "facts", self._opened.__getitem__)
         return dict(read(int(self._index[row])))
 
+    def first(self, count: int) -> Pictures:
+        """The first `count` rows; what is found not to decode is marked in both."""
+        part = copy.copy(self)
+        part._index, part.unreadable = self._index[:count], self.unreadable[:count]  # views
+        part._kept = None if self._kept is None else self._kept[:count]
+        return part
+
     def keep(self, pixels: np.ndarray) -> None:
         """Takes all pictures, uint8 [n, S, S, 3], and reads no record any more."""
         self._kept = pixels
@@ -111,6 +119,32 @@ class EvalSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def tried(self) -> int:
+        """How many records were read, those that could not be counted."""
+        return len(self) + self.skipped
+
+    def first(self, limit: int) -> EvalSet:
+        """What `load_eval` gives of the first `limit` records, nothing read again.
+
+        Raises:
+          ClipjaxError: none of them could be read.
+        """
+        count = int((self.images._index < limit).sum())
+        if not count:
+            raise ClipjaxError(f"none of the first {limit} records can be read")
+        labels = None if self.labels is None else self.labels[:count]
+        return dataclasses.replace(
+            self,
+            images=self.images.first(count),
+            captions=self.captions[:count],
+            languages=self.languages[:count],
+            ids=self.ids[:count],
+            keys=self.keys[:count],
+            labels=labels if labels is not None and (labels >= 0).any() else None,
+            skipped=min(limit, self.tried) - count,
+        )
 
     def entries(self, key: str) -> list[Any]:
         """What each record has under a name (see `fields.entry`), None where it has nothing.

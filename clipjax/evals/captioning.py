@@ -84,6 +84,7 @@ class CaptioningRunner(Runner):
 
     def load(self, predictor: Predictor) -> None:
         config = self.evaluator
+        predictor.require_decoder()
         java_metrics.require(self._java())
         data = self._data = self.once.split(config.source, predictor, config.limit)
         rows, owners = merge_equal(data.ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,12 +29,19 @@ class Compositional(EntryEvaluator):
     `bbox_x` to `bbox_h` (only that box of the picture is seen) and its `caption_options`, the first of
     which is right, do as well.
 
-    Figures: `{name}/accuracy`, the share of entries whose caption scores above all its negatives (a
-    tie counts against the model); `{name}/{category}/accuracy`; `{name}/mean_per_category`.
+    Figures: `{name}/accuracy`, the share of entries whose caption scores above all its negatives;
+    `{name}/{category}/accuracy`; `{name}/mean_per_category`.
     """
 
     name: str = "compositional"
     """First part of the figures' names."""
+    ties: Literal["against", "first"] = "against"
+    """What a caption and a negative of equal score count as: "against" the model, as in SugarCrepe's
+    and ARO's figures of relations and attributes, or the caption as the "first", as in ARO's of order."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        metrics.require_ties(self.ties)
 
     def build(self) -> CompositionalRunner:
         return CompositionalRunner(self)
@@ -49,6 +56,8 @@ class _Entry:
 
 class CompositionalRunner(EntryRunner):
     """`Compositional` at work."""
+
+    evaluator: Compositional
 
     def load(self, predictor: Predictor) -> None:
         entries = [_entry(where, stem, item) for where, stem, item in self.items()]
@@ -65,7 +74,8 @@ class CompositionalRunner(EntryRunner):
         score = metrics.pair_scores(image[np.repeat(self._row, sizes)], text)
         own = score[first]
         score[first] = -np.inf
-        right = np.maximum.reduceat(score, first) < own - metrics.TIE
+        best = np.maximum.reduceat(score, first)  # of the negatives
+        right = best <= own if self.evaluator.ties == "first" else best < own - metrics.TIE
         seen = ~self._data.images.unreadable[self._row]
         return {
             f"{self.evaluator.name}/{key}": value

@@ -21,20 +21,33 @@ class Once:
     """
 
     def __init__(self) -> None:
-        self._splits: list[tuple[Any, EvalSet]] = []
+        self._splits: list[tuple[Any, int | None, EvalSet]] = []
+        self._wholes: dict[int, EvalSet] = {}  # by id of a part's pictures, what it is the start of
         self._owner: weakref.ref[Predictor] | None = None
         self._images: dict[Any, tuple[np.ndarray, np.ndarray]] = {}  # embeddings, which are made
         self._places: dict[bytes, int] = {}  # a text's row in the table
         self._table: np.ndarray | None = None
 
     def split(self, source: Source, predictor: Predictor, limit: int | None = None) -> EvalSet:
-        """The first `limit` records of a source, as this model sees pictures."""
-        asked = (source, limit, predictor.image_size, predictor.resize)
-        for known, data in self._splits:
-            if known == asked:
+        """The first `limit` records of a source, as this model sees pictures.
+
+        Of a split that was read further already it is a part, which shares its embeddings.
+        """
+        asked = (source, predictor.image_size, predictor.resize)
+        for known, read, data in self._splits:
+            ended = read is None or data.tried < read  # there are no more records
+            if known == asked and (
+                read == limit or (ended and (limit or data.tried) >= data.tried)
+            ):
                 return data
+        for known, _, data in self._splits:
+            if known == asked and limit is not None and limit < data.tried:
+                part = data.first(limit)
+                self._splits.append((asked, limit, part))
+                self._wholes[id(part.images)] = self._wholes.get(id(data.images), data)
+                return part
         data = load_eval(source, predictor.image_size, limit, predictor.resize)
-        self._splits.append((asked, data))
+        self._splits.append((asked, limit, data))
         return data
 
     def images(
@@ -60,6 +73,7 @@ class Once:
         """
         self._belong_to(predictor)
         rows = np.arange(len(data)) if rows is None else np.asarray(rows)
+        data = self._wholes.get(id(data.images), data)  # a part's rows are the first of the whole's
         known = self._images.get((id(data.images), output))
         missing = rows if known is None else rows[~known[1][rows]]
         if known is None or len(missing):

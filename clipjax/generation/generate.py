@@ -69,10 +69,7 @@ def compiled(
 
     def caption(params, model_state, batch, seed):
         module = merge(graphdef, params, model_state)
-        if not hasattr(module, "caption_memory"):
-            raise ClipjaxError(
-                f"{type(module).__name__} has no captioning decoder: train or open a model that has one"
-            )
+        require_decoder(module)
         image, prompt, prompt_length, row = batch
         return generate(
             module,
@@ -88,6 +85,20 @@ def compiled(
 
     # None: wherever the parameters are.
     return jax.jit(caption, out_shardings=None if mesh is None else replicated(mesh))
+
+
+def require_decoder(module: nnx.Module) -> None:
+    """Refuses a model that writes no captions.
+
+    Raises:
+      ClipjaxError: it has no decoder; the message says what kind of model it is.
+    """
+    if not hasattr(module, "caption_memory"):
+        kind = type(getattr(module, "config", module)).__name__
+        raise ClipjaxError(
+            f"the model, of the kind {kind}, has no captioning decoder: train or open one that has, "
+            "such as a CoCa"
+        )
 
 
 def special_tokens(tokenizer: TokenizerModel) -> SpecialTokens:

@@ -9,6 +9,7 @@ from einops import rearrange, repeat
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from clipjax.layout import row_major
 from clipjax.towers import layers
 from clipjax.towers.attention import Mask, attend, attention, before_projection, resolve
 from clipjax.towers.rotary import Rotation
@@ -66,10 +67,13 @@ class Attention(nnx.Module):
         n, m = x.shape[1], memory.shape[1]
         if rotation is None:
             x, memory = before_projection(kind, x, memory)
-        q, k, v = (
-            checkpoint_name(project(y), name)
-            for name, project, y in (("q", self.q, x), ("k", self.k, memory), ("v", self.v, memory))
-        )
+        projected = self.q(x), self.k(memory), self.v(memory)
+        if kind == "splash":
+            # As the kernel reads them: with tokens side by side, as its compiler would keep them for the
+            # backward pass, a TPU rounds 197 of them up to 256.
+            heads = self.heads, self.heads // self.shared, self.heads // self.shared
+            projected = tuple(map(row_major, projected, heads))
+        q, k, v = map(checkpoint_name, projected, "qkv")
         q = self._ready(q, self.q_norm, rotation, self.stretch)
         k = self._shared(self._ready(k, self.k_norm, rotation))
         v = self._shared(v)

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from clipjax.component import Component
-from clipjax.layout import platform
+from clipjax.layout import platform, row_major
 from clipjax.towers import layers
 from clipjax.towers.attention import KINDS, Causal, Mask
 from clipjax.towers.base import (
@@ -401,7 +401,9 @@ def apply_stack(
     if looped(config):
         return jax.lax.scan(step, x, (state, each), unroll=config.scan_unroll)[0]
     for i in range(config.depth):
-        x, _ = step(x, layer_of((state, each), i))
+        # A GPU's compiler would store the stream with the batch last, as suits the sums that are biases'
+        # gradients, and write a transposed copy for every product.
+        x, _ = step(row_major(x), layer_of((state, each), i))
     return x
 
 

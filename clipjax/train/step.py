@@ -152,23 +152,16 @@ def make_step(
             spike, guard = spikes.check(guard, loss, grad_norm)
             good &= ~spike
 
-        def move(_):
-            updates, opt_state = blueprint.transform.update(grads, state.opt_state, moving)
-            moved = optax.apply_updates(moving, updates)
-            averages = {
-                name: teacher.follow(state.averages[name], moved)
-                for name, teacher in blueprint.averages.items()
-            }
-            if ema is None:
-                return moved, opt_state, averages, state.ema, state.ema_state
-            ema_state = ema.update(state.ema_state, model_state, state.step)
-            return moved, opt_state, averages, ema.update(state.ema, moved, state.step), ema_state
-
-        def stay(_):
-            return moving, state.opt_state, state.averages, state.ema, state.ema_state
-
-        # A condition, since to select between old and new holds a second copy of all of it.
-        moving, opt_state, averages, average, ema_state = jax.lax.cond(good, move, stay, None)
+        updates, opt_state = blueprint.transform.update(grads, state.opt_state, moving)
+        moved = optax.apply_updates(moving, updates)
+        averages = {
+            name: teacher.follow(state.averages[name], moved)
+            for name, teacher in blueprint.averages.items()
+        }
+        average, ema_state = state.ema, state.ema_state
+        if ema is not None:
+            average = ema.update(average, moved, state.step)
+            ema_state = ema.update(ema_state, model_state, state.step)
         advanced = {
             leaf.name: leaf.objective.advance(
                 own_state[leaf.name], results.get(leaf.name, {}), leaf.own(context, aux)
@@ -176,10 +169,14 @@ def make_step(
             for leaf in parts
             if leaf.name in own_state
         }
-        model_state, advanced = jax.tree.map(
+        before = moving, state.opt_state, state.averages, state.ema, state.ema_state
+        after = moved, opt_state, averages, average, ema_state
+        # Selected element by element, in the pass that makes them: what a `cond` chose would be copied to
+        # its place on GPUs and TPUs.
+        (moving, opt_state, averages, average, ema_state), model_state, advanced = jax.tree.map(
             lambda new, old: jnp.where(good, new, old),
-            (model_state, advanced),
-            (state.model_state, own_state),
+            (after, model_state, advanced),
+            (before, state.model_state, own_state),
         )
         # What the optimizer's own counter says: skipped steps do not advance the schedule.
         applied = state.step - state.bad_steps

@@ -1,6 +1,8 @@
 """`clipjax caption`, on a tiny CoCa that was saved as a model's folder."""
 
+import csv
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -105,6 +107,32 @@ def test_greedy_is_the_default_and_the_table_shows_captions(folder, pictures, ca
     assert "1.png" in table and f"{row['score']:.2f}" in table
 
 
+def test_eval_compares_captions_with_a_data_sets(folder, pictures, tmp_path, capsys, monkeypatch):
+    """Two pictures whose references are what the model writes, and one with no word of it."""
+    _, rows = captions(capsys, "--model", folder, pictures, "--prompt", "a dog")
+    shutil.copytree(pictures, tmp_path / "set")
+    with open(tmp_path / "set" / "captions.csv", "w") as file:
+        csv.writer(file).writerows(
+            [("image", "caption")]
+            + [(f"{i}.png", row["caption"] if i else "zebra") for i, row in enumerate(rows)]
+        )
+    asked = ["eval", str(folder), "--dataset", str(tmp_path / "set"), "--task", "captioning"]
+    assert main([*asked, "--prompt", "a dog", "--no-embeddings", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["captioning/ROUGE-L"] == pytest.approx(2 / 3)
+    assert 0 < found["captioning/BLEU-1"] < 1 and "captioning/CLIPScore" not in found
+    chosen = []
+    monkeypatch.setattr(
+        clipjax.Predictor,
+        "caption_rows",
+        lambda self, read, count, strategy, *rest: chosen.append(strategy) or ["zebra"] * count,
+    )
+    assert main([*asked, "--strategy", "beam", "--no-embeddings"]) == 0
+    assert chosen == [Beam()]
+    assert main([*asked, "--strategy", "bean"]) == 2
+    assert "--strategy bean: choose of greedy, beam, sample" in capsys.readouterr().err
+
+
 def test_a_bad_picture_costs_no_other_its_caption(folder, pictures, capsys):
     """Skipped, named and counted, as by the other commands; hidden files are no pictures."""
     (pictures / "cut.png").write_bytes((pictures / "0.png").read_bytes()[:40])
@@ -143,4 +171,5 @@ def test_mistakes_are_told_before_a_model_is_opened(folder, pictures, tmp_path, 
     assert "invalid choice: 'bean'" in fails("--model", folder, pictures, "--strategy", "bean")
     text = TextTransformer(vocab_size=280, context_length=8, **SIZES)
     dual = save(DualEncoder(IMAGE, text, embed_dim=8), tmp_path / "dual")
-    assert "has no captioning decoder" in fails("--model", dual, pictures)
+    said = fails("--model", dual, pictures)
+    assert f"{dual}: the model, of the kind DualEncoder, has no captioning decoder" in said

@@ -7,7 +7,7 @@ import pytest
 from clipjax.component import from_json, to_json
 from clipjax.data import Tfds
 from clipjax.errors import ClipjaxError, RunFailed
-from clipjax.evals import KNN, Evaluator, Every, Retrieval, ZeroShot, build_runners
+from clipjax.evals import KNN, Evaluator, Every, Geometry, Retrieval, ZeroShot, build_runners
 from clipjax.evals.base import Runner
 
 PREDICTOR = types.SimpleNamespace(image_size=2, context_length=5)
@@ -124,6 +124,8 @@ def test_what_several_evaluators_need_of_a_model_is_made_once(shades, table, rea
         Retrieval(source),
         KNN(train=source, source=source, k=1),
         KNN(train=source, source=source, k=2, name="knn2"),
+        Geometry(source),  # its limit is beyond the end
+        Retrieval(source, name="some", limit=3),
     ]
     runners = build_runners(evaluators)
     together = {k: v for _, runner in runners for k, v in runner(predictor).items()}

@@ -53,6 +53,9 @@ class Writer:
 
         self.resize, self.asked, self.prefixes = Resize(), [], set()
 
+    def require_decoder(self):
+        """It writes."""
+
     def caption_rows(self, read, count, strategy, prompt, seed):
         self.asked.append((strategy, prompt, seed))
         return [WRITTEN[image[0, 0, 0] // 10] for image in read(np.arange(count))]

@@ -7,6 +7,8 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -82,11 +84,23 @@ def test_retrieval_geometry_and_several_data_sets(evaluate, world):
     assert {"test-pairs_" + RETRIEVED, "train-pairs_" + RETRIEVED} <= set(two)
 
 
-def test_compositional(evaluate, world):
+def test_compositional(evaluate, world, tmp_path):
     files = ["--dataset", world / "swap.json", "--dataset", world / "add.json"]
     found = evaluate("one", *files, "--task", "compositional", "--images", world / "test")
     assert found["compositional/swap/accuracy"] == found["compositional/add/accuracy"]
     assert found["compositional/accuracy"] in (0.0, 1.0)
+    same = {"image": "red/0", "caption": "a red thing", "negative_caption": "a red thing"}
+    (tmp_path / "same.json").write_text(json.dumps([same]))
+    tie = [
+        "--dataset",
+        tmp_path / "same.json",
+        "--task",
+        "compositional",
+        "--images",
+        world / "test",
+    ]
+    assert evaluate("one", *tie)["compositional/accuracy"] == 0.0
+    assert evaluate("one", *tie, "--ties", "first")["compositional/accuracy"] == 1.0
 
 
 def test_a_tfds_data_set_by_name_split_and_languages(evaluate, tmp_path):
@@ -101,6 +115,8 @@ def test_a_tfds_data_set_by_name_split_and_languages(evaluate, tmp_path):
     found = evaluate("one", *labels, "--k", 1, *where)
     assert found["zeroshot/top5"] == 1.0
     assert found["knn/top1"] == 1.0  # from the split train
+    sliced = ["--dataset", "colors:test[:6]", *labels[2:], "--train-dataset", "colors:train[:6]"]
+    assert evaluate("one", *sliced, "--k", 1, *where[:2], *where[4:]) == found
 
 
 def build_tiny_tfds(folder):
@@ -194,7 +210,7 @@ class MeanBrightness(Evaluator):
     assert set(found["interval_95"]) == {"brightness/share"}  # a plain float has none
 
 
-def test_tars_with_labels_and_tables_with_other_columns(evaluate, world, tmp_path):
+def test_tars_with_labels_and_tables_with_other_columns(evaluate, refused, world, tmp_path):
     """CLIP_benchmark's classification tars hold `.cls`."""
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for i, name in enumerate(COLORS):
@@ -220,9 +236,20 @@ def test_tars_with_labels_and_tables_with_other_columns(evaluate, world, tmp_pat
     rows = [f"{name}.png,a {name} thing,{name}" for name in COLORS]
     (table / "captions.csv").write_text("\n".join(["filepath,title,kind", *rows]))
     keys = ["--image-key", "filepath", "--caption-key", "title", "--label-key", "kind"]
-    two = evaluate("one", "--dataset", table, *keys, "--task", "retrieval", "--task", "zeroshot")
+    two_tasks = ["--task", "retrieval", "--task", "zeroshot"]
+    two = evaluate("one", "--dataset", table, *keys, *two_tasks)
     assert two["retrieval/image_to_text/R@1"] == folder["retrieval/image_to_text/R@1"]
     assert two["zeroshot/top5"] == 1.0
+    columns = {
+        "filepath": [(world / "test" / name / "0.png").read_bytes() for name in COLORS],
+        "title": [f"a {name} thing" for name in COLORS],
+        "kind": [0, 1, 2],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    parquet = ["--dataset", tmp_path / "t.parquet", *keys]
+    assert evaluate("one", *parquet, *two_tasks, "--prompts", prompts) == found | folder
+    parquet[-1] = "title"
+    assert "label_column='title' holds string" in refused("one", *parquet, *two_tasks[2:])
 
 
 def test_intervals_and_differences_on_the_same_pictures(evaluate, world):
@@ -273,7 +300,7 @@ def test_the_robustness_file_is_a_file_of_evaluators():
     ]
 
 
-def test_a_run_and_a_model_side_by_side(evaluate, world, tmp_path, capsys):
+def test_a_run_and_a_model_side_by_side(evaluate, refused, world, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     assert main(["train", str(TINY), "--workdir", str(run), "--duration.amount", "1"]) == 0
     capsys.readouterr()
@@ -288,6 +315,17 @@ def test_a_run_and_a_model_side_by_side(evaluate, world, tmp_path, capsys):
     assert json.loads(line) == own
     assert main(["eval", str(run), "--watch"]) == 0
     assert (run / "watched.jsonl").read_text().splitlines() == [line]
+    # Started before its run, it says so and waits.
+    (run / "watched.jsonl").unlink()
+    late, slept, said = tmp_path / "late", [], []
+    monkeypatch.setattr("clipjax.cli.watch.say", said.append)
+    monkeypatch.setattr(
+        "clipjax.cli.watch.time.sleep", lambda s: slept.append(s) or run.rename(late)
+    )
+    assert evaluate(late, "--watch", "--poll", 7, "--batch-size", 3) == own
+    assert slept == [7.0]
+    assert said == [f"--watch {late}: it is not there yet; waiting for the first one"]
+    assert "one: this is no run" in refused("one", "--watch")
 
 
 @pytest.fixture(scope="module")
@@ -386,6 +424,11 @@ def test_a_model_that_is_not_there_is_found_before_the_first_is_evaluated(refuse
     error = refused(["one", "three"], "--dataset", world / "test-pairs")
     assert "three is no folder" in error
     assert "not for what is at" in refused("one", "--dataset", world / "test", "--label-key", "x")
+
+
+def test_a_model_that_writes_no_captions_is_named_before_a_picture_is_read(refused, world):
+    said = refused(["one", "two"], "--dataset", world / "test-pairs", "--task", "captioning")
+    assert "one: evaluator 'captioning': the model, of the kind DualEncoder, has no capt" in said
 
 
 def test_a_file_without_evaluators_is_refused(refused, tmp_path):

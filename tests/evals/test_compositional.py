@@ -52,6 +52,10 @@ def test_accuracy_overall_and_by_category(folder, table):
         "compositional/several/accuracy": 1.0,
         "compositional/rest/accuracy": 1.0,
     }
+    # As in ARO's figures of order, the third entry's caption stands before its equal.
+    first = Compositional(files=files, images=str(folder), ties="first").run(predictor)
+    assert first["compositional/accuracy"] == 4 / 5
+    assert first["compositional/swap_obj/accuracy"] == pytest.approx(2 / 3)
     assert runner.chance()["compositional/accuracy"] == pytest.approx((4 * 1 / 2 + 1 / 3) / 5)
     assert (
         Compositional(files=files[:1], images=str(folder), limit=1).run(predictor)[
@@ -108,3 +112,5 @@ def test_bad_input_is_refused_by_name(folder, table):
         Compositional(files=(), images=".")
     with pytest.raises(ClipjaxError, match="limit=0"):
         Compositional(files=("x",), images=".", limit=0)
+    with pytest.raises(ClipjaxError, match="ties='last'"):
+        Compositional(files=("x",), images=".", ties="last")

@@ -53,6 +53,19 @@ def test_only_a_small_split_stays_in_memory(shades, reads):
     assert streamed.images[4:].shape == (0, 8, 8, 3)
 
 
+@pytest.mark.parametrize("keep_bytes", [0, 2**20])
+def test_the_first_records_are_a_part_of_the_whole(shades, keep_bytes):
+    source = Broken(shades(CAPTIONS, labels=(-1, 0, 1, 2)), (1,) if keep_bytes else ())
+    whole = load_eval(source, 8, keep_bytes=keep_bytes)
+    for limit in (1, 2, 3, 4):
+        part, read = whole.first(limit), load_eval(source, 8, limit, keep_bytes=keep_bytes)
+        assert (part.tried, part.skipped, part.captions) == (limit, read.skipped, read.captions)
+        assert (part.labels is None) == (read.labels is None)
+        np.testing.assert_array_equal(part.images[:], read.images[:])
+    whole.images.unreadable[1] = True  # what is found later is known to both
+    assert part.images.unreadable.tolist() == whole.images.unreadable.tolist()
+
+
 def test_figures_do_not_depend_on_what_stays_in_memory(shades, table, large, reads):
     source = shades(CAPTIONS, labels=(0, 1, 2, 3), class_names=("a", "b", "c", "d"))
     predictor = table(EYE, TEXTS)

@@ -108,7 +108,7 @@ def test_what_cannot_be_captioned_is_refused(predictor, pictures, words):
         pass
 
     settings = {"tokenizer": words, "context_length": LENGTH, "image_size": 8}
-    with pytest.raises(ClipjaxError, match="Mute has no captioning decoder"):
+    with pytest.raises(ClipjaxError, match="the kind Mute, has no captioning decoder"):
         Predictor.from_module(Mute(), **settings).caption(pictures)
 
 

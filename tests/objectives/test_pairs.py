@@ -117,13 +117,9 @@ def test_any_statistic_of_any_side(engine):
         np.testing.assert_allclose(grads[name], grad, atol=1e-5 * float(jnp.abs(grad).max()))
 
 
-@pytest.mark.parametrize("spread,scale", [(0.3, 100.0)])
-def test_no_worse_than_dense_jax_in_float32(spread, scale):
-    """A nearly solved batch at scale 100, where float32 itself is the limit."""
-    n = 64
-    c = oracles.case(n, 32, spread=spread, scale=scale, seed=3)
-    reference, exact = oracles.softmax(c)
-    arguments = jnp.float32(c["x"]), jnp.float32(c["y"]), jnp.float32(scale)
+def test_no_worse_than_dense_jax_in_float32():
+    """Nearly solved batches at scale 100, where float32 itself is the limit: root mean squares over eight."""
+    n, scale = 64, 100.0
 
     def dense(x, y, s):
         logits = s * x @ y.T
@@ -133,19 +129,20 @@ def test_no_worse_than_dense_jax_in_float32(spread, scale):
     def ours(x, y, s):
         return Softmax()(Encoded.pair(x, y, s), Context(PairEngine(chunk=24)))[0]
 
-    errors = {}
-    for name, f in (("dense", dense), ("ours", ours)):
-        value, grads = jax.jit(jax.value_and_grad(f, (0, 1, 2)))(*arguments)
-        errors[name] = [abs(float(value) - reference)]
-        for grad, key in zip(grads, ("image", "text", "logit_scale"), strict=True):
-            errors[name].append(np.abs(np.asarray(grad, np.float64) - exact[key]).max())
-    for ours_error, dense_error, scale_of in zip(
-        errors["ours"],
-        errors["dense"],
-        [reference, *map(np.max, map(np.abs, exact.values()))],
-        strict=False,
-    ):
-        assert ours_error <= max(1.5 * dense_error, 1e-6 * scale_of)
+    squares = {}
+    runs = {f.__name__: jax.jit(jax.value_and_grad(f, (0, 1, 2))) for f in (dense, ours)}
+    for seed in range(8):
+        c = oracles.case(n, 32, spread=0.3, scale=scale, seed=seed)
+        reference, exact = oracles.softmax(c)
+        expected = [reference, *(exact[key] for key in ("image", "text", "logit_scale"))]
+        for name, run in runs.items():
+            value, grads = run(jnp.float32(c["x"]), jnp.float32(c["y"]), jnp.float32(scale))
+            for i, (got, right) in enumerate(zip((value, *grads), expected, strict=True)):
+                error = (np.float64(got) - right) / np.abs(right).max()
+                squares.setdefault((name, i), []).append(np.mean(error**2))
+    for i in range(4):
+        dense_error, our_error = (np.sqrt(np.mean(squares[name, i])) for name in runs)
+        assert our_error <= max(1.5 * dense_error, 5e-7)
 
 
 def test_bfloat16_operands_accumulate_in_float32():

@@ -5,6 +5,7 @@ They need the extras plan-tpu and plan-gpu, and no device.
 
 import dataclasses
 import importlib.util
+from itertools import permutations
 
 import pytest
 
@@ -71,6 +72,15 @@ def along_the_whole_batch(found):
     assert f"bf16[{ROWS},{WIDTH}]" in found["arrays"]  # down to the size of a device's embeddings
     shapes = {name: name.split("[")[1].rstrip("]").split(",") for name in found["arrays"]}
     return [name for name, axes in shapes.items() if str(ROWS * found["devices"]) in axes]
+
+
+def test_pictures_lie_one_after_another(found):
+    """No activations with the batch last: what blocks hand on is read by products as it lies."""
+    activations = {f"{ROWS},197,{width}" for width in (WIDTH, 4 * WIDTH)}
+    seen = {name.split("[")[1].rstrip("]") for name in found["arrays"]}
+    assert activations <= seen
+    orders = {",".join(order) for axes in activations for order in permutations(axes.split(","))}
+    assert {axes for axes in seen & orders if not axes.startswith(f"{ROWS},")} == set()
 
 
 def test_no_table_of_pairs_and_no_columns_of_the_whole_batch(found):

@@ -151,6 +151,7 @@ def test_a_kernels_gradient_comes_in_the_dtype_that_it_is_added_up_in():
     exact, dx = gradients("float32")
     rounded, same_dx = gradients("bfloat16")
     np.testing.assert_allclose(exact, expected, atol=1e-4)
-    np.testing.assert_array_equal(rounded, gradients(None)[0])  # the compute dtype
+    for grad, in_bfloat16 in ((exact, False), (rounded, True), (gradients(None)[0], True)):
+        assert (grad == np.float64(jnp.bfloat16(grad))).all() == in_bfloat16
     assert 0.01 < np.abs(rounded - expected).max() < np.abs(expected).max() / 128
     np.testing.assert_array_equal(dx, same_dx)
