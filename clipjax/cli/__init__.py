@@ -20,7 +20,7 @@ VERBS = {
     "train": "train CONFIG --workdir DIR, or continue what DIR holds",
     "eval": "run a run's evaluators on one of its checkpoints",
     "classify": "say which of some labels pictures show, with probabilities",
-    "search": "rank the pictures of a folder by words",
+    "search": "rank the pictures of a folder, tars, Parquet files, ... by words",
     "embed": "write the embeddings of pictures or texts to Parquet files",
     "caption": "write captions of pictures with a run's or a model's decoder",
     "data": "prepare data for training: index, look, tokenizer, keep, near, count",

@@ -215,6 +215,10 @@ class _OpenColumns:
         """The record without its picture, of which nothing is read."""
         return self._at(index, [name for name in self._names if name != self._image])
 
+    def file_of(self, index: int) -> str:
+        """The Parquet or Arrow file that holds the row."""
+        return self._groups[int(np.searchsorted(self._ends, index, side="right"))].file
+
     def runs(self, size: int) -> np.ndarray:
         """Edges of the row groups; of an Arrow file, of runs of at most `size` rows."""
         edges = [0, *self._ends.tolist()]

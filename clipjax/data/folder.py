@@ -65,7 +65,8 @@ class ImageFolder(Source):
         root = Path(self.root).expanduser()
         table = root / self.table
         if not table.is_file():
-            near = [p.name for p in table.parent.iterdir()] if table.parent.is_dir() else []
+            here = table.parent.iterdir() if table.parent.is_dir() else ()
+            near = sorted(p.name for p in here if p.suffix in (".csv", ".tsv", ".jsonl"))
             raise ClipjaxError(f"there is no table {str(table)!r}{did_you_mean(table.name, near)}")
         images: dict[str, dict[str, Any]] = {}
         used = {self.image_column, *self.caption_columns, self.label_column}
@@ -93,12 +94,14 @@ class ImageFolder(Source):
         return _OpenFolder(root, images, labeled=self.label_column is not None)
 
     def _check_columns(self, table: Path, line: int, row: dict[str, Any]) -> None:
-        label = [self.label_column] if self.label_column else []
-        for column in (self.image_column, *self.caption_columns, *label):
+        asked = [(self.image_column, "image_column")]
+        asked += [(column, "caption_columns") for column in self.caption_columns]
+        asked += [(self.label_column, "label_column")] if self.label_column else []
+        for column, option in asked:
             if column not in row:
                 raise ClipjaxError(
                     f"{str(table)!r}, line {line}, has no column {column!r}"
-                    f"{did_you_mean(column, map(str, row))}"
+                    f"{did_you_mean(column, map(str, row))} ({option} says which)"
                 )
 
 

@@ -15,6 +15,7 @@ from clipjax.data.folder import (
     ClassFolder,
     ImageFolder,
     PictureFolder,
+    table_rows,
 )
 from clipjax.data.reading import is_address
 from clipjax.data.records import ArrayRecord, TFRecord
@@ -55,7 +56,7 @@ def found_source(path: str, captions: bool) -> Source | None:
       these): files of `tf.train.Example`s. All of them at an address, too.
     * `.csv`, `.tsv`, `.jsonl`: a table of pictures, or of captions by language (`Crossmodal`).
     * A folder with such a table in it, by the names in `TABLES`; a folder that `save_to_disk` wrote; one
-      of .parquet, .tar, .tfrecord or .array_record files.
+      of .tar, .tfrecord, .array_record or .parquet files, in this order.
     * A folder of pictures with a .txt beside each (img2dataset's `files`); else of one folder per class, or
       of pictures without captions.
 
@@ -91,8 +92,10 @@ def found_source(path: str, captions: bool) -> Source | None:
                 f"{path!r} holds the splits {', '.join(splits)}: name the folder of one of them"
             )
         return SavedDataset(folder=path, split=splits[0])
-    for end in ("parquet", "tar", "tfrecord", "array_record"):
-        if any(place.glob(f"*.{end}")):
+    # Parquet last: beside tars, TFRecord files and folders of pictures, img2dataset's has the facts alone.
+    for end in ("tar", "tfrecord", "array_record", "parquet"):
+        found = [file for file in place.glob(f"*.{end}") if not file.with_suffix("").is_dir()]
+        if found:
             return files_source(os.path.join(path, f"*.{end}"))
     if _texts_beside(place):
         return PictureFolder(path, texts=True)
@@ -101,6 +104,9 @@ def found_source(path: str, captions: bool) -> Source | None:
 
 def table_source(table: Path) -> Source:
     """A table of pictures, by the usual names of its columns.
+
+    Paths are relative to the table; or, as OpenCLIP has it, to the working folder, if the first picture is
+    there alone and the table within it.
 
     Raises:
       ClipjaxError: no column has a usual name.
@@ -115,7 +121,22 @@ def table_source(table: Path) -> Source:
             f"{', '.join(PATH_COLUMNS)}"
         )
     texts = tuple(name for name in TEXT_COLUMNS if name in names)[:1]
-    return ImageFolder(str(table.parent), table.name, image_column=image, caption_columns=texts)
+    root, name = table.parent, table.name
+    here, first = Path.cwd(), _first(table, image)
+    inside = table.resolve().is_relative_to(here)
+    if first and inside and not os.path.isfile(root / first) and os.path.isfile(here / first):
+        root, name = Path(), str(table.resolve().relative_to(here))
+    return ImageFolder(str(root), name, image_column=image, caption_columns=texts)
+
+
+def _first(table: Path, column: str) -> str:
+    """The first row's entry; nothing where the table is damaged, which says so when it is opened."""
+    try:
+        row = next((row for _, row in table_rows(table)), {})
+    except (ClipjaxError, OSError):
+        return ""
+    path = row.get(column)
+    return path if isinstance(path, str) else ""
 
 
 def _header(table: Path) -> list[str]:

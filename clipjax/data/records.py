@@ -199,6 +199,10 @@ class _OpenTFRecord:
         content = self._files.read(self._paths[file], begin, end - begin, name)
         return self._config.record(_checked(content, name), index, name)
 
+    def file_of(self, index: int) -> str:
+        """The file that holds the record."""
+        return self._paths[int(np.searchsorted(self._ends, index, side="right"))]
+
 
 class _TFRecordShard(Sequential):
     def __init__(self, config: TFRecord, place: Place):
@@ -266,6 +270,10 @@ class _OpenArrayRecord:
         except (ValueError, RuntimeError) as error:
             raise UnreadableRecord(f"{name}: the record is damaged ({error})") from error
         return self._config.record(content, self._number(index), name)
+
+    def file_of(self, index: int) -> str:
+        """The file that holds the record; "" of several files, whose ends Grain keeps to itself."""
+        return self._paths[0] if len(self._paths) == 1 else ""
 
     def read_run(self, first: int, stop: int) -> list[Record | UnreadableRecord]:
         """The records from `first` to `stop`, read together."""

@@ -55,7 +55,8 @@ class RandomAccess(Protocol):
 
     It may also have `class_names: tuple[str, ...]`, the names behind `label`, and `keys()`, the keys
     of all records in order, where they are known without reading any, and `facts(index)`, a record
-    without its picture, where that is less to read. For `Data.stream`: `runs(size)`, int64 [runs + 1],
+    without its picture, where that is less to read, and `file_of(index)`, the path or address of the file
+    that the record is in, where there are such. For `Data.stream`: `runs(size)`, int64 [runs + 1],
     where runs of at most `size` neighboring records begin and end, and `read_run(first, stop)`, the
     records of one, an `UnreadableRecord` in the place of each that cannot be used.
     """

@@ -163,6 +163,10 @@ class _OpenTars:
             raise UnreadableRecord(f"{name} has {size:,} bytes, above {MAX_BYTES:,}")
         return self._parsed(index, path, self._files.read(path, offset, size, name))
 
+    def file_of(self, index: int) -> str:
+        """The tar that holds the sample."""
+        return self._index[index][0]
+
     def runs(self, size: int) -> np.ndarray:
         """Edges of runs of at most `size` samples of one tar."""
         starts = [0, *self._index.ends[:-1].tolist()]

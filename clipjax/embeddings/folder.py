@@ -1,8 +1,9 @@
-"""FolderIndex: the embeddings of a folder's pictures, kept beside them and refreshed when they change."""
+"""Embeddings to search in, kept and refreshed when the pictures change: of a folder, of any collection."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -14,7 +15,8 @@ from typing import Protocol
 import numpy as np
 
 from clipjax.data.folder import find_pictures
-from clipjax.data.sources import Record, UnreadableRecord
+from clipjax.data.reading import is_address
+from clipjax.data.sources import RandomAccess, Record, UnreadableRecord
 from clipjax.embeddings.pictures import embed_pictures
 from clipjax.errors import ClipjaxError
 from clipjax.predictor import Predictor
@@ -44,12 +46,16 @@ class Hit:
     """A picture found.
 
     Attributes:
-      name: its path relative to the folder.
+      name: its path relative to the folder; in a collection, the record's key.
       score: cosine similarity with the words.
+      index: its number in the folder's or collection's list.
+      file: path or address of the picture, or of the file (a tar, ...) that holds it; "" where unknown.
     """
 
     name: str
     score: float
+    index: int
+    file: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,59 +67,46 @@ class _Known:
     row: int
 
 
-class FolderIndex:
-    """The pictures of a folder, embedded by one model.
+class Index:
+    """Pictures embedded by one model, and a file that keeps the embeddings.
 
-    The embeddings are kept in `FOLDER/.clipjax/<fingerprint>.safetensors`, one file a model. A
-    picture is embedded again when its size or its time of modification changed. The file is written
-    whole or not at all, and one that is damaged is made anew. Where it cannot be written, or
-    `.clipjax` is a link to somewhere else, the index works without.
+    The file is written whole or not at all, and one that is damaged is made anew. Where it cannot be
+    written, or is a link to somewhere else, the index works without.
     """
 
-    def __init__(self, root: str | Path, fingerprint: str, keep: bool = True):
-        """Lists the folder and reads what is kept; embeds nothing.
+    def __init__(
+        self, what: str, names: list[str], states: list[tuple[int, int]], file: Path | None
+    ):
+        """Reads what is kept; embeds nothing.
 
         Args:
-          root: folder with pictures.
-          fingerprint: of the model, `Pretrained.fingerprint()`.
-          keep: whether to read and write the kept embeddings.
-
-        Raises:
-          ClipjaxError: there is no such folder, or no picture in it.
+          what: what holds the pictures, for messages.
+          names: one for each picture, all different.
+          states: two int64 for each: when they change, it is embedded again.
+          file: keeps the embeddings; None is nothing.
         """
-        self._root = Path(root).expanduser()
-        names, self.refused = find_pictures(root)
-        if not names:
-            left_out = f" ({len(self.refused)} left out)" if self.refused else ""
-            raise ClipjaxError(f"the folder {str(root)!r} holds no picture{left_out}")
-        self._file = self._root / FOLDER / f"{fingerprint}.safetensors" if keep else None
+        self._what, self._names, self._states, self._file = what, names, states, file
         self._known, self._table = self._load()
-        self._names: list[str] = []
-        self._states: list[tuple[int, int]] = []
         self.stale: list[int] = []
         """Numbers of the pictures to embed."""
-        rows = []
-        for name in names:
-            try:
-                stat = os.stat(self._root / name)
-            except OSError:  # gone since the folder was listed
-                continue
+        self._rows: list[np.ndarray | None] = []
+        for number, (name, state) in enumerate(zip(names, states, strict=True)):
             known = self._known.get(name)
-            if known and (known.size, known.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
-                rows.append(self._table[known.row])
-            else:
-                self.stale.append(len(self._names))
-                rows.append(None)
-            self._names.append(name)
-            self._states.append((stat.st_size, stat.st_mtime_ns))
-        self._rows: list[np.ndarray | None] = rows
+            fresh = known is not None and (known.size, known.mtime_ns) == state
+            self._rows.append(self._table[known.row] if known is not None and fresh else None)
+            if not fresh:
+                self.stale.append(number)
 
     def __len__(self) -> int:
         return len(self._names)
 
     def __getitem__(self, index: int) -> Record:
-        name = self._names[index]
-        return Record(image=self._root / name, captions=(), id=index, key=name)
+        """The picture of a number, or `UnreadableRecord` raised."""
+        raise NotImplementedError
+
+    def _hit(self, index: int, score: float) -> Hit:
+        """A picture and its score, as `search` returns them."""
+        raise NotImplementedError
 
     def refresh(self, predictor: Predictor, progress: Progress) -> None:
         """Embeds what is new or changed, drops what is gone, and keeps the result.
@@ -139,9 +132,7 @@ class FolderIndex:
             if changed:
                 self._save()
         if all(row is None for row in self._rows):
-            raise ClipjaxError(
-                f"not one of the {len(self)} pictures in {str(self._root)!r} can be read"
-            )
+            raise ClipjaxError(f"not one of the {len(self)} pictures in {self._what!r} can be read")
 
     def search(self, query: np.ndarray, top: int) -> list[Hit]:
         """The pictures nearest to a query, the nearest first.
@@ -150,15 +141,15 @@ class FolderIndex:
           query: float32 [E], unit norm.
           top: most pictures to return.
         """
-        names, table = self._embedded()
+        numbers, table = self._embedded()
         scores = table @ query
         order = np.argsort(-scores, kind="stable")[:top]
-        return [Hit(names[i], float(scores[i])) for i in order]
+        return [self._hit(numbers[i], float(scores[i])) for i in order]
 
-    def _embedded(self) -> tuple[list[str], np.ndarray]:
+    def _embedded(self) -> tuple[list[int], np.ndarray]:
         kept = [i for i, row in enumerate(self._rows) if row is not None]
         rows = [row for row in self._rows if row is not None]
-        return [self._names[i] for i in kept], np.stack(rows) if rows else np.zeros((0, 0), "f4")
+        return kept, np.stack(rows) if rows else np.zeros((0, 0), "f4")
 
     def _load(self) -> tuple[dict[str, _Known], np.ndarray]:
         nothing: tuple[dict[str, _Known], np.ndarray] = {}, np.zeros((0, 0), np.float32)
@@ -192,21 +183,24 @@ class FolderIndex:
             return
         from safetensors.numpy import save
 
-        names, table = self._embedded()
-        of = dict(zip(self._names, self._states, strict=True))
+        numbers, table = self._embedded()
+        names = [self._names[i] for i in numbers]
         content = save(
             {
                 "embeddings": np.ascontiguousarray(table, np.float32),
                 "names": np.frombuffer(json.dumps(names).encode(), np.uint8),
-                "states": np.array([of[name] for name in names], np.int64).reshape(-1, 2),
+                "states": np.array([self._states[i] for i in numbers], np.int64).reshape(-1, 2),
             }
         )
         try:
             folder = self._file.parent
-            folder.mkdir(exist_ok=True)
-            if _is_elsewhere(folder):
-                raise OSError("it is a link")
-            _replace(folder / ".gitignore", b"*\n", only_if_absent=True)
+            if folder.name == FOLDER:  # within the folder searched, which must be there
+                folder.mkdir(exist_ok=True)
+                if _is_elsewhere(folder):
+                    raise OSError("it is a link")
+                _replace(folder / ".gitignore", b"*\n", only_if_absent=True)
+            else:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _replace(self._file, content)
         except OSError as error:
             logger.warning(
@@ -215,9 +209,92 @@ class FolderIndex:
             self._file = None
 
 
+class FolderIndex(Index):
+    """The pictures of a folder. What is kept is in `FOLDER/.clipjax/<fingerprint>.safetensors`, one file a model.
+
+    A picture is embedded again when its size or its time of modification changed. Where `.clipjax` is
+    a link to somewhere else, nothing is kept.
+    """
+
+    def __init__(self, root: str | Path, fingerprint: str, keep: bool = True):
+        """Lists the folder and reads what is kept; embeds nothing.
+
+        Args:
+          root: folder with pictures.
+          fingerprint: of the model, `Pretrained.fingerprint()`.
+          keep: whether to read and write the kept embeddings.
+
+        Raises:
+          ClipjaxError: there is no such folder, or no picture in it.
+        """
+        self._root = Path(root).expanduser()
+        found, self.refused = find_pictures(root)
+        if not found:
+            left_out = f" ({len(self.refused)} left out)" if self.refused else ""
+            raise ClipjaxError(f"the folder {str(root)!r} holds no picture{left_out}")
+        names, states = [], []
+        for name in found:
+            try:
+                stat = os.stat(self._root / name)
+            except OSError:  # gone since the folder was listed
+                continue
+            names.append(name)
+            states.append((stat.st_size, stat.st_mtime_ns))
+        file = self._root / FOLDER / f"{fingerprint}.safetensors" if keep else None
+        super().__init__(str(self._root), names, states, file)
+
+    def __getitem__(self, index: int) -> Record:
+        name = self._names[index]
+        return Record(image=self._root / name, captions=(), id=index, key=name)
+
+    def _hit(self, index: int, score: float) -> Hit:
+        name = self._names[index]
+        return Hit(name, score, index, str(self._root / name))
+
+
+class CollectionIndex(Index):
+    """The pictures of any opened source: of tars, Parquet files, tables, at addresses.
+
+    What is kept is in one file a source and a model, in a folder of the user's own, and made anew when a
+    file of the source changes.
+    """
+
+    refused: tuple[str, ...] = ()
+
+    def __init__(
+        self, source: str, records: RandomAccess, mark: str, fingerprint: str, folder: Path | None
+    ):
+        """Reads what is kept; embeds nothing.
+
+        Args:
+          source: what the user calls it.
+          records: the opened source.
+          mark: changes when the source's files do.
+          fingerprint: of the model, `Pretrained.fingerprint()`.
+          folder: for the file that keeps the embeddings; None is nothing.
+        """
+        self._records = records
+        place = source if is_address(source) else os.path.abspath(os.path.expanduser(source))
+        digest = hashlib.blake2b(place.encode(errors="replace"), digest_size=8).hexdigest()
+        state = np.frombuffer(hashlib.blake2b(mark.encode(), digest_size=16).digest(), "<i8")
+        names = [str(number) for number in range(len(records))]
+        states = [(int(state[0]), int(state[1]))] * len(names)
+        file = folder / f"{fingerprint}-{digest}.safetensors" if folder else None
+        super().__init__(source, names, states, file)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._records[index]
+
+    def _hit(self, index: int, score: float) -> Hit:
+        record, file_of = self._records[index], getattr(self._records, "file_of", None)
+        if isinstance(record["image"], (str, os.PathLike)):
+            return Hit(record["key"], score, index, os.fspath(record["image"]))
+        return Hit(record["key"], score, index, file_of(index) if file_of else "")
+
+
 def _is_elsewhere(path: Path) -> bool:
     """A folder from a stranger may hold links, through which nothing is read or written."""
-    return path.is_symlink() or (path.name != FOLDER and path.parent.is_symlink())
+    return path.is_symlink() or (path.parent.name == FOLDER and path.parent.is_symlink())
 
 
 def _replace(path: Path, content: bytes, only_if_absent: bool = False) -> None:

@@ -7,10 +7,12 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from clipjax.data.images import decode
+from clipjax.data.sources import RandomAccess
 from clipjax.embeddings.folder import Hit
 from clipjax.errors import ClipjaxError
 
@@ -19,16 +21,21 @@ THUMBNAIL = 384
 
 
 def write_gallery(
-    out: str | Path, root: str | Path, words: str, hits: Sequence[Hit], total: int, model: str
+    out: str | Path,
+    source: str,
+    pictures: RandomAccess,
+    words: str,
+    hits: Sequence[Hit],
+    model: str,
 ) -> Path:
     """Writes the pictures that words found, replacing the file in one go.
 
     Args:
       out: file to write.
-      root: the folder that the hits' names are relative to.
+      source: what was searched, as the page calls it.
+      pictures: what the hits' indices are of.
       words: what was searched for.
       hits: the pictures, the best first.
-      total: how many pictures were searched.
       model: what to call the model.
 
     Raises:
@@ -47,16 +54,17 @@ def write_gallery(
     low, high = min(scores, default=0.0), max(scores, default=1.0)
     page = templates.get_template("gallery.html").render(
         words=words,
-        folder=os.path.abspath(root),
+        source=source,
         model=model,
-        total=total,
+        total=len(pictures),
         hits=[
             {
                 "name": hit.name,
+                "file": hit.file,
                 "score": hit.score,
                 # Cosines of a list of results differ little: the bar runs from its last to its first.
                 "share": 0.08 + 0.92 * (hit.score - low) / max(high - low, 1e-9),
-                "picture": _thumbnail(Path(root).expanduser() / hit.name),
+                "picture": _thumbnail(pictures[hit.index]["image"], hit.name),
             }
             for hit in hits
         ],
@@ -71,11 +79,11 @@ def write_gallery(
     return out
 
 
-def _thumbnail(path: Path) -> str:
+def _thumbnail(image: Any, name: str) -> str:
     """A data URI. Encoded anew: nothing of the file but its pixels comes into the page."""
     from PIL import Image
 
-    picture = Image.fromarray(np.ascontiguousarray(decode(path, str(path))))
+    picture = Image.fromarray(np.ascontiguousarray(decode(image, name)))
     picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", quality=82)

@@ -2,10 +2,16 @@ import json
 import os
 import re
 import shutil
+import struct
+import tarfile
 
+import google_crc32c
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2
 
 from clipjax import load
 from clipjax.predictor import Predictor
@@ -189,7 +195,7 @@ def test_the_gallery_is_one_file_and_shows_names_as_text(run, model, pictures, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "x"], "nowhere: there is no such folder"),
+        (["nowhere", "x"], "'nowhere': there is no such file or folder"),
         (["{pictures}", " "], "the words to look for are empty"),
         (["{pictures}", "x", "--top", "0"], "--top 0"),
         (["{pictures}", "x", "--html", "nowhere/x.html"], "no folder to write it into"),
@@ -201,6 +207,78 @@ def test_bad_options_are_refused(run, model, pictures, arguments, message):
     arguments = [a.replace("{pictures}", str(pictures)) for a in arguments]
     code, _, err = run("search", *arguments, "--model", model)
     assert code == 2 and message in err
+
+
+def test_tars_are_searched_as_embed_reads_them(run, model, pictures, embedded, tmp_path):
+    box = tmp_path / "box"
+    for shard, names in (("b", ("red", "green")), ("a", ("blue",))):  # the same name in two folders
+        (box / shard).mkdir(parents=True)
+        with tarfile.open(box / shard / "0.tar", "w") as tar:
+            for name in names:
+                tar.add(pictures / f"{name}.png", f"{name}.png")
+    source, page = box / "*" / "0.tar", tmp_path / "page.html"
+    expected = [
+        hit for hit in search(run, pictures, model, "--no-cache")[0] if "gray" not in hit[0]
+    ]
+    embedded()
+    code, out, err = run(
+        "search", source, "a red square", "--model", model, "--json", "--html", page
+    )
+    assert code == 0 and embedded() == 3, err
+    hits = json.loads(out)["images"]
+    of = {"red": "b", "green": "b", "blue": "a"}
+    names = [name.removesuffix(".png") for name, _ in expected]
+    assert [hit["image"] for hit in hits] == [f"0.tar:{name}" for name in names]
+    assert [hit["file"] for hit in hits] == [str(box / of[name] / "0.tar") for name in names]
+    np.testing.assert_allclose([hit["score"] for hit in hits], [s for _, s in expected], atol=1e-6)
+    html = page.read_text()
+    assert html.count('src="data:image/webp;base64,') == 3 and f"0.tar:{names[0]}" in html
+    code, out, _ = run("search", source, "a red square", "--model", model, "--top", 1)
+    assert embedded() == 0  # kept in the user's cache folder, and nothing beside the tars
+    text = "".join(out.split())  # the table may fold
+    assert f"0.tar:{names[0]}" in text and str(box / of[names[0]] / "0.tar") in text
+    assert sorted(os.listdir(box / "a")) == ["0.tar"]
+    shutil.copy(box / "a" / "0.tar", box / "b" / "0.tar")
+    hits, _ = search(run, source, model)
+    assert embedded() == 2 and {name for name, _ in hits} == {"0.tar:blue"}
+
+
+def masked(content):
+    """TFRecord's checksum."""
+    crc = google_crc32c.value(content)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+@pytest.mark.parametrize("end", ["parquet", "csv", "tfrecord"])
+def test_what_else_is_searched(run, model, pictures, end):
+    picture = (pictures / "red.png").read_bytes()
+    if end == "parquet":
+        pq.write_table(pa.table({"key": ["r"], "image": [picture]}), pictures / "x.parquet")
+    elif end == "csv":
+        (pictures / "x.csv").write_text("filepath\ttitle\nred.png\tred\n")
+    else:
+        made = tf_example_pb2.Example()
+        for name, content in (("key", b"r"), ("image", picture)):
+            made.features.feature[name].bytes_list.value.append(content)
+        content = made.SerializeToString()
+        size = struct.pack("<Q", len(content))
+        whole = size + masked(size) + content + masked(content)
+        (pictures / "x.tfrecord").write_bytes(whole)
+    code, out, err = run("search", pictures / f"x.{end}", "red", "--model", model, "--json")
+    assert code == 0, err
+    (hit,) = json.loads(out)["images"]
+    of_csv = {"image": "red.png", "file": str(pictures / "red.png")}
+    expected = of_csv if end == "csv" else {"image": "r", "file": str(pictures / f"x.{end}")}
+    assert {name: hit[name] for name in ("image", "file")} == expected
+    if end == "parquet":  # a folder of them is told by the same rule as in every command
+        code, out, err = run("search", pictures, "red", "--model", model, "--json")
+        assert json.loads(out)["images"] == [hit] and "is read as Parquet" in err
+
+
+def test_texts_are_no_pictures(run, model, tmp_path):
+    (tmp_path / "x.txt").write_text("a red square\n")
+    code, _, err = run("search", tmp_path / "x.txt", "red", "--model", model)
+    assert code == 2 and "holds texts: search ranks pictures" in err
 
 
 def test_a_folder_without_one_readable_picture(run, model, tmp_path):

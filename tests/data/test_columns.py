@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -209,6 +210,35 @@ def test_tables_by_the_usual_names(tmp_path, table, text, captions):
         assert isinstance(source, ImageFolder)
         (record,) = read(source)
         assert (record["key"], record["captions"]) == ("a.png", captions)
+
+
+def test_paths_of_a_table_may_start_at_the_working_folder(tmp_path, monkeypatch):
+    pictures(tmp_path / "box", "a.png", "b.png")
+    (tmp_path / "box/train.csv").write_text("filepath\ttitle\nbox/b.png\tx\nbox/a.png\ty\n")
+    monkeypatch.chdir(tmp_path)  # as OpenCLIP's tables are written
+    for path in ("box/train.csv", str(tmp_path / "box" / "train.csv")):
+        source = found_source(path, captions=True)
+        assert [os.path.isfile(r["image"]) for r in read(source)] == [True, True]
+        assert [r["captions"] for r in read(source)] == [("x",), ("y",)]
+    pictures(tmp_path / "box/box", "b.png")  # one that the table's own folder holds comes first
+    assert found_source("box/train.csv", captions=True).root == "box"
+    monkeypatch.chdir(tmp_path / "box" / "box")  # the table is not within: nothing of here is read
+    assert found_source("../train.csv", captions=True).root == ".."
+
+
+@pytest.mark.parametrize("end", ["tar", "tfrecord", "array_record"])
+def test_img2datasets_parquet_beside_its_shards_is_no_source(tmp_path, end):
+    pq.write_table(pa.table({"url": ["x"], "caption": ["x"]}), tmp_path / "00000.parquet")
+    (tmp_path / f"00000.{end}").write_bytes(b"")
+    kind = {"tar": WebDataset, "tfrecord": TFRecord, "array_record": ArrayRecord}[end]
+    assert found_source(str(tmp_path), True) == kind(str(tmp_path / f"*.{end}"))
+
+
+def test_img2datasets_parquet_beside_its_folders_is_no_source(tmp_path):
+    pq.write_table(pa.table({"url": ["x"], "caption": ["x"]}), tmp_path / "00000.parquet")
+    pictures(tmp_path, "00000/0.png")
+    (tmp_path / "00000/0.txt").write_text("x")
+    assert found_source(str(tmp_path), True) == PictureFolder(str(tmp_path), texts=True)
 
 
 def test_what_a_folder_holds(tmp_path, files):

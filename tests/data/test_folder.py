@@ -82,6 +82,11 @@ def test_a_missing_picture_is_named_when_it_is_read(root):
             b"image,captoin\na.png,x\n",
             "line 2, has no column 'caption'; did you mean 'capt",
         ),
+        (
+            "t.csv",
+            b"filepath,caption\na.png,x\n",
+            r"no column 'image'; known: caption, filepath \(image_column says which\)",
+        ),
         ("t.csv", b"", "has no rows"),
         ("t.csv", b"image,caption\n", "has no rows"),
         ("t.csv", "image,caption\na.png,é\n".encode("latin-1"), "not UTF-8"),
