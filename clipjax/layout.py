@@ -2,7 +2,7 @@
 
 Under FSDP the batch and the weights are split over the same devices. A layer's output could then be
 laid out like either, and the compiler, asked nothing, may send activations of the whole batch around
-where it should gather the weights of one layer. Layers settle it with the two functions here. They
+where it should gather the weights of one layer. Layers settle it with the functions here. They
 name no mesh: the step and the predictor put one around the model while it is traced (`on_mesh`), and
 without one the functions return what they are given.
 """
@@ -80,12 +80,19 @@ def per_shard(f: Callable[..., jax.Array], rows: int, heads: int) -> Callable[..
 def row_major(x: jax.Array, heads: int = 1) -> jax.Array:
     """Stores [B, N, D] with channels side by side, where GPUs' and TPUs' compilers may choose otherwise.
 
+    Nothing on a CPU, without a mesh, and where an axis does not divide.
+
     Args:
       x: [B, N, D].
-      heads: how many of them share D; as for `per_shard`.
+      heads: how many of them share D, which "tensor" splits by the head.
     """
-    if platform() not in ("gpu", "tpu"):
+    mesh = _mesh()
+    if mesh is None or platform() not in ("gpu", "tpu"):
         return x
+    sizes = {axis: mesh.shape[axis] for axis in mesh.axis_names if axis not in mesh.manual_axes}
+    shards = math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
+    if len(x) % shards or heads % sizes.get("tensor", 1):
+        return x  # it would be gathered for this, and its gradient added up over devices that have the same
     row_by_row = functools.partial(with_layout_constraint, layouts=Layout((0, 1, 2)))
     # The partitioner does not know the constraint, and would gather what it is put on.
     return per_shard(row_by_row, len(x), heads)(x)

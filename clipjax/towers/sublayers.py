@@ -69,8 +69,8 @@ class Attention(nnx.Module):
             x, memory = before_projection(kind, x, memory)
         q, k, v = self.q(x), self.k(memory), self.v(memory)
         if kind == "splash":
-            # As the kernel reads them: with tokens side by side, as its compiler would keep them for the
-            # backward pass, a TPU rounds 197 of them up to 256.
+            # As the kernel reads them: the TPU's compiler would keep them for the backward pass with tokens
+            # side by side, 197 of them rounded up to 256.
             kv_heads = self.heads // self.shared
             q, k, v = row_major(q, self.heads), row_major(k, kv_heads), row_major(v, kv_heads)
         q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
