@@ -136,7 +136,7 @@ def test_a_store_that_is_down_ends_the_run_in_words(address):
         ("faulty://bucket/none.tar", "there is no file 'faulty://bucket/none.tar'"),
         ("faulty://bucket/*.gz.tar", "no file matches"),
         ("faulty://bucket/none.parquet", "none.parquet"),
-        ("faulty://bucket", r"\.tar and \.parquet files only"),
+        ("faulty://bucket", r"\.tar, \.parquet, \.tfrecord and \.array_record files only"),
     ],
 )
 def test_refusals(address, name, message):
