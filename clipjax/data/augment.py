@@ -323,7 +323,7 @@ def augmented(
 
 
 def _uniform(rng: np.random.Generator, low: float, high: float) -> float:
-    """The number that `rng.uniform` draws, in a quarter of the time."""
+    """The number that `rng.uniform` draws, without what that does for arrays."""
     return low + (high - low) * rng.random()
 
 

@@ -74,6 +74,9 @@ def along_the_whole_batch(found):
     return [name for name, axes in shapes.items() if str(ROWS * found["devices"]) in axes]
 
 
+@pytest.mark.parametrize(
+    "found", ["h100x8"], indirect=True
+)  # a TPU's shapes do not tell the layout
 def test_pictures_lie_one_after_another(found):
     """No activations with the batch last: what blocks hand on is read by products as it lies."""
     activations = {f"{ROWS},197,{width}" for width in (WIDTH, 4 * WIDTH)}
