@@ -174,7 +174,9 @@ def make_step(
         # Selected element by element, in the pass that makes them: what a `cond` chose would be copied to
         # its place on GPUs and TPUs.
         (moving, opt_state, averages, average, ema_state), model_state, advanced = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old),
+            lambda new, old: jax.lax.select(
+                good, new, old
+            ),  # of one shape and dtype, or it refuses
             (after, model_state, advanced),
             (before, state.model_state, own_state),
         )
