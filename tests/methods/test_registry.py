@@ -43,7 +43,7 @@ def shallow(value):
 def config() -> Run:
     run = load_config(Path({path!r}))
     optimizer = SGD(lr=1e-3, schedule=Constant())
-    data = dataclasses.replace(run.data, tokenizer=BPE(vocab_size=400))
+    data = dataclasses.replace(run.data, tokenizer=BPE(vocab_size=400, max_captions=1000))
     return dataclasses.replace(
         run, model=shallow(run.model), optimizer=optimizer, data=data, evals=(), trackers=()
     )
