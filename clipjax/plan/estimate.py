@@ -26,10 +26,10 @@ def estimate(
     Returns:
       held (bytes on one device: arguments, results, temporary and batches that wait), memory (the chip's), fits;
       parts (of `held`, by kind; what arithmetic does not explain is `other`); checkpoint_seconds; seconds: of products
-      at the chip's peak, of its memory (state read and written, temporary memory written and read), of its
-      fast links (all sent over them) and of its network; step (the largest of these), limit (which), serial
-      (their sum), mfu (of three forward passes, at `step`), pairs_per_second, pairs_per_host (each second),
-      images_per_host; and where the duration is known: steps, hours, chip_hours. Of simulated CPUs, memory alone.
+      at the chip's peak (half of it for float32 on a GPU), of its memory (state read and written, temporary memory
+      written and read), of its fast links (all sent over them) and of its network; step (the largest of these), limit
+      (which), serial (their sum), mfu (of three forward passes, at `step`), pairs_per_second, pairs_per_host (each
+      second), images_per_host; and where the duration is known: steps, hours, chip_hours. Of simulated CPUs, memory alone.
     """
     chip, state = on.chip, sum(found["state"].values())
     held = found["arguments"] + found["temporary"] + found.get("returned", 0)
@@ -43,10 +43,14 @@ def estimate(
     if not chip.flops:
         return result
     network = sum(found.get("network", {}).values())
+    arrays = found.get("arrays", ())
+    # Without bfloat16, a GPU's products are TensorFloat-32's, at half the rate (makers' datasheets); a TPU's are not.
+    slow = chip.platform == "gpu" and arrays and not any(a.startswith("bf16[") for a in arrays)
+    flops = chip.flops / 2 if slow else chip.flops
     seconds = {
-        "products": found["flops"] / on.devices / chip.flops,
+        "products": found["flops"] / on.devices / flops,
         "memory": 2 * (state + found["temporary"]) / chip.bandwidth,
-        chip.fabric: (sum(found["sent"].values()) - network) / chip.link,
+        chip.fabric: (sum(found["sent"].values()) - network) / on.link,
     }
     if chip.network and on.island < on.devices:
         seconds["network"] = network / chip.network
@@ -59,7 +63,7 @@ def estimate(
         "step": step,
         "limit": limit,
         "serial": sum(seconds.values()),
-        "mfu": 3 * found["forward"] / on.devices / chip.flops / step,
+        "mfu": 3 * found["forward"] / on.devices / flops / step,
         "pairs_per_second": batch / step,
         "pairs_per_host": batch / step / on.hosts,
         "images_per_host": pictures * batch / step / on.hosts,

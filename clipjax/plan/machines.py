@@ -135,6 +135,15 @@ class Machine:
         return -(-self.devices // self.chip.host)
 
     @property
+    def link(self) -> float:
+        """Bytes a second that a chip in the middle sends to its neighbors, one way: all of a GPU's links; of a TPU's,
+        two along each side of the grid, one where the side is 2, none where it is 1."""
+        if self.chip.platform != "tpu" or self.devices == 1:
+            return self.chip.link
+        sides = [int(side) for side in self.topology.split(":")[1].split("x")]
+        return self.chip.link * sum(min(side - 1, 2) for side in sides) / (2 * len(sides))
+
+    @property
     def island(self) -> int:
         """Devices that share fast links: those of a TPU slice, else of a host."""
         whole = self.chip.platform == "tpu" or self.hosts == 1

@@ -14,6 +14,9 @@ from clipjax.errors import ClipjaxError
 from clipjax.plan.machines import Machine, machine
 from clipjax.plan.target import environment
 
+EPOCH = 10**9
+"""Examples in an epoch where nobody says how many: no array's size depends on it, but schedules want a length."""
+
 
 class TooLong(ClipjaxError):
     """A step that had not compiled when its time was over."""

@@ -35,7 +35,7 @@ from clipjax.plan.parts import (
     temporary,
     weights,
 )
-from clipjax.plan.program import compiled_for, traced_for
+from clipjax.plan.program import EPOCH, compiled_for, traced_for
 from clipjax.plan.step import Step, state_bytes
 from clipjax.sharding import Sharding
 from clipjax.towers import with_fields
@@ -242,7 +242,7 @@ def search(
       ClipjaxError: no combination divides, or arithmetic leaves none.
     """
     end = time.monotonic() + seconds
-    some = examples or run.data.batch_size
+    some = examples or EPOCH
     all_of_them = list(candidates(run, on, batch_sizes))
     if not all_of_them:
         shards = on.devices // run.mesh.tensor

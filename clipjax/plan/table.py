@@ -10,6 +10,7 @@ from rich.table import Table
 from clipjax.config import Run
 from clipjax.plan.machines import Machine
 
+PREALLOCATED = 0.75  # of a GPU's memory, by default (JAX, "GPU memory allocation")
 BAR = 60  # characters of the picture of a chip's memory
 MARKS = {"parameters": "P", "optimizer": "O", "other state": "s", "batch": "b", "batches waiting": "b",
          "activations": "a", "gathered weights": "w", "gradients": "g", "loss": "l", "other": "t"}  # fmt: skip
@@ -33,6 +34,8 @@ def show(
         table.add_row(
             "whole run, at least", f"{hours}, {_few(judged['chip_hours'])} chip-hours", SUMS
         )
+    elif "step" in judged:
+        table.add_row("whole run", "unknown: --examples, how many are in an epoch", "")
     size = f"{bytes_(found['checkpoint'])}, {judged['checkpoint_seconds']:.1f} s on {_count(on.hosts, 'host')}"
     table.add_row("checkpoint", size, f"{SHAPES}; --disk")
     console.print(table)
@@ -55,6 +58,12 @@ def show(
     if "step" in judged:
         most = max(judged["parts"], key=lambda name: judged["parts"][name])
         console.print(f"limits: {judged['limit']} the time, {most} the memory")
+    if (
+        on.chip.platform == "gpu"
+        and PREALLOCATED * judged["memory"] < judged["held"] <= judged["memory"]
+    ):
+        console.print(f"it fits, but not into the {PREALLOCATED:.0%} of a GPU's memory that JAX takes unless told: set "
+                      "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92, as launch/slurm.sbatch does")  # fmt: skip
     if not judged.get("fits", True):
         over = bytes_(judged["held"] - judged["memory"])
         console.print(f"[bold]It does not fit[/bold]: {over} too much. Raise --accumulate, set the towers' remat "
@@ -135,6 +144,8 @@ def _memory(table: Table, found: dict[str, Any], judged: dict[str, Any]) -> None
     for name, size in temporary.items():
         if size:
             table.add_row(f"  of it {name}", bytes_(size), SUMS)
+    if parts["other"]:
+        table.add_row("of all of it, of no kind above", bytes_(parts["other"]), SUMS)
     memory = judged["memory"]
     of = f" of {bytes_(memory)}" if memory else ""
     everything = f"{bytes_(judged['held'])}{of}"
@@ -169,10 +180,11 @@ def _times(table: Table, judged: dict[str, Any]) -> None:
 
 def _roofline(on: Machine) -> str:
     chip = on.chip
+    half = " (half in float32)" if chip.platform == "gpu" else ""
     network = f", {chip.network / 1e9:g} GB/s network one way" if chip.network else ""
     return (
-        f"chip: {chip.flops / 1e12:g} TFLOP/s bfloat16, {chip.bandwidth / 1e9:g} GB/s memory, "
-        f"{chip.link / 1e9:g} GB/s {chip.fabric} one way{network} ({chip.source})"
+        f"chip: {chip.flops / 1e12:g} TFLOP/s bfloat16{half}, {chip.bandwidth / 1e9:g} GB/s memory, "
+        f"{on.link / 1e9:g} GB/s {chip.fabric} one way{network} ({chip.source})"
     )
 
 
