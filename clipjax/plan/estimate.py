@@ -29,7 +29,8 @@ def estimate(
       at the chip's peak (half of it for float32 on a GPU), of its memory (state read and written, temporary memory
       written and read), of its fast links (all sent over them) and of its network; step (the largest of these), limit
       (which), serial (their sum), mfu (of three forward passes, at `step`), pairs_per_second, pairs_per_host (each
-      second), images_per_host; and where the duration is known: steps, hours, chip_hours. Of simulated CPUs, memory alone.
+      second), images_per_host; and where the duration is known: steps, hours, chip_hours. Of simulated CPUs,
+      memory alone.
     """
     chip, state = on.chip, sum(found["state"].values())
     held = found["arguments"] + found["temporary"] + found.get("returned", 0)

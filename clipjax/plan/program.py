@@ -14,8 +14,8 @@ from clipjax.errors import ClipjaxError
 from clipjax.plan.machines import Machine, machine
 from clipjax.plan.target import environment
 
-EPOCH = 10**9
-"""Examples in an epoch where nobody says how many: no array's size depends on it, but schedules want a length."""
+EPOCH = 10_000
+"""Batches in an epoch where nobody says how many: no array's size depends on it, but schedules want a length."""
 
 
 class TooLong(ClipjaxError):

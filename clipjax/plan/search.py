@@ -242,7 +242,7 @@ def search(
       ClipjaxError: no combination divides, or arithmetic leaves none.
     """
     end = time.monotonic() + seconds
-    some = examples or EPOCH
+    some = examples or EPOCH * max(run.data.batch_size, *batch_sizes)
     all_of_them = list(candidates(run, on, batch_sizes))
     if not all_of_them:
         shards = on.devices // run.mesh.tensor
