@@ -71,10 +71,10 @@ def main(arguments: list[str]) -> int:
 def _plan(namespace: Namespace, run: Run, on: Machine, files: list[Path]) -> int:
     from clipjax.plan import table
     from clipjax.plan.estimate import estimate
-    from clipjax.plan.program import EPOCH, checked_on_cpus, compiled_for
+    from clipjax.plan.program import checked_on_cpus, compiled_for
 
     compile_it = checked_on_cpus if namespace.check else compiled_for
-    found = compile_it(run, on, files, namespace.examples or EPOCH * run.data.batch_size)
+    found = compile_it(run, on, files, namespace.examples)
     judged = estimate(run, on, found, namespace.examples, 1e9 * namespace.disk)
     table.show(_console(), run, on, found, judged)
     _picture(namespace, on, [("", judged)])

@@ -23,7 +23,7 @@ STEPS = 2
 MMAP_THRESHOLD = -3  # of mallopt, as <malloc.h> numbers it
 
 
-def measure(run: Run, on: Machine, examples: int) -> dict[str, Any]:
+def measure(run: Run, on: Machine, examples: int | None) -> dict[str, Any]:
     """What `checked_on_cpus` returns, from a process with these devices.
 
     The steps are taken twice. The first time the process grows by the program too: code of the compiler's

@@ -7,6 +7,7 @@ from typing import Any
 from clipjax.config import Run
 from clipjax.optim import Scale
 from clipjax.plan.machines import Machine
+from clipjax.plan.parts import compute_itemsize
 
 DISK = 1e9  # bytes a second that a host writes of a checkpoint, where nothing else is said
 
@@ -24,13 +25,14 @@ def estimate(
       disk: bytes a second that each host writes of a checkpoint.
 
     Returns:
-      held (bytes on one device: arguments, results, temporary and batches that wait), memory (the chip's), fits;
-      parts (of `held`, by kind; what arithmetic does not explain is `other`); checkpoint_seconds; seconds: of products
-      at the chip's peak (half of it for float32 on a GPU), of its memory (state read and written, temporary memory
-      written and read), of its fast links (all sent over them) and of its network; step (the largest of these), limit
-      (which), serial (their sum), mfu (of three forward passes, at `step`), pairs_per_second, pairs_per_host (each
-      second), images_per_host; and where the duration is known: steps, hours, chip_hours. Of simulated CPUs,
-      memory alone.
+      held (bytes on one device: arguments, results, temporary and batches that wait), memory (the chip's),
+      fits; parts (of `held`, by kind; what arithmetic does not explain is `other`); checkpoint_seconds;
+      seconds: of products at the chip's peak (half of it for float32 towers on a GPU), of its memory (state
+      read and written, temporary memory written and read), of its fast links (all sent over them) and of its
+      network; step (the largest of these), limit (which), serial (their sum), mfu (of three forward passes at
+      `step`, of the peak in bfloat16, as training has it), pairs_per_second, pairs_per_host (each second),
+      images_per_host; and where the duration is known: steps, hours, chip_hours. Of simulated CPUs, memory
+      alone.
     """
     chip, state = on.chip, sum(found["state"].values())
     held = found["arguments"] + found["temporary"] + found.get("returned", 0)
@@ -44,9 +46,8 @@ def estimate(
     if not chip.flops:
         return result
     network = sum(found.get("network", {}).values())
-    arrays = found.get("arrays", ())
-    # Without bfloat16, a GPU's products are TensorFloat-32's, at half the rate (makers' datasheets); a TPU's are not.
-    slow = chip.platform == "gpu" and arrays and not any(a.startswith("bf16[") for a in arrays)
+    # A GPU multiplies float32 as TensorFloat-32, at half the rate (makers' datasheets); a TPU as bfloat16.
+    slow = chip.platform == "gpu" and compute_itemsize(run) == 4
     flops = chip.flops / 2 if slow else chip.flops
     seconds = {
         "products": found["flops"] / on.devices / flops,
@@ -64,7 +65,7 @@ def estimate(
         "step": step,
         "limit": limit,
         "serial": sum(seconds.values()),
-        "mfu": 3 * found["forward"] / on.devices / flops / step,
+        "mfu": 3 * found["forward"] / on.devices / chip.flops / step,
         "pairs_per_second": batch / step,
         "pairs_per_host": batch / step / on.hosts,
         "images_per_host": pictures * batch / step / on.hosts,

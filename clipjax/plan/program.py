@@ -14,16 +14,13 @@ from clipjax.errors import ClipjaxError
 from clipjax.plan.machines import Machine, machine
 from clipjax.plan.target import environment
 
-EPOCH = 10_000
-"""Batches in an epoch where nobody says how many: no array's size depends on it, but schedules want a length."""
-
 
 class TooLong(ClipjaxError):
     """A step that had not compiled when its time was over."""
 
 
 def compiled_for(
-    run: Run, on: Machine, files: list[Path], examples: int, seconds: float | None = None
+    run: Run, on: Machine, files: list[Path], examples: int | None, seconds: float | None = None
 ) -> dict[str, Any]:
     """Compiles the run's step for a machine, in a process of its own.
 
@@ -31,7 +28,7 @@ def compiled_for(
       run: what to train.
       on: where.
       files: the user's Python files that the run's components come from.
-      examples: in one epoch.
+      examples: in one epoch; None: unknown.
       seconds: after which the process is ended; None: never.
 
     Returns:
@@ -51,7 +48,9 @@ def compiled_for(
     return _ask("compile", run, on, files, examples, seconds)
 
 
-def checked_on_cpus(run: Run, on: Machine, files: list[Path], examples: int) -> dict[str, Any]:
+def checked_on_cpus(
+    run: Run, on: Machine, files: list[Path], examples: int | None
+) -> dict[str, Any]:
     """`compiled_for` simulated CPU devices, and then two steps for real, on zeros.
 
     Returns:
@@ -62,7 +61,7 @@ def checked_on_cpus(run: Run, on: Machine, files: list[Path], examples: int) -> 
 
 
 def traced_for(
-    run: Run, on: Machine, files: list[Path], examples: int, variants: list[str]
+    run: Run, on: Machine, files: list[Path], examples: int | None, variants: list[str]
 ) -> dict[str, Any]:
     """What `clipjax.plan.search` needs of a run before anything is compiled.
 
@@ -76,7 +75,7 @@ def traced_for(
 
 
 def _ask(
-    what: str, run: Run, on: Machine, files: list[Path], examples: int, seconds: float | None,
+    what: str, run: Run, on: Machine, files: list[Path], examples: int | None, seconds: float | None,
     **others: Any,
 ) -> dict[str, Any]:  # fmt: skip
     asked = {

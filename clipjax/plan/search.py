@@ -35,7 +35,7 @@ from clipjax.plan.parts import (
     temporary,
     weights,
 )
-from clipjax.plan.program import EPOCH, compiled_for, traced_for
+from clipjax.plan.program import compiled_for, traced_for
 from clipjax.plan.step import Step, state_bytes
 from clipjax.sharding import Sharding
 from clipjax.towers import with_fields
@@ -111,7 +111,7 @@ def candidates(run: Run, on: Machine, batch_sizes: list[int]) -> Iterator[Candid
         yield Candidate(batch, k, remat, group, fsdp, exchange)
 
 
-def facts(run: Run, on: Machine, examples: int, variants: list[str]) -> dict[str, Any]:
+def facts(run: Run, on: Machine, examples: int | None, variants: list[str]) -> dict[str, Any]:
     """What arithmetic needs of a run, traced once on whatever device there is.
 
     Returns:
@@ -242,14 +242,13 @@ def search(
       ClipjaxError: no combination divides, or arithmetic leaves none.
     """
     end = time.monotonic() + seconds
-    some = examples or EPOCH * max(run.data.batch_size, *batch_sizes)
     all_of_them = list(candidates(run, on, batch_sizes))
     if not all_of_them:
         shards = on.devices // run.mesh.tensor
         raise ClipjaxError(
             f"--search: batches of {batch_sizes} do not divide over {shards} batch shards: give --batch_sizes"
         )
-    known = traced_for(run, on, files, some, list(REMAT))
+    known = traced_for(run, on, files, examples, list(REMAT))
     left = []
     for candidate in all_of_them:
         found = expected(run, on, candidate, known)
@@ -270,7 +269,7 @@ def search(
             break
         say(f"compiling {candidate.row()}")
         try:
-            found = compiled_for(candidate.applied(run), on, files, some, rest)
+            found = compiled_for(candidate.applied(run), on, files, examples, rest)
         except ClipjaxError as error:
             counts["failed"] += 1
             say(str(error))

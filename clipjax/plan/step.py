@@ -25,6 +25,7 @@ from clipjax.train.state import Blueprint
 from clipjax.train.step import IN_FLIGHT, check_batch, jit_step, make_step
 
 SMALL = 64  # bytes: counters and keys, not worth a line
+EPOCH = 10_000  # batches, where nobody says: the size of no array depends on it, but schedules want a length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Step:
     jitted: Any
 
     @classmethod
-    def of(cls, run: Run, found: list[Any], examples: int) -> Step:
+    def of(cls, run: Run, found: list[Any], examples: int | None) -> Step:
         """The step on these devices; nothing is allocated.
 
         Raises:
@@ -56,7 +57,7 @@ class Step:
         rows = run.data.batch_size
         check_batch(rows, mesh, run.accumulate)
         run.sharding.check_heads(run.model, mesh)
-        scale, rows_of = Scale(rows, examples), run.data.spec()
+        scale, rows_of = Scale(rows, examples or EPOCH * rows), run.data.spec()
         blueprint = Blueprint.draw(
             run.model, run.objective, run.optimizer, run.ema, mesh, run.sharding,
             max(1, run.duration.steps(scale)), scale, run.seed, rows_of, run.spikes,
@@ -98,7 +99,7 @@ def _on_host(leaves: Any, shardings: Any) -> tuple[list[Any], list[Any]]:
     return [leaf for leaf, _ in waiting], [sharding for _, sharding in waiting]
 
 
-def measure(run: Run, on: Machine, examples: int) -> dict[str, Any]:
+def measure(run: Run, on: Machine, examples: int | None) -> dict[str, Any]:
     """What `compiled_for` returns, from a process of that machine's devices."""
     began = time.monotonic()
     step = Step.of(run, devices(on), examples)

@@ -145,7 +145,7 @@ def _memory(table: Table, found: dict[str, Any], judged: dict[str, Any]) -> None
         if size:
             table.add_row(f"  of it {name}", bytes_(size), SUMS)
     if parts["other"]:
-        table.add_row("of all of it, of no kind above", bytes_(parts["other"]), SUMS)
+        table.add_row("other", bytes_(parts["other"]), f"{SUMS}: what the kinds leave")
     memory = judged["memory"]
     of = f" of {bytes_(memory)}" if memory else ""
     everything = f"{bytes_(judged['held'])}{of}"
